@@ -1,0 +1,52 @@
+//! Progress of a calibration, and the way to stop one.
+
+use serde::{Deserialize, Serialize};
+
+/// One step of a long calculation.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ProgressUpdate {
+    /// What is being done: `load`, `calibrate`, `weights`, `report`, `store`, ...
+    pub stage: String,
+    /// Units done within the stage.
+    pub unit: usize,
+    /// Units of the stage.
+    pub units: usize,
+    /// Images seen so far.
+    pub images: usize,
+    /// Images in all.
+    pub images_total: usize,
+    /// Signal-to-noise ratio of a site that was just finished.
+    pub site: Option<SiteSqnr>,
+}
+
+/// The quantization error of one operand of a site.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SiteSqnr {
+    /// The site's path.
+    pub path: String,
+    /// `input`, `weight`, `lhs` or `rhs`.
+    pub operand: String,
+    /// 10·log10(Σx² / Σ(x − x̂)²) in dB.
+    pub sqnr_db: f64,
+}
+
+/// Receives progress and says whether to stop. Reporting never fails a job.
+pub trait Progress: Sync {
+    /// Takes note of a step. Must return quickly.
+    fn report(&self, update: ProgressUpdate);
+
+    /// Whether the work is to stop at the next safe point.
+    fn is_cancelled(&self) -> bool;
+}
+
+/// Progress that nobody watches.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Unwatched;
+
+impl Progress for Unwatched {
+    fn report(&self, _update: ProgressUpdate) {}
+
+    fn is_cancelled(&self) -> bool {
+        false
+    }
+}

@@ -1,0 +1,1 @@
+//! Devices: names, and the one `dlopen` that makes CUDA visible to libtorch.

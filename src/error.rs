@@ -1,0 +1,112 @@
+//! The one error type of the crate: variants name the caller's situation, not the place that failed.
+//!
+//! `grpc/status.rs` maps every variant to a gRPC status; the CLI prints the `Display` text.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, from the caller's point of view.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A value the caller gave is unusable; `field` is the request field or flag at fault.
+    #[error("{field}: {reason}")]
+    InvalidArgument {
+        /// Request field (`images[3].content`, `options.groups`, `checkpoint`, ...).
+        field: String,
+        /// Why the value is refused, as a lower-case sentence without a full stop.
+        reason: String,
+    },
+    /// A named thing does not exist.
+    #[error("{kind} `{name}` does not exist")]
+    NotFound {
+        /// What was looked for: `model`, `checkpoint`, `dataset`, `operation`, ...
+        kind: &'static str,
+        /// The name that was given.
+        name: String,
+    },
+    /// The name is taken by something else.
+    #[error("{kind} `{name}` already exists")]
+    AlreadyExists {
+        /// What was to be created.
+        kind: &'static str,
+        /// The name that is taken.
+        name: String,
+    },
+    /// The system is not in the state that the call needs (retrying unchanged will not help).
+    #[error("{reason}")]
+    FailedPrecondition {
+        /// Which state is missing.
+        reason: String,
+    },
+    /// A queue or a limit is full; the call may be retried after the given time.
+    #[error("{reason}")]
+    Overloaded {
+        /// Which limit was met.
+        reason: String,
+        /// When a retry is worthwhile.
+        retry_after: Duration,
+    },
+    /// The caller, or someone on the caller's behalf, cancelled the work.
+    #[error("cancelled")]
+    Cancelled,
+    /// The caller's deadline passed.
+    #[error("deadline exceeded")]
+    Deadline,
+    /// The server is shutting down.
+    #[error("the server is draining")]
+    Draining,
+    /// A stored file does not hold what was written.
+    #[error("{path}: {reason}")]
+    CorruptArtifact {
+        /// The artifact's path or digest.
+        path: String,
+        /// What does not match.
+        reason: String,
+    },
+    /// libtorch refused an operation (shape, memory, device).
+    #[error("device: {source}")]
+    Device {
+        /// libtorch's own error.
+        #[from]
+        source: tch::TchError,
+    },
+    /// The operating system refused a file operation.
+    #[error("{path}: {source}", path = path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The operating system's error.
+        source: std::io::Error,
+    },
+    /// A broken invariant of this program.
+    #[error("internal error: {reason}")]
+    Internal {
+        /// What was found broken.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// An unusable value of the request field or flag `field`.
+    pub fn invalid(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::InvalidArgument { field: field.into(), reason: reason.into() }
+    }
+
+    /// A file operation on `path` that failed.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Io { path: path.as_ref().to_path_buf(), source }
+    }
+
+    /// An artifact whose content is not what was stored.
+    pub fn corrupt(path: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::CorruptArtifact { path: path.into(), reason: reason.into() }
+    }
+
+    /// A broken invariant.
+    pub fn internal(reason: impl Into<String>) -> Self {
+        Self::Internal { reason: reason.into() }
+    }
+}

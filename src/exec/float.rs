@@ -1,0 +1,73 @@
+//! Plain float32 execution, one product per image so that an image's result never depends on its batch.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::exec::Executor;
+use crate::nn::{Linear, Site};
+
+/// The float executor: what a checkpoint computes by itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Float;
+
+impl Executor for Float {
+    fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        linear(x, &op.weight, op.bias.as_ref(), op.site.windows)
+    }
+
+    fn matmul(&mut self, _site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+        matmul(lhs, rhs)
+    }
+}
+
+/// `x · weightᵀ + bias` with x [images·windows, .., in].
+///
+/// A BLAS product may sum in another order when its row count changes. On the CPU each image is
+/// therefore multiplied by itself: same shape, same order, same bits whatever the batch. On a GPU
+/// one batched product is used, with one matrix per image.
+pub(super) fn linear(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    windows: i64,
+) -> Result<Tensor> {
+    let shape = x.size();
+    let images = shape[0] / windows;
+    let (input, out) = (weight.size()[1], weight.size()[0]);
+    let mut result_shape = shape.clone();
+    if let Some(last) = result_shape.last_mut() {
+        *last = out;
+    }
+    let rows = x.f_reshape([images, -1, input])?; // [images, rows, in]
+    let product = if x.device() == Device::Cpu && !needs_gradient(x, weight) {
+        let result = Tensor::f_empty([images, rows.size()[1], out], (Kind::Float, x.device()))?;
+        let transposed = weight.f_tr()?;
+        for image in 0..images {
+            let target = result.f_select(0, image)?;
+            let source = rows.f_select(0, image)?;
+            // Both return another handle of `target`.
+            let _filled = match bias {
+                Some(bias) => bias.f_addmm_out(&target, &source, &transposed)?,
+                None => source.f_mm_out(&target, &transposed)?,
+            };
+        }
+        result
+    } else {
+        let product = rows.f_matmul(&weight.f_tr()?)?;
+        match bias {
+            Some(bias) => product.f_add(bias)?,
+            None => product,
+        }
+    };
+    Ok(product.f_reshape(result_shape)?)
+}
+
+/// `lhs · rhsᵀ` per image and head; every matrix of the batch is multiplied by itself.
+pub(super) fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+    Ok(lhs.f_matmul(&rhs.f_transpose(-2, -1)?)?)
+}
+
+/// In-place output tensors carry no gradients, so training takes the plain product.
+fn needs_gradient(x: &Tensor, weight: &Tensor) -> bool {
+    x.requires_grad() || weight.requires_grad()
+}

@@ -1,0 +1,33 @@
+//! vitq quantizes vision transformers on request and serves them over gRPC.
+//!
+//! The map, each line using only the lines above it:
+//! - [`error`]: one error type, by the caller's situation
+//! - [`nn`]: named weights, sites, linear layers
+//! - [`quant`]: quantizers, granularity, plans
+//! - [`exec`]: executors: float, simulated, taps
+//! - [`model`]: ViT/DeiT and Swin over executors; checkpoints
+//! - [`data`]: images, preprocessing, data sets
+//! - [`calib`]: calibration tasks, capture, progress
+//! - [`methods`]: the quantization methods and their registry
+//! - [`artifact`]: the stored form of a quantized model
+//! - [`engine`]: quantized models on devices, batching, jobs, evaluation
+//! - [`bench`]: method × model × bits runs and their reports
+//! - [`grpc`]: the services
+//! - [`cli`]: one file per command
+
+pub mod artifact;
+pub mod bench;
+pub mod calib;
+pub mod cli;
+pub mod data;
+pub mod device;
+pub mod engine;
+pub mod error;
+pub mod exec;
+pub mod grpc;
+pub mod methods;
+pub mod model;
+pub mod nn;
+pub mod quant;
+
+pub use error::{Error, Result};

@@ -1,0 +1,178 @@
+//! Architectures: one forward each, written over [`Executor`]. A model is a list of units.
+
+mod checkpoint;
+mod spec;
+mod swin;
+mod vit;
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::exec::Executor;
+use crate::nn::{Role, Site, SiteId, Weights};
+
+pub use checkpoint::Checkpoint;
+pub use spec::{Interpolation, ModelSpec, Preprocessing};
+
+/// A step of the forward pass: the stem, a block, a patch merging, the head.
+pub trait Unit: Send {
+    /// Module path of the unit: `patch_embed`, `blocks.3`, `layers.0.downsample`, `head`.
+    fn path(&self) -> &str;
+
+    /// Maps the previous unit's output (the image batch [n, 3, h, w] for the first) to its own.
+    ///
+    /// # Errors
+    /// Whatever the executor reports.
+    fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor>;
+}
+
+/// An architecture with weights; its forward is the fold over its units.
+pub struct Model {
+    /// What the weights are of.
+    pub spec: Arc<ModelSpec>,
+    /// All quantizable products, by [`SiteId`].
+    pub sites: Vec<Arc<Site>>,
+    /// The steps of the forward pass.
+    pub units: Vec<Box<dyn Unit>>,
+}
+
+impl Model {
+    /// Builds the architecture that `spec` names over `weights`; every name must be used.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint` for a missing, unused or misshapen parameter.
+    pub fn build(spec: &Arc<ModelSpec>, weights: &Weights) -> Result<Self> {
+        let family = family(&spec.family)?;
+        let used = RefCell::new(BTreeSet::new());
+        let mut sites = SiteTable::default();
+        let units = (family.build)(spec, &mut sites, weights, &used)?;
+        weights.check_all_used(&used.borrow())?;
+        Ok(Self { spec: Arc::clone(spec), sites: sites.sites, units })
+    }
+
+    /// Logits [n, classes] of normalised images [n, 3, h, w].
+    ///
+    /// # Errors
+    /// Whatever the executor reports.
+    pub fn forward(&self, exec: &mut dyn Executor, images: &Tensor) -> Result<Tensor> {
+        let mut x = images.shallow_clone();
+        for unit in &self.units {
+            x = unit.forward(exec, &x)?;
+        }
+        Ok(x)
+    }
+
+    /// The site of that id.
+    ///
+    /// # Errors
+    /// `Internal` when the model has no such site.
+    pub fn site(&self, id: SiteId) -> Result<&Arc<Site>> {
+        self.sites
+            .get(id.0 as usize)
+            .ok_or_else(|| Error::internal(format!("site {} is not part of the model", id.0)))
+    }
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("architecture", &self.spec.architecture)
+            .field("units", &self.units.len())
+            .field("sites", &self.sites.len())
+            .finish()
+    }
+}
+
+/// Hands out sites in forward order while a family builds its units.
+#[derive(Debug, Default)]
+pub struct SiteTable {
+    sites: Vec<Arc<Site>>,
+}
+
+/// What a family says about a site; the table adds the id.
+#[derive(Debug)]
+pub struct NewSite<'a> {
+    /// timm's module path.
+    pub path: String,
+    /// What the product computes.
+    pub role: Role,
+    /// The LayerNorm that feeds it directly.
+    pub norm: Option<&'a str>,
+    /// Index of the unit that holds it.
+    pub unit: usize,
+    /// Windows per image (1 outside windowed attention).
+    pub windows: i64,
+}
+
+impl SiteTable {
+    /// Registers the next site.
+    pub fn add(&mut self, new: NewSite<'_>) -> Arc<Site> {
+        let site = Arc::new(Site {
+            id: SiteId(u32::try_from(self.sites.len()).unwrap_or(u32::MAX)),
+            path: new.path,
+            role: new.role,
+            norm: new.norm.map(str::to_owned),
+            unit: new.unit,
+            windows: new.windows,
+        });
+        self.sites.push(Arc::clone(&site));
+        site
+    }
+}
+
+/// Builds the units of a model; every name it reads is recorded in the set.
+pub type BuildFn = fn(
+    &ModelSpec,
+    &mut SiteTable,
+    &Weights,
+    &RefCell<BTreeSet<String>>,
+) -> Result<Vec<Box<dyn Unit>>>;
+
+/// One architecture family.
+#[derive(Debug)]
+pub struct FamilyEntry {
+    /// `vit` or `swin`.
+    pub id: &'static str,
+    /// The published variants: short name, timm name.
+    pub variants: &'static [Variant],
+    /// Whether a timm architecture name belongs to the family.
+    pub owns: fn(&str) -> bool,
+    /// Fills defaults into a config's `model_args` and checks them against each other.
+    pub resolve: fn(&mut ModelSpec) -> Result<()>,
+    /// Renames parameters of other timm generations and drops recomputed buffers: `None` drops.
+    pub canonical_name: fn(&ModelSpec, &str) -> Option<String>,
+    /// Builds the units.
+    pub build: BuildFn,
+}
+
+/// A published variant of a family.
+#[derive(Debug)]
+pub struct Variant {
+    /// `vit_tiny`, `deit_small`, `swin_base`, ...
+    pub short: &'static str,
+    /// `vit_tiny_patch16_224`, ...
+    pub architecture: &'static str,
+    /// timm's `model_args` of the variant, as JSON.
+    pub model_args: &'static str,
+    /// Mean and standard deviation of the variant's preprocessing.
+    pub normalization: ([f64; 3], [f64; 3]),
+}
+
+/// Every architecture family; a new one is its file and one line here.
+pub const FAMILIES: &[&FamilyEntry] = &[&vit::FAMILY, &swin::FAMILY];
+
+/// The family of that id.
+///
+/// # Errors
+/// `InvalidArgument` on field `checkpoint` for an unknown id.
+pub fn family(id: &str) -> Result<&'static FamilyEntry> {
+    FAMILIES
+        .iter()
+        .copied()
+        .find(|family| family.id == id)
+        .ok_or_else(|| Error::invalid("checkpoint", format!("unknown model family `{id}`")))
+}

@@ -1,0 +1,33 @@
+//! A linear layer: weights and the site it computes. How it computes is the executor's affair.
+
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use crate::error::Result;
+use crate::nn::{Scope, Site};
+
+/// `y = x · weightᵀ + bias`.
+#[derive(Debug)]
+pub struct Linear {
+    /// The product this layer is.
+    pub site: Arc<Site>,
+    /// float32 [out, in].
+    pub weight: Tensor,
+    /// float32 [out].
+    pub bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// Reads `weight` [out, in] and, where present, `bias` [out] below `scope`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when a tensor is missing or has another shape.
+    pub fn load(site: Arc<Site>, scope: &Scope<'_>, out: i64, input: i64) -> Result<Self> {
+        Ok(Self {
+            site,
+            weight: scope.get("weight", &[out, input])?,
+            bias: scope.get_optional("bias", &[out])?,
+        })
+    }
+}

@@ -1,0 +1,11 @@
+//! Building blocks that know nothing about architectures: named weights, sites, linear layers, norms.
+
+mod linear;
+mod norm;
+mod site;
+mod weights;
+
+pub use linear::Linear;
+pub use norm::LayerNorm;
+pub use site::{Operand, Role, Site, SiteId};
+pub use weights::{Scope, WeightEdits, Weights};

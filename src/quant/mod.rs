@@ -1,0 +1,15 @@
+//! Quantizers: mappings of reals onto finite grids, their granularity, search and plans.
+
+pub mod bits;
+pub mod dynamic;
+pub mod granularity;
+pub mod log2;
+pub mod observer;
+pub mod plan;
+pub mod quantizer;
+pub mod uniform;
+
+pub use bits::BitWidth;
+pub use granularity::Granularity;
+pub use plan::QuantPlan;
+pub use quantizer::{IntTerm, Quantizer, QuantizerState};

@@ -1,0 +1,157 @@
+//! The quantizer trait, its integer form, and the state that an artifact keeps.
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+
+use serde::{Deserialize, Serialize};
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::quant::BitWidth;
+
+/// Maps reals onto a finite grid. Static, or dynamic from `x` itself; always independent per image.
+pub trait Quantizer: Debug + Send {
+    /// Nominal bit width (the mean, where tokens differ).
+    fn bits(&self) -> BitWidth;
+
+    /// Rounds `x` to the grid: float32 in, float32 of the same shape out. Rounding has
+    /// straight-through gradients.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses; `InvalidArgument` when the shape does not fit the state.
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor>;
+
+    /// The integer form of `x`: `x̂ = Σ scale·(codes − zero_point)`; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>>;
+
+    /// What an artifact keeps of this quantizer.
+    fn state(&self) -> QuantizerState;
+}
+
+/// One integer term: `scale · (codes − zero_point)`.
+///
+/// `scale` and `zero_point` have the codes' rank with every axis equal to the codes' or 1, except
+/// that the last axis may also be the number of contiguous channel groups.
+#[derive(Debug)]
+pub struct IntTerm {
+    /// int32, shape of the operand.
+    pub codes: Tensor,
+    /// float32, broadcastable (see above).
+    pub scale: Tensor,
+    /// int32, broadcastable (see above).
+    pub zero_point: Tensor,
+}
+
+impl IntTerm {
+    /// `scale · (codes − zero_point)` as float32 in the codes' shape.
+    ///
+    /// # Errors
+    /// `Device` when the shapes do not fit.
+    pub fn dequantize(&self) -> Result<Tensor> {
+        let shape = self.codes.size();
+        let channels = shape[shape.len() - 1];
+        let scale = expand_groups(&self.scale, channels)?;
+        let zero_point = expand_groups(&self.zero_point, channels)?;
+        let centred = self.codes.f_sub(&zero_point)?.f_to_kind(tch::Kind::Float)?;
+        Ok(centred.f_mul(&scale)?)
+    }
+}
+
+/// Repeats a per-group last axis to one value per channel.
+fn expand_groups(x: &Tensor, channels: i64) -> Result<Tensor> {
+    let groups = *x.size().last().unwrap_or(&1);
+    if groups == 1 || groups == channels {
+        return Ok(x.shallow_clone());
+    }
+    Ok(x.f_repeat_interleave_self_int(channels / groups, -1, channels)?)
+}
+
+/// The stored form of a quantizer: kind, scalars (in the header) and tensors.
+#[derive(Debug, Default)]
+pub struct QuantizerState {
+    /// Which quantizer restores it: `uniform`, `ubb_linear`, ...
+    pub kind: String,
+    /// Nominal bit width.
+    pub bits: u8,
+    /// Named scalars; float32 values are stored exactly as float64.
+    pub scalars: BTreeMap<String, f64>,
+    /// Named tensors.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+/// The part of a [`QuantizerState`] that is text in an artifact's header.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QuantizerHeader {
+    /// See [`QuantizerState::kind`].
+    pub kind: String,
+    /// See [`QuantizerState::bits`].
+    pub bits: u8,
+    /// See [`QuantizerState::scalars`].
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub scalars: BTreeMap<String, f64>,
+}
+
+impl QuantizerState {
+    /// A state without scalars and tensors.
+    pub fn new(kind: &str, bits: BitWidth) -> Self {
+        Self { kind: kind.to_owned(), bits: bits.get(), ..Self::default() }
+    }
+
+    /// Adds a scalar.
+    #[must_use]
+    pub fn scalar(mut self, name: &str, value: f64) -> Self {
+        self.scalars.insert(name.to_owned(), value);
+        self
+    }
+
+    /// Adds a tensor.
+    #[must_use]
+    pub fn tensor(mut self, name: &str, value: &Tensor) -> Self {
+        self.tensors.insert(name.to_owned(), value.shallow_clone());
+        self
+    }
+
+    /// Reads a scalar back.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when it is missing or not finite.
+    pub fn read_scalar(&self, name: &str) -> Result<f64> {
+        self.scalars
+            .get(name)
+            .copied()
+            .filter(|v| v.is_finite())
+            .ok_or_else(|| self.broken(&format!("scalar {name} is missing or not finite")))
+    }
+
+    /// Reads a tensor back.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when it is missing.
+    pub fn read_tensor(&self, name: &str) -> Result<Tensor> {
+        self.tensors
+            .get(name)
+            .map(Tensor::shallow_clone)
+            .ok_or_else(|| self.broken(&format!("tensor {name} is missing")))
+    }
+
+    /// Reads the bit width back.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when it is out of range.
+    pub fn read_bits(&self) -> Result<BitWidth> {
+        BitWidth::new(u32::from(self.bits), "bits").map_err(|e| self.broken(&e.to_string()))
+    }
+
+    fn broken(&self, reason: &str) -> Error {
+        Error::corrupt("artifact", format!("quantizer of kind {}: {reason}", self.kind))
+    }
+}
+
+/// Restores the quantizer kinds that are not one method's own; `None` for other kinds.
+pub fn restore_shared(_state: &QuantizerState) -> Option<Result<Box<dyn Quantizer>>> {
+    None
+}
