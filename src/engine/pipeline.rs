@@ -8,6 +8,7 @@ use tch::{Device, Kind, Tensor};
 use crate::artifact::Artifact;
 use crate::artifact::content::Source;
 use crate::calib::{CalibrationTask, Progress, ProgressUpdate, QuantizeSpec};
+use crate::data::Pixels;
 use crate::error::{Error, Result};
 use crate::methods::{self, MethodOptions};
 use crate::model::Checkpoint;
@@ -19,6 +20,25 @@ pub struct CalibrationImages {
     pub images: Tensor,
     /// sha256 (hex) over the pixels, in order.
     pub digest: String,
+}
+
+impl CalibrationImages {
+    /// Wraps preprocessed images.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn from_pixels(pixels: &Pixels) -> Result<Self> {
+        Ok(Self { images: image_batch(pixels)?, digest: pixels.digest() })
+    }
+}
+
+/// Preprocessed images as a float32 tensor [n, 3, h, w] on the CPU.
+///
+/// # Errors
+/// `Device` when libtorch refuses.
+pub fn image_batch(pixels: &Pixels) -> Result<Tensor> {
+    let shape = [pixels.count as i64, 3, pixels.image_size, pixels.image_size];
+    Ok(Tensor::f_from_slice(&pixels.data)?.f_view(shape)?)
 }
 
 /// The result of [`quantize`].
