@@ -1,12 +1,14 @@
 //! The labelled images that a run scores: a digest to recognise them, and their pixels in chunks.
 
-use sha2::{Digest, Sha256};
 use std::ops::Range;
 
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-use crate::data::{DecodeLimits, Pixels, Sample, load_pixels};
+use crate::artifact::format::hex;
+use crate::data::{DecodeLimits, Sample, load_pixels};
+use crate::engine::pipeline::image_batch;
 use crate::error::{Error, Result};
 use crate::model::Preprocessing;
 
@@ -31,11 +33,6 @@ pub fn digest(samples: &[Sample]) -> Result<String> {
     Ok(hex(&Sha256::digest(parts.concat())))
 }
 
-/// Lower-case hexadecimal text of bytes.
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// Validation images as one model wants them.
 #[derive(Debug)]
 pub struct Validation<'a> {
@@ -55,7 +52,7 @@ impl<'a> Validation<'a> {
         let side = usize::try_from(how.image_size).unwrap_or(0);
         let bytes = samples.len() * 3 * side * side * size_of::<f32>();
         let kept = (bytes <= RESIDENT_BYTES)
-            .then(|| tensor(&load_pixels(samples, how, &limits)?))
+            .then(|| image_batch(&load_pixels(samples, how, &limits)?))
             .transpose()?;
         Ok(Self { samples, how, limits, kept })
     }
@@ -99,7 +96,7 @@ impl<'a> Validation<'a> {
                 Some(all) => narrow(all, first, count)?,
                 None => {
                     let samples = &self.samples[first..first + count];
-                    tensor(&load_pixels(samples, self.how, &self.limits)?)?
+                    image_batch(&load_pixels(samples, self.how, &self.limits)?)?
                 }
             };
             for start in (0..count).step_by(batch_size) {
@@ -114,10 +111,4 @@ impl<'a> Validation<'a> {
 
 fn narrow(images: &Tensor, start: usize, count: usize) -> Result<Tensor> {
     Ok(images.f_narrow(0, start as i64, count as i64)?)
-}
-
-/// The pixels as a tensor [count, 3, size, size].
-fn tensor(pixels: &Pixels) -> Result<Tensor> {
-    let shape = [pixels.count as i64, 3, pixels.image_size, pixels.image_size];
-    Ok(Tensor::f_from_slice(&pixels.data)?.f_view(shape)?)
 }
