@@ -164,9 +164,10 @@ impl Matrix {
         if self.methods.iter().all(|method| method == FLOAT_METHOD) {
             return Ok(calibrations);
         }
-        let choice = self.calibration.as_ref().ok_or_else(|| {
-            Error::invalid("calib", "calibration images are needed to quantize")
-        })?;
+        let choice = self
+            .calibration
+            .as_ref()
+            .ok_or_else(|| Error::invalid("calib", "calibration images are needed to quantize"))?;
         let dataset = Dataset::open(&choice.dataset, "calib")?;
         let load = |samples: &[Sample]| -> Result<Rc<CalibrationImages>> {
             let how = &checkpoint.spec.preprocessing;
@@ -188,4 +189,3 @@ impl Matrix {
         Ok(calibrations)
     }
 }
-

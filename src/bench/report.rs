@@ -121,7 +121,8 @@ fn quality_table(lines: &Lines<'_>, value: Value) -> String {
         fields.extend(line.details.iter().cloned());
         for (column, cell) in cells.iter().enumerate() {
             let rivals = shown.iter().filter(|(other, _)| other.key.bits() == line.key.bits());
-            let best = rivals.clone().map(|(_, cells)| cells[column].mean()).fold(f64::MIN, f64::max);
+            let best =
+                rivals.clone().map(|(_, cells)| cells[column].mean()).fold(f64::MIN, f64::max);
             let contested = rivals.count() > 1;
             fields.push(cell.text(contested && cell.mean() == best));
         }
@@ -155,8 +156,16 @@ impl Cell {
 /// One line per row but for the seeds: calibration time, speed, size.
 fn cost_table(rows: &[Row]) -> String {
     let header = [
-        "Method", "Bits", "Model", "Executor", "Device", "Batch", "Calibration (s)", "Images/s",
-        "Size (kB)", "Resident (kB)",
+        "Method",
+        "Bits",
+        "Model",
+        "Executor",
+        "Device",
+        "Batch",
+        "Calibration (s)",
+        "Images/s",
+        "Size (kB)",
+        "Resident (kB)",
     ];
     let mut table = table_header(&header.map(str::to_owned), 5);
     let mut groups: Vec<Vec<&Row>> = Vec::new();

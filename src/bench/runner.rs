@@ -90,7 +90,7 @@ pub fn run(matrix: &Matrix, folder: &Path, observer: &dyn Observer) -> Result<(R
         let checkpoint = Checkpoint::open(path)?;
         let subject = Subject {
             name: folder_name(path),
-            validation: Validation::open(&samples, &checkpoint.spec.preprocessing)?,
+            validation: Validation::open(&samples, checkpoint.spec.preprocessing.clone())?,
             validation_digest: &validation_digest,
             calibrations: matrix.load_calibrations(&checkpoint)?,
             checkpoint,
@@ -173,7 +173,7 @@ impl Subject<'_> {
             let mut logits = Vec::new();
             self.validation.for_each_batch(batch_size, device, |batch, pixels| {
                 if scored.is_none() && batch.start == 0 {
-                    forward(pixels)?; // warm-up: allocators, kernel selection
+                    let _warm_up = forward(pixels)?; // allocators, kernel selection
                 }
                 let start = Instant::now();
                 // The copy waits for the device, so that asynchronous work is timed in full.
@@ -281,8 +281,9 @@ impl Runner<'_> {
         self.observer.started(first, self.position());
         let float = match reference {
             Some(float) => float,
-            None => reference
-                .insert(float_scored(subject, device, self.matrix.batch_sizes[0])?.logits),
+            None => {
+                reference.insert(float_scored(subject, device, self.matrix.batch_sizes[0])?.logits)
+            }
         };
         let calibration = subject.calibration(spec.seed)?;
         let quantized =

@@ -37,7 +37,7 @@ pub fn digest(samples: &[Sample]) -> Result<String> {
 #[derive(Debug)]
 pub struct Validation<'a> {
     samples: &'a [Sample],
-    how: &'a Preprocessing,
+    how: Preprocessing,
     limits: DecodeLimits,
     kept: Option<Tensor>,
 }
@@ -47,12 +47,12 @@ impl<'a> Validation<'a> {
     ///
     /// # Errors
     /// As [`load_pixels`].
-    pub fn open(samples: &'a [Sample], how: &'a Preprocessing) -> Result<Self> {
+    pub fn open(samples: &'a [Sample], how: Preprocessing) -> Result<Self> {
         let limits = DecodeLimits::default();
         let side = usize::try_from(how.image_size).unwrap_or(0);
         let bytes = samples.len() * 3 * side * side * size_of::<f32>();
         let kept = (bytes <= RESIDENT_BYTES)
-            .then(|| image_batch(&load_pixels(samples, how, &limits)?))
+            .then(|| image_batch(&load_pixels(samples, &how, &limits)?))
             .transpose()?;
         Ok(Self { samples, how, limits, kept })
     }
@@ -96,7 +96,7 @@ impl<'a> Validation<'a> {
                 Some(all) => narrow(all, first, count)?,
                 None => {
                     let samples = &self.samples[first..first + count];
-                    image_batch(&load_pixels(samples, self.how, &self.limits)?)?
+                    image_batch(&load_pixels(samples, &self.how, &self.limits)?)?
                 }
             };
             for start in (0..count).step_by(batch_size) {

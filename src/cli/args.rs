@@ -3,18 +3,17 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use crate::bench::matrix::FLOAT_METHOD;
+use tch::Device;
+
 use crate::calib::task::StemHeadPolicy;
+use crate::device;
 use crate::error::{Error, Result};
 use crate::methods;
 use crate::quant::BitWidth;
 
-/// A method id, or `float` for the unquantized checkpoint.
+/// A method id.
 pub(super) fn method(text: &str) -> Result<String> {
-    if text != FLOAT_METHOD {
-        methods::find(text)?;
-    }
-    Ok(text.to_owned())
+    Ok(methods::find(text)?.id.to_owned())
 }
 
 /// A bit width from 3 to 8.
@@ -26,6 +25,18 @@ pub(super) fn bit_width(text: &str) -> Result<BitWidth> {
 /// A treatment of stem and head.
 pub(super) fn stem_head(text: &str) -> Result<StemHeadPolicy> {
     StemHeadPolicy::parse(text)
+}
+
+/// The devices of a comma-separated list; opens libtorch's CUDA side first.
+pub(super) fn devices(text: &str) -> Result<Vec<Device>> {
+    device::open_cuda_libraries();
+    device::parse_list(text)
+}
+
+/// One device; opens libtorch's CUDA side first.
+pub(super) fn device(text: &str) -> Result<Device> {
+    device::open_cuda_libraries();
+    device::parse(text)
 }
 
 /// A number from 1.

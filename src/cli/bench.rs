@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use tch::Device;
 
 use crate::bench::matrix::{ArtifactPolicy, CalibrationChoice, FLOAT_METHOD, Matrix, Selection};
 use crate::bench::runner::{Outcome, Position};
@@ -51,11 +50,16 @@ pub(super) struct Args {
     #[arg(long = "seed", value_name = "N,…", value_delimiter = ',', default_value = "0")]
     seeds: Vec<u64>,
     /// Arithmetic of the quantized models.
-    #[arg(long = "executor", value_name = "NAME,…", value_delimiter = ',', default_value = "simulated")]
+    #[arg(
+        long = "executor",
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        default_value = "simulated"
+    )]
     executors: Vec<Backend>,
     /// Where to run: auto, cpu, cuda:N.
-    #[arg(long, value_name = "NAME,…", default_value = "auto", value_parser = args::devices)]
-    device: Devices,
+    #[arg(long, value_name = "NAME,…", default_value = "auto")]
+    device: String,
     /// Treatment of the patch embedding and the classifier: float, int8, same.
     #[arg(long, value_name = "NAME,…", value_delimiter = ',', default_value = "float", value_parser = args::stem_head)]
     stem_head: Vec<StemHeadPolicy>,
@@ -75,9 +79,6 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
-
-/// A list of devices, as one value of the command line.
-pub(super) type Devices = std::sync::Arc<[Device]>;
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
@@ -126,7 +127,7 @@ impl Args {
             options: args::unique(self.options, "option")?,
             seeds: self.seeds,
             executors: self.executors,
-            devices: self.device.to_vec(),
+            devices: args::devices(&self.device)?,
             batch_sizes: self.batch_sizes,
             artifacts: if self.save_artifacts {
                 ArtifactPolicy::Keep

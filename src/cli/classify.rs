@@ -40,8 +40,8 @@ impl Args {
         let sizes: Vec<usize> = contents.iter().map(Vec::len).collect();
         block_on(async move {
             let channel = self.server.connect().await?;
-            let mut client = InferenceServiceClient::new(channel)
-                .max_decoding_message_size(MAX_ANSWER);
+            let mut client =
+                InferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
             let mut contents = contents.into_iter();
             let mut answers = Vec::new();
             for count in calls(&sizes) {
@@ -81,11 +81,7 @@ fn calls(sizes: &[usize]) -> Vec<usize> {
 }
 
 /// Prints an answer per image; fails if an image failed.
-fn show(
-    paths: &[PathBuf],
-    answers: &[ClassifyResponse],
-    output: &Output,
-) -> Result<(), Failure> {
+fn show(paths: &[PathBuf], answers: &[ClassifyResponse], output: &Output) -> Result<(), Failure> {
     let items: Vec<&ClassifyItem> = answers.iter().flat_map(|answer| &answer.items).collect();
     let version = answers.first().map(|answer| answer.model_version.clone());
     let timings = answers.iter().filter_map(|answer| answer.timings.as_ref());

@@ -33,8 +33,7 @@ pub(super) struct Args {
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
-        let patience =
-            if self.detach { Patience::UntilAccepted } else { Patience::ToTheEnd };
+        let patience = if self.detach { Patience::UntilAccepted } else { Patience::ToTheEnd };
         let request = EvaluateRequest {
             model: self.model,
             dataset: self.dataset,

@@ -68,14 +68,15 @@ impl Failure {
     }
 
     fn json(&self) -> Value {
-        let field = match self {
-            Self::Local(Error::InvalidArgument { field, .. }) => Some(field),
-            _ => None,
-        };
-        match self {
-            Self::Refused(status) => status_json(status),
-            _ => json!({ "message": self.text(), "field": field }),
+        if let Self::Refused(status) = self {
+            return status_json(status);
         }
+        let field = if let Self::Local(Error::InvalidArgument { field, .. }) = self {
+            Some(field)
+        } else {
+            None
+        };
+        json!({ "message": self.text(), "field": field })
     }
 }
 
@@ -153,6 +154,7 @@ fn code_name(code: Code) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashMap;
     use std::time::Duration;
 
     use tonic_types::ErrorDetails;
@@ -162,7 +164,7 @@ mod tests {
     fn refused() -> Status {
         let mut details = ErrorDetails::new();
         details.add_bad_request_violation("weight_bits", "12 bits are not supported");
-        details.set_error_info("INVALID_ARGUMENT_BITS", "vitq.dev", [("k", "v")]);
+        details.set_error_info("INVALID_ARGUMENT_BITS", "vitq.dev", HashMap::new());
         details.set_retry_info(Some(Duration::from_millis(1500)));
         Status::with_error_details(Code::InvalidArgument, "the request is wrong", details)
     }

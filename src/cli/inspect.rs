@@ -91,11 +91,7 @@ fn text(artifact: &Artifact, size: usize, digest: &str, verified: bool) -> Strin
         format!("calibration  {} images, sha256 {}", calibration.images, calibration.digest),
         format!("source       sha256 {source_digest}"),
         format!("written by   vitq {}", artifact.header.crate_version),
-        format!(
-            "size         {} of {} ({share:.1} %)",
-            bytes(size as u64),
-            bytes(*source_bytes)
-        ),
+        format!("size         {} of {} ({share:.1} %)", bytes(size as u64), bytes(*source_bytes)),
         format!("tensors      {}", artifact.tensors.len()),
         format!("sites        {} quantized", sites.len()),
     ];

@@ -99,8 +99,7 @@ fn entry_text(entry: &Entry) -> String {
     let _infallible = writeln!(text, "  source: {}", entry.source);
     for option in &entry.options {
         let EntryOption { name, help, default, values } = option;
-        let _infallible =
-            writeln!(text, "  --option {name}={default}\n      {help}; {values}");
+        let _infallible = writeln!(text, "  --option {name}={default}\n      {help}; {values}");
     }
     text
 }

@@ -41,8 +41,8 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME", default_value = "simulated", conflicts_with = "checkpoint")]
     executor: Backend,
     /// Where to run: auto, cpu, cuda:N.
-    #[arg(long, value_name = "NAME", default_value = "auto", value_parser = args::device)]
-    device: Device,
+    #[arg(long, value_name = "NAME", default_value = "auto")]
+    device: String,
     /// Images per forward.
     #[arg(long, value_name = "N", default_value = "32", value_parser = args::positive)]
     batch_size: usize,
@@ -75,7 +75,8 @@ impl Loaded {
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
-        let model = self.load()?;
+        let device = args::device(&self.device)?;
+        let model = self.load(device)?;
         let (logits, names) = match (&self.images, &self.tensor) {
             (Some(folder), _) => {
                 let samples = list_images(folder)?;
@@ -92,16 +93,16 @@ impl Args {
         output.result(text, &json)
     }
 
-    fn load(&self) -> Result<Loaded, Failure> {
+    fn load(&self, device: Device) -> Result<Loaded, Failure> {
         match (&self.checkpoint, &self.artifact) {
             (Some(folder), _) => {
                 let checkpoint = Checkpoint::open(folder)?;
-                Ok(Loaded::Float(FloatModel::load(&checkpoint, self.device)?))
+                Ok(Loaded::Float(FloatModel::load(&checkpoint, device)?))
             }
             (None, Some(file)) => {
                 let bytes = std::fs::read(file).map_err(|e| Error::io(file, e))?;
                 let artifact = Artifact::from_bytes(&file.display().to_string(), &bytes)?;
-                let model = QuantizedModel::load(&artifact, self.device, self.executor)?;
+                let model = QuantizedModel::load(&artifact, device, self.executor)?;
                 Ok(Loaded::Quantized(model))
             }
             (None, None) => Err(Failure::Usage("no model".to_owned())),
@@ -126,9 +127,8 @@ impl Args {
             return Err(Error::invalid("tensor", reason));
         }
         let batches = input.f_split(self.batch_size as i64, 0)?;
-        let logits = batches.iter().map(|batch| {
-            Ok(model.forward(batch)?.f_to_device(Device::Cpu)?)
-        });
+        let logits =
+            batches.iter().map(|batch| Ok(model.forward(batch)?.f_to_device(Device::Cpu)?));
         Ok(Tensor::f_cat(&logits.collect::<Result<Vec<_>>>()?, 0)?)
     }
 }

@@ -182,7 +182,7 @@ pub(super) fn quantized_json(operation: &str, result: &QuantizeResult) -> Value 
 
 /// A finished evaluation as text.
 pub(super) fn evaluated_text(result: &EvaluateResult) -> String {
-    let metrics = result.metrics.clone().unwrap_or_default();
+    let metrics = result.metrics.unwrap_or_default();
     let EvaluationMetrics {
         images,
         top1_percent,
@@ -209,7 +209,7 @@ pub(super) fn evaluated_text(result: &EvaluateResult) -> String {
 
 /// A finished evaluation as JSON.
 pub(super) fn evaluated_json(operation: &str, result: &EvaluateResult) -> Value {
-    let metrics = result.metrics.clone().unwrap_or_default();
+    let metrics = result.metrics.unwrap_or_default();
     json!({
         "operation": operation,
         "model": result.model,
