@@ -9,7 +9,7 @@ mod client;
 mod evaluate;
 mod failure;
 mod follow;
-//mod generate;
+mod generate;
 mod inspect;
 mod jobs;
 mod methods;
