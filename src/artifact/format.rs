@@ -190,3 +190,115 @@ fn digest(version: &str, header: &str, tensors: &BTreeMap<String, RawTensor>) ->
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calib::StemHeadPolicy;
+    use crate::model::{Interpolation, Preprocessing};
+    use crate::quant::BitWidth;
+
+    fn artifact() -> Artifact {
+        let preprocessing = Preprocessing {
+            image_size: 8,
+            crop_pct: 0.9,
+            interpolation: Interpolation::Bicubic,
+            mean: [0.485, 0.456, 0.406],
+            std: [0.5; 3],
+        };
+        let model = ModelSpec {
+            architecture: "vit_tiny_patch16_224".to_owned(),
+            family: "vit".to_owned(),
+            num_classes: 2,
+            model_args: Map::new(),
+            preprocessing,
+            labels: vec!["a \"quoted\" label".to_owned(), "b".to_owned()],
+        };
+        let request = QuantizeSpec {
+            method: "minmax".to_owned(),
+            options: BTreeMap::new(),
+            weight_bits: BitWidth::EIGHT,
+            activation_bits: BitWidth::EIGHT,
+            stem_head: StemHeadPolicy::Float,
+            seed: 7,
+        };
+        let header = Header {
+            model,
+            request,
+            calibration: CalibrationSource { images: 1, digest: "00".to_owned() },
+            source_digest: "11".to_owned(),
+            source_bytes: 1,
+            sites: BTreeMap::new(),
+            packed: BTreeMap::new(),
+            report: CalibrationReport::default(),
+            crate_version: "0.0.0".to_owned(),
+        };
+        let raw = |dtype, shape: &[usize], data: &[u8]| RawTensor {
+            dtype,
+            shape: shape.to_vec(),
+            data: data.to_vec(),
+        };
+        let tensors = [
+            ("head.weight".to_owned(), raw(safetensors::Dtype::U8, &[3], &[1, 2, 3])),
+            ("norm.bias".to_owned(), raw(safetensors::Dtype::F32, &[1], &[0, 0, 128, 63])),
+        ];
+        Artifact { header, tensors: tensors.into_iter().collect() }
+    }
+
+    #[test]
+    fn what_is_written_is_read() {
+        let artifact = artifact();
+        let bytes = artifact.to_bytes().unwrap();
+        let read = Artifact::from_bytes("test", &bytes).unwrap();
+        assert_eq!((&read.header, &read.tensors), (&artifact.header, &artifact.tensors));
+        assert_eq!(read.to_bytes().unwrap(), bytes);
+        // Any reader of the format can open it.
+        assert_eq!(SafeTensors::deserialize(&bytes).unwrap().len(), 2);
+    }
+
+    #[test]
+    fn every_flipped_bit_is_found() {
+        let bytes = artifact().to_bytes().unwrap();
+        for position in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut damaged = bytes.clone();
+                damaged[position] ^= 1 << bit;
+                let result = Artifact::from_bytes("test", &damaged);
+                assert!(
+                    matches!(result, Err(Error::CorruptArtifact { .. })),
+                    "byte {position} bit {bit}: {result:?}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn every_truncation_is_found() {
+        let bytes = artifact().to_bytes().unwrap();
+        for length in 0..bytes.len() {
+            let result = Artifact::from_bytes("test", &bytes[..length]);
+            assert!(matches!(result, Err(Error::CorruptArtifact { .. })), "{length}: {result:?}");
+        }
+    }
+
+    #[test]
+    fn an_intact_file_of_another_version_is_refused_by_name() {
+        let artifact = artifact();
+        let bytes = artifact.to_bytes().unwrap();
+        let header = serde_json::to_string(&artifact.header).unwrap();
+        let (old, new) =
+            (digest("1", &header, &artifact.tensors), digest("9", &header, &artifact.tensors));
+        let text = String::from_utf8_lossy(&bytes[8..bytes.len() - 7]).into_owned();
+        let text = text
+            .replace(&old, &new)
+            .replace("\"schema_version\":\"1\"", "\"schema_version\":\"9\"");
+        let mut newer = bytes[..8].to_vec();
+        newer.extend(text.as_bytes());
+        newer.extend(&bytes[bytes.len() - 7..]);
+        let error = Artifact::from_bytes("file", &newer).unwrap_err();
+        assert!(
+            matches!(&error, Error::FailedPrecondition { reason } if reason.contains("version 9")),
+            "{error}"
+        );
+    }
+}
