@@ -1,5 +1,7 @@
 //! Decoding and preprocessing against Pillow and timm (tests/fixtures/preprocess).
 
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 
