@@ -59,13 +59,15 @@ impl Weights {
         let scale = f64::from(span.source) / f64::from(span.resized);
         let stretch = scale.max(1.0);
         let radius = kernel.radius * stretch;
-        let taps = (2 * radius.ceil() as usize + 1).min(source);
-        let mut first = Vec::with_capacity(span.kept as usize);
-        let mut values = Vec::with_capacity(span.kept as usize * taps);
-        for at in span.start..span.start + span.kept {
+        let windows = (span.start..span.start + span.kept).map(|at| {
             let center = (f64::from(at) + 0.5) * scale;
             let from = (center - radius + 0.5).max(0.0) as usize;
-            let to = ((center + radius + 0.5) as usize).min(source);
+            (center, from, ((center + radius + 0.5) as usize).min(source))
+        });
+        let taps = windows.clone().map(|(_, from, to)| to - from).max().unwrap_or(0);
+        let mut first = Vec::with_capacity(span.kept as usize);
+        let mut values = Vec::with_capacity(span.kept as usize * taps);
+        for (center, from, to) in windows {
             let weight = |x: usize| (kernel.value)((x as f64 - center + 0.5).abs() / stretch);
             let total: f64 = (from..to).map(weight).sum();
             // Windows at the far edge are shifted back so that all have `taps` pixels.
