@@ -1,10 +1,15 @@
-//! Makes the binary find libtorch without environment variables.
+//! Makes the binary find libtorch without environment variables, and compiles proto/ without protoc.
 
 use std::env;
-use std::path::Path;
+use std::error::Error;
+use std::fs;
+use std::path::{Path, PathBuf};
 
-fn main() {
+use protox::prost::Message as _;
+
+fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo:rerun-if-changed=proto");
     println!("cargo:rerun-if-env-changed=LIBTORCH");
     // The rpath must be absolute: the binary may be started from anywhere.
     if let Some(libtorch) = env::var_os("LIBTORCH") {
@@ -12,4 +17,26 @@ fn main() {
         let lib = lib.canonicalize().unwrap_or(lib);
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     }
+    compile_protos()
+}
+
+fn compile_protos() -> Result<(), Box<dyn Error>> {
+    let out = PathBuf::from(env::var("OUT_DIR")?);
+    let mut files = vec![PathBuf::from("google/longrunning/operations.proto")];
+    for entry in fs::read_dir("proto/vitq/v1")? {
+        files.push(Path::new("vitq/v1").join(entry?.file_name()));
+    }
+    files.sort();
+    let descriptors = protox::compile(files, ["proto"])?;
+    // Reflection serves every file, imports included.
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    tonic_prost_build::configure()
+        .include_file("proto.rs")
+        .extern_path(".google.rpc", "::tonic_types::pb")
+        .bytes(".vitq.v1.Image.content")
+        .btree_map(".vitq.v1")
+        // Foreign comments hold indented text that rustdoc would take for tests.
+        .disable_comments([".google"])
+        .compile_fds(descriptors)?;
+    Ok(())
 }
