@@ -66,13 +66,15 @@ impl Weights {
         let scale = f64::from(span.source) / f64::from(span.resized);
         let stretch = scale.max(1.0);
         let radius = kernel.radius * stretch;
-        let taps = (2 * radius.ceil() as usize + 1).min(source);
-        let mut first = Vec::with_capacity(span.kept as usize);
-        let mut exact = Vec::with_capacity(span.kept as usize * taps);
-        for at in span.start..span.start + span.kept {
+        let windows = (span.start..span.start + span.kept).map(|at| {
             let center = (f64::from(at) + 0.5) * scale;
             let from = (center - radius + 0.5).max(0.0) as usize;
-            let to = ((center + radius + 0.5) as usize).min(source);
+            (center, from, ((center + radius + 0.5) as usize).min(source))
+        });
+        let taps = windows.clone().map(|(_, from, to)| to - from).max().unwrap_or(0);
+        let mut first = Vec::with_capacity(span.kept as usize);
+        let mut exact = Vec::with_capacity(span.kept as usize * taps);
+        for (center, from, to) in windows {
             // Operations in Pillow's order: another order can move a weight's last bit.
             let weight =
                 |x: usize| (kernel.value)(((x as f64 - center + 0.5) * (1.0 / stretch)).abs());
