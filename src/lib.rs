@@ -12,7 +12,7 @@
 //! - [`methods`]: the quantization methods and their registry
 //! - [`artifact`]: the stored form of a quantized model
 //! - [`engine`]: quantized models on devices, batching, jobs, evaluation
-//! - [`bench`]: method × model × bits runs and their reports
+//! - [`mod@bench`]: method × model × bits runs and their reports
 //! - [`grpc`]: the services
 //! - [`cli`]: one file per command
 

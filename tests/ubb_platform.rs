@@ -1,6 +1,8 @@
 //! UBB end to end against the released platform: the trained digits ViT, the same calibration
 //! files, the same parameters, the same logits (demo/reference), and the float models themselves.
 
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 

@@ -82,8 +82,9 @@ impl Dataset {
     }
 
     /// Draws `count` images. A seed stands for the same images for ever: the samples are ordered
-    /// by a hash of seed and name (see [`draw`]) and the first `count` are taken, in that order.
-    /// A smaller subset of the same seed is therefore the beginning of a larger one.
+    /// by a fixed hash of seed and name (never by position, so another order of the classes draws
+    /// the same) and the first `count` are taken, in that order. A smaller subset of a seed is
+    /// therefore the beginning of a larger one.
     ///
     /// # Errors
     /// `InvalidArgument` on `field` when `count` is zero or exceeds the number of images.

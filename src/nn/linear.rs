@@ -14,12 +14,12 @@ pub struct Linear {
     pub site: Arc<Site>,
     /// float32 [out, in].
     pub weight: Tensor,
-    /// float32 [out].
+    /// float32 `[out]`.
     pub bias: Option<Tensor>,
 }
 
 impl Linear {
-    /// Reads `weight` [out, in] and, where present, `bias` [out] below `scope`.
+    /// Reads `weight` `[out, in]` and, where present, `bias` `[out]` below `scope`.
     ///
     /// # Errors
     /// `InvalidArgument` when a tensor is missing or has another shape.

@@ -14,7 +14,7 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
-    /// Reads `weight` and `bias` [dim] below `scope`.
+    /// Reads `weight` and `bias` `[dim]` below `scope`.
     ///
     /// # Errors
     /// `InvalidArgument` when a tensor is missing or has another shape.

@@ -33,7 +33,7 @@ pub struct Range {
 }
 
 impl Range {
-    /// Minimum and maximum over the whole tensor, shape [1].
+    /// Minimum and maximum over the whole tensor, shape `[1]`.
     ///
     /// # Errors
     /// `Device` when libtorch refuses.

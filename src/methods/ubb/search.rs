@@ -82,10 +82,8 @@ impl Tables {
         let size = problem.tokens.size();
         let (images, tokens, features) = (size[0], size[1], size[2]);
         let shifts = if problem.rules.tau.is_some() { SHIFT_STEPS } else { 1 };
-        let mut tables = Self {
-            swaps: vec![Vec::with_capacity(images as usize); STEPS * STEPS],
-            errors: vec![Vec::with_capacity(images as usize); shifts],
-        };
+        let mut tables =
+            Self { swaps: vec![Vec::new(); STEPS * STEPS], errors: vec![Vec::new(); shifts] };
         let chunk = (CHUNK_ELEMENTS / (tokens * features)).clamp(1, images);
         for first in (0..images).step_by(chunk as usize) {
             stop()?;

@@ -51,6 +51,7 @@ pub(super) fn shape(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<i64>> {
 }
 
 /// A tensor as float32; all values must be finite.
+#[allow(clippy::wildcard_enum_match_arm, reason = "the list of element types is open")]
 pub(super) fn read_tensor(tensors: &SafeTensors<'_>, name: &str) -> Result<Tensor> {
     let view = tensors.tensor(name).map_err(|error| unusable(error.to_string()))?;
     let kind = match view.dtype() {

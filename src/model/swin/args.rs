@@ -1,7 +1,5 @@
 //! Swin's `model_args`: what the tensors tell about them, and the stages that they describe.
 
-use serde_json::Value;
-
 use crate::error::Result;
 use crate::model::args::{self, Args, BlockShape, MAX_IMAGE, MAX_SIZE, ParameterList, unusable};
 use crate::model::layers::PatchShape;
@@ -77,9 +75,10 @@ impl SwinArgs {
 fn read_stages(args: Args<'_>, patches: PatchShape) -> Result<Vec<Stage>> {
     let depths = args.sizes("depths", MAX_SIZE)?;
     let heads = args.sizes("num_heads", MAX_SIZE)?;
-    let windows = match args.required("window_size")? {
-        Value::Array(_) => args.sizes("window_size", MAX_WINDOW)?,
-        _ => vec![args.size("window_size", MAX_WINDOW)?; depths.len()],
+    let windows = if args.required("window_size")?.is_array() {
+        args.sizes("window_size", MAX_WINDOW)?
+    } else {
+        vec![args.size("window_size", MAX_WINDOW)?; depths.len()]
     };
     let ratio = args.positive("mlp_ratio", args::MAX_MLP_RATIO)?;
     if heads.len() != depths.len() || windows.len() != depths.len() || depths.len() > MAX_STAGES {

@@ -29,7 +29,7 @@ enum Upsampling {
 
 impl Upsampling {
     fn new(frame: &Frame, component: &Component) -> Result<Self, String> {
-        if frame.h_max % component.h != 0 || frame.v_max % component.v != 0 {
+        if !frame.h_max.is_multiple_of(component.h) || !frame.v_max.is_multiple_of(component.v) {
             return Err("JPEG images with fractional sampling factors are not supported".into());
         }
         let smooth = component.width > 2;
@@ -46,7 +46,7 @@ impl Upsampling {
     fn row(self, component: &Component, y: usize, (out, sums): (&mut [u8], &mut Vec<u16>)) {
         let near = component.row(y as isize / 2);
         // An even row is nearer to the sample row above, an odd one to that below.
-        let far = component.row(y as isize / 2 + if y % 2 == 0 { -1 } else { 1 });
+        let far = component.row(y as isize / 2 + if y.is_multiple_of(2) { -1 } else { 1 });
         match self {
             Self::Repeat(h, v) => {
                 let row = component.row((y / v) as isize);

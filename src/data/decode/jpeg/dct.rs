@@ -78,3 +78,49 @@ pub(super) fn inverse(block: &[i16; 64], steps: &[u16; 64], out: &mut [u8], stri
 fn sample(value: Int) -> u8 {
     (value + Wrapping(128)).0.clamp(0, 255) as u8
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn samples(block: &[i16; 64], steps: &[u16; 64]) -> Vec<u8> {
+        let mut out = vec![0; 64];
+        inverse(block, steps, &mut out, 8);
+        out
+    }
+
+    #[test]
+    fn the_transform_is_within_a_level_of_the_definition() {
+        let mut block = [0; 64];
+        for (at, value) in block.iter_mut().enumerate() {
+            *value = ((at * 37 % 23) as i16 - 11) * (64 - at as i16) / 8;
+        }
+        let basis = |frequency: usize, place: usize| {
+            let scale = if frequency == 0 { 0.5_f64.sqrt() } else { 1.0 };
+            let angle = (2 * place + 1) as f64 * frequency as f64 * std::f64::consts::PI / 16.0;
+            scale / 2.0 * angle.cos()
+        };
+        for (at, sample) in samples(&block, &[1; 64]).into_iter().enumerate() {
+            let (x, y) = (at % 8, at / 8);
+            let exact: f64 = (0..64)
+                .map(|n| f64::from(block[n]) * basis(n % 8, x) * basis(n / 8, y))
+                .sum::<f64>()
+                + 128.0;
+            assert!((f64::from(sample) - exact.clamp(0.0, 255.0)).abs() <= 1.0, "{x} {y}");
+        }
+    }
+
+    #[test]
+    fn the_short_cut_for_constant_blocks_changes_nothing() {
+        for dc in -1100..1100 {
+            let mut block = [0; 64];
+            block[0] = dc;
+            let short = samples(&block, &[3; 64]);
+            // A coefficient whose step is zero takes the long way and adds nothing.
+            block[63] = 1;
+            let mut steps = [3; 64];
+            steps[63] = 0;
+            assert_eq!(short, samples(&block, &steps), "{dc}");
+        }
+    }
+}

@@ -100,13 +100,14 @@ impl<'a> BitReader<'a> {
             return;
         }
         // Four plain bytes at once, which is nearly always.
-        if let Some(&four) = self.data.get(self.at..).and_then(|rest| rest.first_chunk::<4>()) {
-            if !four.contains(&0xff) {
-                self.bits |= u64::from(u32::from_be_bytes(four)) << (32 - self.count);
-                self.count += 32;
-                self.at += 4;
-                return;
-            }
+        let four = self.data.get(self.at..).and_then(|rest| rest.first_chunk::<4>());
+        if let Some(&four) = four
+            && !four.contains(&0xff)
+        {
+            self.bits |= u64::from(u32::from_be_bytes(four)) << (32 - self.count);
+            self.count += 32;
+            self.at += 4;
+            return;
         }
         while self.count <= 56 {
             let byte = match self.data.get(self.at..).unwrap_or_default() {
@@ -180,5 +181,58 @@ impl<'a> BitReader<'a> {
             }
         }
         Err("the JPEG data is damaged".into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Counts by code length and the symbols 0, 1, 2, ...
+    fn table(counts: &[(usize, u8)]) -> Vec<u8> {
+        let mut bytes = vec![0; 16];
+        for (length, count) in counts {
+            bytes[length - 1] = *count;
+        }
+        let total: usize = bytes.iter().map(|count| usize::from(*count)).sum();
+        bytes.extend((0..total).map(|symbol| symbol as u8));
+        bytes
+    }
+
+    #[test]
+    fn short_and_long_codes_are_found() {
+        // 0, 10, then the twelve-bit codes 1100 0000 0000 and 1100 0000 0001.
+        let bytes = table(&[(1, 1), (2, 1), (12, 2)]);
+        let (table, rest) = HuffmanTable::parse(&bytes).unwrap();
+        assert!(rest.is_empty());
+        let data = [0b1011_0000, 0b0000_0101, 0b1000_0000, 0b0000_0000];
+        let mut reader = BitReader::new(&data);
+        let symbols: Vec<u8> = (0..4).map(|_| reader.symbol(&table).unwrap()).collect();
+        assert_eq!(symbols, [1, 3, 0, 2]);
+        let mut reader = BitReader::new(&[0b1111_1110, 0]);
+        assert!(reader.symbol(&table).is_err());
+    }
+
+    #[test]
+    fn impossible_tables_are_refused() {
+        for counts in [&[(1, 3)][..], &[(1, 2), (2, 1)], &[(8, 255), (9, 3)]] {
+            assert!(HuffmanTable::parse(&table(counts)).is_err(), "{counts:?}");
+        }
+        assert!(HuffmanTable::parse(&[0; 15]).is_err());
+        assert!(HuffmanTable::parse(&table(&[(2, 2)])[..17]).is_err());
+    }
+
+    #[test]
+    fn stuffing_is_removed_and_markers_end_the_data() {
+        let mut reader = BitReader::new(&[0xff, 0x00, 0x12, 0xff, 0xff, 0xd0, 0x34, 0xff, 0xd9]);
+        assert_eq!((reader.take(12), reader.signed(4)), (0xff1, 2 - 15));
+        assert!(!reader.exhausted());
+        assert_eq!(reader.take(4), 0);
+        assert!(reader.exhausted());
+        reader.restart();
+        assert!(!reader.exhausted());
+        assert_eq!(reader.take(8), 0x34);
+        reader.restart();
+        assert!(reader.exhausted());
     }
 }

@@ -139,3 +139,89 @@ impl Tables {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A gray 8×8 image: `tables` before the frame, then `scans`, each with one DC symbol.
+    fn gray(tables: &[&[u8]], frame: u8, scans: usize) -> Vec<u8> {
+        let mut bytes = vec![0xff, 0xd8];
+        tables.iter().for_each(|table| bytes.extend_from_slice(table));
+        bytes.extend([0xff, frame, 0, 11, 8, 0, 8, 0, 8, 1, 1, 0x11, 0]);
+        let last = if frame == 0xc2 { 0 } else { 63 };
+        for _ in 0..scans {
+            bytes.extend([0xff, 0xda, 0, 8, 1, 1, 0, 0, last, 0, 0b0011_1111]);
+        }
+        bytes.extend([0xff, 0xd9]);
+        bytes
+    }
+
+    /// A table with the one code 0 for symbol 0, the end of a block or no difference.
+    fn huffman(class: u8) -> Vec<u8> {
+        let mut bytes = vec![0xff, 0xc4, 0, 20, class << 4, 1];
+        bytes.extend([0; 16]);
+        bytes
+    }
+
+    fn quantization() -> Vec<u8> {
+        [vec![0xff, 0xdb, 0, 67, 0], vec![1; 64]].concat()
+    }
+
+    fn outcome(bytes: &[u8], limits: &DecodeLimits) -> Result<Vec<u8>, String> {
+        decode(bytes, limits).map(|image| image.pixels)
+    }
+
+    #[test]
+    fn tables_must_be_there_before_their_scan() {
+        let (steps, dc, ac) = (quantization(), huffman(0), huffman(1));
+        let all: [&[u8]; 3] = [&steps, &dc, &ac];
+        let limits = DecodeLimits::default();
+        let decoded = outcome(&gray(&all, 0xc0, 1), &limits);
+        assert_eq!(decoded, Ok(vec![128; 192]));
+        let reason = |tables: &[&[u8]]| outcome(&gray(tables, 0xc0, 1), &limits).unwrap_err();
+        assert_eq!(reason(&all[1..]), "the JPEG image lacks a quantization table");
+        assert_eq!(reason(&all[..2]), "the JPEG image lacks a Huffman table");
+        assert_eq!(reason(&[&steps, &ac]), "the JPEG image lacks a Huffman table");
+    }
+
+    #[test]
+    fn scans_are_limited_by_the_work_they_make() {
+        let (steps, dc) = (quantization(), huffman(0));
+        let limits = DecodeLimits { max_pixels: 64, ..DecodeLimits::default() };
+        assert!(outcome(&gray(&[&steps, &dc], 0xc2, 20), &limits).is_ok());
+        let error = outcome(&gray(&[&steps, &dc], 0xc2, 21), &limits).unwrap_err();
+        assert_eq!(error, "21 scans are too many for the image's size");
+    }
+
+    #[test]
+    fn other_processes_and_depths_are_refused() {
+        let limits = DecodeLimits::default();
+        for frame in [0xc3, 0xc5, 0xc9, 0xca, 0xcf] {
+            let error = outcome(&gray(&[], frame, 1), &limits).unwrap_err();
+            assert_eq!(error, "arithmetic, lossless and hierarchical JPEG are not supported");
+        }
+        let mut deep = gray(&[], 0xc1, 1);
+        deep[6] = 12;
+        let error = outcome(&deep, &limits).unwrap_err();
+        assert_eq!(error, "only JPEG images of 8 bits a sample are supported");
+    }
+
+    #[test]
+    fn colour_follows_jfif_then_adobe_then_the_ids() {
+        let space = |jfif, adobe, ids: &[u8]| {
+            let count = ids.len() as u8;
+            let specs = ids.iter().flat_map(|id| [*id, 0x11, 0]);
+            let header: Vec<u8> = [8, 0, 8, 0, 8, count].into_iter().chain(specs).collect();
+            let frame = Frame::parse(&header, false).unwrap();
+            ColorHints { jfif, adobe }.color_space(&frame.components)
+        };
+        assert_eq!(space(true, Some(0), b"RGB"), Ok(ColorSpace::YCbCr));
+        assert_eq!(space(false, Some(0), &[1, 2, 3]), Ok(ColorSpace::Rgb));
+        assert_eq!(space(false, None, b"RGB"), Ok(ColorSpace::Rgb));
+        assert_eq!(space(false, None, &[0, 1, 2]), Ok(ColorSpace::YCbCr));
+        assert_eq!(space(false, Some(2), &[1, 2, 3, 4]), Ok(ColorSpace::Ycck));
+        assert_eq!(space(true, None, &[1, 2, 3, 4]), Ok(ColorSpace::Cmyk));
+        assert!(space(false, None, &[1, 2]).is_err());
+    }
+}
