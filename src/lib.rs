@@ -2,6 +2,7 @@
 //!
 //! The map, each line using only the lines above it:
 //! - [`error`]: one error type, by the caller's situation
+//! - [`tensor`]: small tensor helpers
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, taps
@@ -29,5 +30,6 @@ pub mod methods;
 pub mod model;
 pub mod nn;
 pub mod quant;
+pub mod tensor;
 
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@
 
 use tch::Tensor;
 
+use crate::calib::report::{Seen, require_finite};
 use crate::error::Result;
 use crate::exec::{Executor, Float};
 use crate::nn::{Linear, Operand, Site};
@@ -22,6 +23,12 @@ pub trait QuantizerSource {
         operand: Operand,
         x: &Tensor,
     ) -> Result<Option<Box<dyn Quantizer>>>;
+
+    /// Shown every operand right after its first quantization.
+    ///
+    /// # Errors
+    /// As [`QuantizerSource::quantizer`].
+    fn quantized(&mut self, seen: &Seen<'_>) -> Result<()>;
 }
 
 /// An executor that fills a plan while it runs the whole calibration batch once.
@@ -39,16 +46,23 @@ impl<'a, S: QuantizerSource> LazyCalibration<'a, S> {
     }
 
     fn calibrated(&mut self, site: &Site, operand: Operand, x: &Tensor) -> Result<Tensor> {
-        if self.plan.get(site.id, operand).is_none() {
-            let Some(quantizer) = self.source.quantizer(site, operand, x)? else {
-                return Ok(x.shallow_clone());
-            };
-            self.plan.insert(site.id, operand, quantizer);
+        if let Some(quantizer) = self.plan.get(site.id, operand) {
+            return quantizer.fake_quantize(x);
         }
-        match self.plan.get(site.id, operand) {
-            Some(quantizer) => quantizer.fake_quantize(x),
-            None => Ok(x.shallow_clone()),
-        }
+        require_finite(site, operand, x)?;
+        let Some(quantizer) = self.source.quantizer(site, operand, x)? else {
+            return Ok(x.shallow_clone());
+        };
+        let x_hat = quantizer.fake_quantize(x)?;
+        self.source.quantized(&Seen {
+            site,
+            operand,
+            quantizer: quantizer.as_ref(),
+            x,
+            x_hat: &x_hat,
+        })?;
+        self.plan.insert(site.id, operand, quantizer);
+        Ok(x_hat)
     }
 }
 

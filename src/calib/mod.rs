@@ -2,7 +2,11 @@
 
 pub mod capture;
 pub mod progress;
+pub mod report;
 pub mod task;
 
 pub use progress::{Progress, ProgressUpdate};
-pub use task::{CalibrationReport, CalibrationTask, Quantization, SiteReport};
+pub use report::SiteLog;
+pub use task::{
+    CalibrationReport, CalibrationTask, Quantization, QuantizeSpec, SiteReport, StemHeadPolicy,
+};

@@ -1,5 +1,6 @@
 //! The methods, their typed options, and the registry. A new method is its file and one line.
 
+mod float;
 mod minmax;
 mod options;
 mod ubb;
@@ -38,7 +39,7 @@ pub struct MethodEntry {
 }
 
 /// Every method, in the order of catalogues and tables.
-pub const METHODS: &[&MethodEntry] = &[&minmax::METHOD, &ubb::METHOD];
+pub const METHODS: &[&MethodEntry] = &[&float::METHOD, &minmax::METHOD, &ubb::METHOD];
 
 /// The method of that id.
 ///

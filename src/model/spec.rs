@@ -49,6 +49,11 @@ pub enum Interpolation {
 }
 
 impl ModelSpec {
+    /// Whether token 0 of the sequence is a class token (`class_token` of the resolved arguments).
+    pub fn has_class_token(&self) -> bool {
+        self.model_args.get("class_token").and_then(Value::as_bool).unwrap_or(false)
+    }
+
     /// The label of a class: its name in the checkpoint, or its index as text.
     pub fn label(&self, class: usize) -> String {
         self.labels.get(class).cloned().unwrap_or_else(|| class.to_string())

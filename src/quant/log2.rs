@@ -1,1 +1,156 @@
-//! placeholder
+//! Row-wise dynamic log2 quantization of attention scores (methods/ubb.md, section 8):
+//! Δ = row maximum, e = round(−log2(max(x/Δ, 1e-8))), x̂ = Δ·2^(−e), 0 where e does not fit.
+
+use tch::{Kind, Tensor};
+
+use crate::error::Result;
+use crate::quant::tokens::TokenLayout;
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+use crate::tensor::round_straight_through;
+
+/// Kind name in artifacts.
+pub const KIND: &str = "log2_row";
+
+/// Smallest ratio x/Δ whose logarithm is taken (the source's constant).
+const MIN_RATIO: f64 = 1e-8;
+
+/// Exponents covered by one integer term: 2^0..2^14 fit 15 bits, so products stay within 32.
+const TERM_EXPONENTS: i64 = 15;
+
+/// How zero is coded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroCode {
+    /// 2^b exponents and an extra symbol for zero, as in the released code.
+    Extra,
+    /// The last of 2^b codes means zero: fits b bits.
+    Last,
+}
+
+/// Which rows share a maximum: rows over all heads, regrouped windows .
+#[derive(Clone, Debug)]
+pub struct Log2Row {
+    bits: BitWidth,
+    zero_code: ZeroCode,
+    layout: TokenLayout,
+}
+
+impl Log2Row {
+    /// A log2 grid of `bits` bits over the rows of `layout`.
+    pub fn new(bits: BitWidth, zero_code: ZeroCode, layout: TokenLayout) -> Self {
+        Self { bits, zero_code, layout }
+    }
+
+    /// Restores a stored quantizer.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when the state is incomplete.
+    pub fn restore(state: &QuantizerState) -> Result<Self> {
+        let zero_code = if state.read_scalar("zero_code_last")? == 0.0 {
+            ZeroCode::Extra
+        } else {
+            ZeroCode::Last
+        };
+        let layout = TokenLayout::restore(state)?;
+        Ok(Self { bits: state.read_bits()?, zero_code, layout })
+    }
+
+    /// Largest exponent that is not zero.
+    fn last_exponent(&self) -> f64 {
+        match self.zero_code {
+            ZeroCode::Extra => self.bits.max_code(),
+            ZeroCode::Last => self.bits.max_code() - 1.0,
+        }
+    }
+
+    /// Row maxima and unclamped exponents in token layout [images, tokens, features].
+    fn exponents(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let tokens = self.layout.to_tokens(x)?;
+        let delta = tokens.f_amax([-1i64].as_slice(), true)?;
+        let ratio = tokens.f_div(&delta)?.f_clamp_min(MIN_RATIO)?;
+        let exponent = round_straight_through(&ratio.f_log2()?.f_neg()?)?;
+        Ok((delta, exponent))
+    }
+}
+
+impl Quantizer for Log2Row {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        let (delta, exponent) = self.exponents(x)?;
+        let value =
+            exponent.f_clamp(0.0, self.last_exponent())?.f_neg()?.f_exp2()?.f_mul(&delta)?;
+        let kept = exponent.f_le(self.last_exponent())?;
+        let value = value.f_where_self(&kept, &value.f_zeros_like()?)?;
+        self.layout.from_tokens(&value, x)
+    }
+
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        let (delta, exponent) = self.exponents(x)?;
+        let exponent = exponent.f_clamp_min(0.0)?;
+        let last = self.last_exponent() as i64;
+        let mut terms = Vec::new();
+        // Exponents first..=first + 14 become integers 2^(first + 14 − e), scaled by 2^−(first + 14).
+        for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+            let end = (first + TERM_EXPONENTS - 1).min(last);
+            let inside = exponent.f_ge(first)?.f_logical_and(&exponent.f_le(end)?)?;
+            if first > 0 && inside.f_any()?.f_int64_value(&[])? == 0 {
+                continue;
+            }
+            let code = exponent.f_neg()?.f_add_scalar(end)?.f_exp2()?;
+            let code = code.f_where_self(&inside, &code.f_zeros_like()?)?;
+            let scale = delta.f_mul_scalar(2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)))?;
+            let scale = self.layout.from_token_parameters(&scale, x)?;
+            terms.push(IntTerm {
+                codes: self.layout.from_tokens(&code, x)?.f_to_kind(Kind::Int)?,
+                zero_point: scale.f_zeros_like()?.f_to_kind(Kind::Int)?,
+                scale,
+            });
+        }
+        Ok(Some(terms))
+    }
+
+    fn state(&self) -> QuantizerState {
+        let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
+        self.layout.store(QuantizerState::new(KIND, self.bits).scalar("zero_code_last", last))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::uniform::laws;
+
+    fn scores(shape: &[i64]) -> Tensor {
+        (laws::sample(shape, 5) * 6.0).softmax(-1, Kind::Float)
+    }
+
+    #[test]
+    fn laws_hold_with_and_without_windows() {
+        for (windows, layout) in [(1, TokenLayout::PLAIN), (4, TokenLayout::regrouped(4))] {
+            let x = scores(&[2 * windows, 3, 6, 6]);
+            for bits in 3..=8 {
+                for zero in [ZeroCode::Extra, ZeroCode::Last] {
+                    let q = Log2Row::new(BitWidth::new(bits, "bits").unwrap(), zero, layout);
+                    laws::terms_add_up(&q, &x);
+                    laws::images_are_independent(&q, &x, windows);
+                    laws::state_round_trips(&q, &x);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn small_scores_become_zero_and_the_maximum_is_exact() {
+        let x = Tensor::from_slice(&[0.5f32, 0.5 * 2f32.powi(-7), 0.5 * 2f32.powi(-8), 0.0])
+            .view([1, 1, 1, 4]);
+        let bits = BitWidth::new(3, "bits").unwrap();
+        let values = |zero| {
+            let q = Log2Row::new(bits, zero, TokenLayout::PLAIN);
+            crate::tensor::to_vec_f32(&q.fake_quantize(&x).unwrap()).unwrap()
+        };
+        assert_eq!(values(ZeroCode::Extra), [0.5, 0.5 * 2f32.powi(-7), 0.0, 0.0]);
+        assert_eq!(values(ZeroCode::Last), [0.5, 0.0, 0.0, 0.0]);
+    }
+}

@@ -4,9 +4,9 @@ pub mod bits;
 pub mod dynamic;
 pub mod granularity;
 pub mod log2;
-pub mod observer;
 pub mod plan;
 pub mod quantizer;
+pub mod tokens;
 pub mod uniform;
 
 pub use bits::BitWidth;

@@ -8,6 +8,9 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::quant::BitWidth;
+use crate::quant::dynamic::{self, DynamicToken};
+use crate::quant::log2::{self, Log2Row};
+use crate::quant::uniform::{self, Uniform};
 
 /// Maps reals onto a finite grid. Static, or dynamic from `x` itself; always independent per image.
 pub trait Quantizer: Debug + Send {
@@ -152,6 +155,14 @@ impl QuantizerState {
 }
 
 /// Restores the quantizer kinds that are not one method's own; `None` for other kinds.
-pub fn restore_shared(_state: &QuantizerState) -> Option<Result<Box<dyn Quantizer>>> {
-    None
+pub fn restore_shared(state: &QuantizerState) -> Option<Result<Box<dyn Quantizer>>> {
+    fn boxed<Q: Quantizer + 'static>(quantizer: Result<Q>) -> Option<Result<Box<dyn Quantizer>>> {
+        Some(quantizer.map(|q| Box::new(q) as Box<dyn Quantizer>))
+    }
+    match state.kind.as_str() {
+        uniform::KIND => boxed(Uniform::restore(state)),
+        dynamic::KIND => boxed(DynamicToken::restore(state)),
+        log2::KIND => boxed(Log2Row::restore(state)),
+        _ => None,
+    }
 }

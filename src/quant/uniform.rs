@@ -1,1 +1,248 @@
-//! placeholder
+//! The uniform affine quantizer with static scales:
+//! q = clamp(round(x/δ) + z, 0, 2^b − 1), x̂ = (q − z)·δ.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+use crate::tensor::round_straight_through;
+
+/// Kind name in artifacts.
+pub const KIND: &str = "uniform";
+
+/// Smallest scale of weights, from the platform's code (methods/ubb.md, section 1).
+pub const MIN_WEIGHT_SCALE: f64 = 1e-10;
+
+/// Static affine grid, per tensor or per channel. Zero points are integers and not clamped.
+#[derive(Debug)]
+pub struct Uniform {
+    bits: BitWidth,
+    /// float32, broadcastable to the operand.
+    scale: Tensor,
+    /// float32 holding integers, same shape.
+    zero_point: Tensor,
+}
+
+/// A range to spread a grid over.
+#[derive(Debug)]
+pub struct Range {
+    /// Smallest value, float32, broadcastable to the operand.
+    pub low: Tensor,
+    /// Largest value, same shape.
+    pub high: Tensor,
+}
+
+impl Range {
+    /// Minimum and maximum over the whole tensor, shape [1].
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn per_tensor(x: &Tensor) -> Result<Self> {
+        Ok(Self { low: x.f_min()?.f_view([1])?, high: x.f_max()?.f_view([1])? })
+    }
+
+    /// Minimum and maximum over the last axis, which is kept with length 1.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn per_row(x: &Tensor) -> Result<Self> {
+        Ok(Self {
+            low: x.f_amin([-1i64].as_slice(), true)?,
+            high: x.f_amax([-1i64].as_slice(), true)?,
+        })
+    }
+}
+
+impl Uniform {
+    /// Spreads the 2^bits codes over `range`; no scale is smaller than `min_scale`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the range is not finite; `Device` when libtorch refuses.
+    pub fn from_range(range: &Range, bits: BitWidth, min_scale: f64) -> Result<Self> {
+        let scale =
+            range.high.f_sub(&range.low)?.f_div_scalar(bits.max_code())?.f_clamp_min(min_scale)?;
+        let zero_point = range.low.f_neg()?.f_div(&scale)?.f_round()?;
+        Self::new(bits, scale, zero_point)
+    }
+
+    /// A grid with given parameters.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when a scale is not positive and finite or a zero point is not finite.
+    pub fn new(bits: BitWidth, scale: Tensor, zero_point: Tensor) -> Result<Self> {
+        let usable = scale
+            .f_gt(0.0)?
+            .f_logical_and(&scale.f_isfinite()?)?
+            .f_logical_and(&zero_point.f_isfinite()?)?
+            .f_all()?;
+        if usable.f_int64_value(&[])? == 0 {
+            return Err(Error::invalid("calibration", "a quantization range is not finite"));
+        }
+        Ok(Self { bits, scale, zero_point })
+    }
+
+    /// Restores a stored grid.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when the state is incomplete.
+    pub fn restore(state: &QuantizerState) -> Result<Self> {
+        let scale = state.read_tensor("scale")?;
+        let zero_point = state.read_tensor("zero_point")?.f_to_kind(Kind::Float)?;
+        Self::new(state.read_bits()?, scale, zero_point)
+            .map_err(|e| Error::corrupt("artifact", e.to_string()))
+    }
+
+    /// float32 scale.
+    pub fn scale(&self) -> &Tensor {
+        &self.scale
+    }
+
+    /// float32 zero point (integers).
+    pub fn zero_point(&self) -> &Tensor {
+        &self.zero_point
+    }
+
+    /// float32 codes 0..2^bits − 1.
+    fn codes(&self, x: &Tensor) -> Result<Tensor> {
+        let grid = round_straight_through(&x.f_div(&self.scale)?)?.f_add(&self.zero_point)?;
+        Ok(grid.f_clamp(0.0, self.bits.max_code())?)
+    }
+}
+
+impl Quantizer for Uniform {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+    }
+
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        // A per-tensor scale has shape [1]; a term's parameters have the operand's rank.
+        let shape = |t: &Tensor| -> Result<Tensor> {
+            let ones = vec![1i64; x.dim()];
+            Ok(if t.numel() == 1 { t.f_view(ones.as_slice())? } else { t.shallow_clone() })
+        };
+        Ok(Some(vec![IntTerm {
+            codes: self.codes(x)?.f_to_kind(Kind::Int)?,
+            scale: shape(&self.scale)?,
+            zero_point: shape(&self.zero_point)?.f_to_kind(Kind::Int)?,
+        }]))
+    }
+
+    fn state(&self) -> QuantizerState {
+        QuantizerState::new(KIND, self.bits)
+            .tensor("scale", &self.scale)
+            .tensor("zero_point", &self.zero_point)
+    }
+}
+
+/// Shared laws of quantizers, used by the tests of every kind.
+#[cfg(test)]
+pub(crate) mod laws {
+    use super::*;
+
+    /// Deterministic values with outliers, shape as given.
+    pub(crate) fn sample(shape: &[i64], seed: i64) -> Tensor {
+        let n: i64 = shape.iter().product();
+        let index = Tensor::arange(n, (Kind::Double, tch::Device::Cpu)) + (seed * 7919) as f64;
+        let noise = (&index * 12.9898).sin() * 43758.5453;
+        let uniform = &noise - noise.floor() - 0.5;
+        let spread = (&index * 0.37).cos().square() * 4.0 + 0.1;
+        (uniform * spread).to_kind(Kind::Float).view(shape)
+    }
+
+    /// `fake_quantize` equals the sum of the integer terms to float32 rounding.
+    pub(crate) fn terms_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
+        let fake = quantizer.fake_quantize(x).unwrap();
+        let terms = quantizer.quantize(x).unwrap().expect("integer form");
+        let mut sum = Tensor::zeros_like(&fake);
+        for term in &terms {
+            assert_eq!(term.codes.size(), x.size());
+            sum += term.dequantize().unwrap();
+        }
+        let scale = fake.abs().max().double_value(&[]).max(1e-30);
+        let worst = (&sum - &fake).abs().max().double_value(&[]);
+        assert!(worst <= 1e-6 * scale, "terms differ from fake_quantize by {worst}");
+    }
+
+    /// Two images together give what they give apart, bit for bit.
+    pub(crate) fn images_are_independent(
+        quantizer: &dyn Quantizer,
+        x: &Tensor,
+        rows_per_image: i64,
+    ) {
+        let together = quantizer.fake_quantize(x).unwrap();
+        let images = x.size()[0] / rows_per_image;
+        for image in 0..images {
+            let alone = x.narrow(0, image * rows_per_image, rows_per_image);
+            let alone = quantizer.fake_quantize(&alone).unwrap();
+            let part = together.narrow(0, image * rows_per_image, rows_per_image);
+            assert!(part.equal(&alone), "image {image} depends on its neighbours");
+        }
+    }
+
+    /// Storing and restoring changes nothing.
+    pub(crate) fn state_round_trips(quantizer: &dyn Quantizer, x: &Tensor) {
+        let restored = crate::methods::restore(&quantizer.state()).unwrap();
+        let (before, after) =
+            (quantizer.fake_quantize(x).unwrap(), restored.fake_quantize(x).unwrap());
+        assert!(before.equal(&after));
+        assert_eq!(restored.bits(), quantizer.bits());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn laws_hold_per_tensor_and_per_channel() {
+        let x = laws::sample(&[6, 5, 16], 1);
+        for bits in 3..=8 {
+            let bits = BitWidth::new(bits, "bits").unwrap();
+            let q = Uniform::from_range(&Range::per_tensor(&x).unwrap(), bits, 1e-10).unwrap();
+            laws::terms_add_up(&q, &x);
+            laws::images_are_independent(&q, &x, 1);
+            laws::state_round_trips(&q, &x);
+            let once = q.fake_quantize(&x).unwrap();
+            assert!(q.fake_quantize(&once).unwrap().allclose(&once, 1e-6, 1e-7, false));
+            let worst = (&once - &x).abs().max().double_value(&[]);
+            assert!(worst <= 0.5001 * q.scale().double_value(&[0]) + 1e-6, "{worst}");
+        }
+        let w = laws::sample(&[7, 12], 2);
+        let q = Uniform::from_range(&Range::per_row(&w).unwrap(), BitWidth::EIGHT, 1e-10).unwrap();
+        laws::terms_add_up(&q, &w);
+        laws::state_round_trips(&q, &w);
+    }
+
+    #[test]
+    fn it_is_monotone() {
+        let x = Tensor::linspace(-3.0, 3.0, 101, (Kind::Float, tch::Device::Cpu));
+        let bits = BitWidth::new(3, "bits").unwrap();
+        let q = Uniform::from_range(&Range::per_tensor(&x).unwrap(), bits, 1e-10).unwrap();
+        assert!(
+            q.fake_quantize(&x).unwrap().diff::<Tensor>(1, -1, None, None).min().double_value(&[])
+                >= 0.0
+        );
+    }
+
+    #[test]
+    fn gradients_vanish_outside_the_range() {
+        let range =
+            Range { low: Tensor::from_slice(&[-1.0f32]), high: Tensor::from_slice(&[1.0f32]) };
+        let q = Uniform::from_range(&range, BitWidth::EIGHT, 1e-10).unwrap();
+        let x = Tensor::from_slice(&[-2.0f32, 0.3, 2.0]).set_requires_grad(true);
+        q.fake_quantize(&x).unwrap().sum(Kind::Float).backward();
+        assert!(x.grad().allclose(&Tensor::from_slice(&[0.0f32, 1.0, 0.0]), 1e-6, 1e-6, false));
+    }
+
+    #[test]
+    fn a_non_finite_range_is_refused() {
+        let x = Tensor::from_slice(&[1.0f32, f32::NAN]);
+        assert!(
+            Uniform::from_range(&Range::per_tensor(&x).unwrap(), BitWidth::EIGHT, 1e-10).is_err()
+        );
+    }
+}

@@ -1,0 +1,343 @@
+//! The quantizers of UBB: grouped linear inputs (methods/ubb.md, sections 5 and 6) and attention
+//! operands (section 7). Ranges, bits and shifts are found anew for every image.
+
+use tch::{Kind, Tensor};
+
+use super::allocation::{Allocation, Scalars};
+use crate::error::{Error, Result};
+use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::tokens::TokenLayout;
+use crate::quant::uniform::Range;
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+
+/// Kind name of [`UbbLinear`] in artifacts.
+pub(super) const LINEAR_KIND: &str = "ubb_linear";
+/// Kind name of [`UbbAttention`] in artifacts.
+pub(super) const ATTENTION_KIND: &str = "ubb_attention";
+
+/// Largest shift exponent: a 4-bit field. The released code has no cap.
+pub(super) const MAX_SHIFT: f64 = 15.0;
+
+/// The affine grid of every (token, group), with the shift of negatives where there is one.
+#[derive(Debug)]
+pub(super) struct GroupGrid {
+    affine: Affine,
+    /// Largest code, broadcastable to [images, tokens, groups, 1].
+    max_code: Tensor,
+    /// 2^s by which negatives are stretched, [images, tokens, groups, 1].
+    stretch: Option<Tensor>,
+}
+
+/// What a [`GroupGrid`] is made from, besides the data's range.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct GridRules {
+    /// τ of the post-GELU shift; `None` for operands without a shift.
+    pub(super) tau: Option<f64>,
+    /// Treatment of constant groups.
+    pub(super) constants: ConstantRows,
+}
+
+impl GroupGrid {
+    /// The grid over `range` [images, tokens, groups, 1].
+    pub(super) fn new(range: &Range, max_code: Tensor, rules: GridRules) -> Result<Self> {
+        let Some(tau) = rules.tau else {
+            let affine = Affine::from_range(range, &max_code, rules.constants)?;
+            return Ok(Self { affine, max_code, stretch: None });
+        };
+        let stretch = shift_exponent(range, tau)?.f_clamp_max(MAX_SHIFT)?.f_exp2()?;
+        let stretched = Range { low: range.low.f_mul(&stretch)?, high: range.high.shallow_clone() };
+        let affine = Affine::from_range(&stretched, &max_code, rules.constants)?;
+        Ok(Self { affine, max_code, stretch: Some(stretch) })
+    }
+
+    fn codes(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.stretch {
+            Some(stretch) => {
+                let stretched = x.f_mul(stretch)?.f_where_self(&x.f_lt(0.0)?, x)?;
+                self.affine.codes(&stretched, &self.max_code)
+            }
+            None => self.affine.codes(x, &self.max_code),
+        }
+    }
+
+    /// x̂ of x [images, tokens, groups, channels of a group].
+    pub(super) fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        let value = self.affine.decode(&self.codes(x)?)?;
+        match &self.stretch {
+            Some(stretch) => Ok(value.f_div(stretch)?.f_where_self(&x.f_lt(0.0)?, &value)?),
+            None => Ok(value),
+        }
+    }
+}
+
+/// s = round(log2(max(1, −τ·hi/lo))) where lo < 0 < hi, else 0 (section 6); not capped.
+pub(super) fn shift_exponent(range: &Range, tau: f64) -> Result<Tensor> {
+    let crosses = range.low.f_lt(0.0)?.f_logical_and(&range.high.f_gt(0.0)?)?;
+    let ratio = range.high.f_div(&range.low)?.f_mul_scalar(-tau)?.f_clamp_min(1.0)?;
+    let exponent = ratio.f_log2()?.f_round()?;
+    Ok(exponent.f_where_self(&crosses, &exponent.f_zeros_like()?)?)
+}
+
+/// Dynamic per token × channel group, with token-wise bits n−1, n, n+1.
+#[derive(Clone, Debug)]
+pub(super) struct UbbLinear {
+    pub(super) allocation: Allocation,
+    pub(super) scalars: Scalars,
+    pub(super) groups: i64,
+    pub(super) rules: GridRules,
+}
+
+impl UbbLinear {
+    /// [images, tokens, channels] → [images, tokens, groups, channels / groups].
+    pub(super) fn grouped(x: &Tensor, groups: i64) -> Result<Tensor> {
+        let shape = x.size();
+        let &[images, tokens, channels] = shape.as_slice() else {
+            return Err(Error::internal(format!(
+                "a linear input has shape {shape:?}, three axes are needed"
+            )));
+        };
+        Ok(x.f_reshape([images, tokens, groups, channels / groups])?)
+    }
+
+    fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
+        let grouped = Self::grouped(x, self.groups)?;
+        let max_code =
+            self.allocation.max_codes(x, &self.scalars)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+        let grid = GroupGrid::new(&Range::per_row(&grouped)?, max_code, self.rules)?;
+        Ok((grid, grouped))
+    }
+
+    pub(super) fn restore(state: &QuantizerState) -> Result<Self> {
+        let (allocation, scalars) = Allocation::restore(state)?;
+        let tau =
+            state.scalars.contains_key("tau").then(|| state.read_scalar("tau")).transpose()?;
+        let groups = state.read_scalar("groups")? as i64;
+        Ok(Self {
+            allocation,
+            scalars,
+            groups,
+            rules: GridRules { tau, constants: read_constants(state)? },
+        })
+    }
+}
+
+impl Quantizer for UbbLinear {
+    fn bits(&self) -> BitWidth {
+        self.allocation.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, grouped) = self.grid(x)?;
+        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+    }
+
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        let (grid, grouped) = self.grid(x)?;
+        let codes = grid.codes(&grouped)?;
+        let shape = x.size();
+        let per_group = [shape[0], shape[1], self.groups];
+        let term = |codes: &Tensor, scale: &Tensor| -> Result<IntTerm> {
+            Ok(IntTerm {
+                codes: codes.f_reshape(shape.as_slice())?.f_to_kind(Kind::Int)?,
+                scale: scale.f_reshape(per_group)?,
+                zero_point: grid.affine.zero_point.f_reshape(per_group)?.f_to_kind(Kind::Int)?,
+            })
+        };
+        let Some(stretch) = &grid.stretch else {
+            return Ok(Some(vec![term(&codes, &grid.affine.scale)?]));
+        };
+        // The code tells the sign: q < z is a stretched negative, and q = z decodes to 0 either way.
+        let zero = &grid.affine.zero_point;
+        Ok(Some(vec![
+            term(&codes.f_maximum(zero)?, &grid.affine.scale)?,
+            term(&codes.f_minimum(zero)?, &grid.affine.scale.f_div(stretch)?)?,
+        ]))
+    }
+
+    fn state(&self) -> QuantizerState {
+        let state =
+            self.allocation.store(&self.scalars, QuantizerState::new(LINEAR_KIND, self.bits()));
+        let state =
+            store_constants(self.rules.constants, state).scalar("groups", self.groups as f64);
+        match self.rules.tau {
+            Some(tau) => state.scalar("tau", tau),
+            None => state,
+        }
+    }
+}
+
+/// Dynamic per token, heads merged, with token-wise bits; windows regrouped as the layout says.
+#[derive(Clone, Debug)]
+pub(super) struct UbbAttention {
+    pub(super) allocation: Allocation,
+    pub(super) scalars: Scalars,
+    pub(super) layout: TokenLayout,
+    pub(super) constants: ConstantRows,
+}
+
+impl UbbAttention {
+    /// The grid and the operand as [images, tokens, 1, features].
+    fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
+        let tokens = self.layout.to_tokens(x)?;
+        let max_code =
+            self.allocation.max_codes(&tokens, &self.scalars)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+        let tokens = tokens.f_unsqueeze(2)?;
+        let rules = GridRules { tau: None, constants: self.constants };
+        Ok((GroupGrid::new(&Range::per_row(&tokens)?, max_code, rules)?, tokens))
+    }
+
+    pub(super) fn restore(state: &QuantizerState) -> Result<Self> {
+        let (allocation, scalars) = Allocation::restore(state)?;
+        let layout = TokenLayout::restore(state)?;
+        Ok(Self { allocation, scalars, layout, constants: read_constants(state)? })
+    }
+}
+
+impl Quantizer for UbbAttention {
+    fn bits(&self) -> BitWidth {
+        self.allocation.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, tokens) = self.grid(x)?;
+        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+    }
+
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        let (grid, tokens) = self.grid(x)?;
+        let codes = self.layout.from_tokens(&grid.codes(&tokens)?, x)?;
+        Ok(Some(vec![IntTerm {
+            codes: codes.f_to_kind(Kind::Int)?,
+            scale: self.layout.from_token_parameters(&grid.affine.scale, x)?,
+            zero_point: self
+                .layout
+                .from_token_parameters(&grid.affine.zero_point, x)?
+                .f_to_kind(Kind::Int)?,
+        }]))
+    }
+
+    fn state(&self) -> QuantizerState {
+        let state =
+            self.allocation.store(&self.scalars, QuantizerState::new(ATTENTION_KIND, self.bits()));
+        self.layout.store(store_constants(self.constants, state))
+    }
+}
+
+fn store_constants(constants: ConstantRows, state: QuantizerState) -> QuantizerState {
+    state.scalar("exact_constants", f64::from(u8::from(constants == ConstantRows::Exact)))
+}
+
+fn read_constants(state: &QuantizerState) -> Result<ConstantRows> {
+    let exact = state.read_scalar("exact_constants")? != 0.0;
+    Ok(if exact { ConstantRows::Exact } else { ConstantRows::SmallestScale })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::uniform::laws::{self, sample};
+    use crate::tensor::to_vec_f32;
+
+    const SCALARS: Scalars = Scalars { mu: 0.0, kappa: 0.2, beta: 1.4, threshold: 2.3 };
+
+    fn linear(tau: Option<f64>, groups: i64) -> UbbLinear {
+        let bits = BitWidth::new(4, "bits").unwrap();
+        UbbLinear {
+            allocation: Allocation { bits, mixed: true, token0_priority: true, min_swaps: 1 },
+            scalars: SCALARS,
+            groups,
+            rules: GridRules { tau, constants: ConstantRows::Exact },
+        }
+    }
+
+    fn attention(layout: TokenLayout) -> UbbAttention {
+        let bits = BitWidth::new(4, "bits").unwrap();
+        let allocation = Allocation { bits, mixed: true, token0_priority: false, min_swaps: 0 };
+        UbbAttention { allocation, scalars: SCALARS, layout, constants: ConstantRows::Exact }
+    }
+
+    #[test]
+    fn laws_hold_for_linear_inputs() {
+        let x = sample(&[5, 9, 24], 1);
+        for tau in [None, Some(0.0), Some(0.4), Some(1.0)] {
+            for groups in [1, 4, 8] {
+                let q = linear(tau, groups);
+                let x = if tau.is_some() { x.gelu("none") } else { x.shallow_clone() };
+                laws::terms_add_up(&q, &x);
+                laws::images_are_independent(&q, &x, 1);
+                laws::state_round_trips(&q, &x);
+            }
+        }
+    }
+
+    #[test]
+    fn laws_hold_for_attention_operands() {
+        for windows in [1, 4] {
+            let x = sample(&[3 * windows, 2, 6, 8], 2);
+            let q = attention(TokenLayout::regrouped(windows));
+            laws::terms_add_up(&q, &x);
+            laws::images_are_independent(&q, &x, windows);
+            laws::state_round_trips(&q, &x);
+        }
+    }
+
+    #[test]
+    fn permuting_the_tokens_of_v_leaves_its_scales() {
+        // vᵀ is [b, h, d, tokens]: its "tokens" are the head channels d.
+        let v = sample(&[2, 3, 4, 7], 3);
+        let permuted = v.index_select(3, &Tensor::from_slice(&[6i64, 2, 0, 5, 1, 3, 4]));
+        let scale = |v: &Tensor| {
+            attention(TokenLayout::PLAIN).quantize(v).unwrap().unwrap().remove(0).scale
+        };
+        assert!(scale(&v).equal(&scale(&permuted)));
+        let mut scaled = v.copy();
+        let _ = scaled.narrow(2, 1, 1).fill_(0.0);
+        scaled = scaled.contiguous();
+        let changed = scale(&v).ne_tensor(&scale(&scaled)).squeeze().to_kind(Kind::Int64);
+        // Bits of the others may move with the ranking; with a fixed allocation only row 1 changes.
+        assert_eq!(changed.select(1, 1).sum(Kind::Int64).int64_value(&[]), 2);
+    }
+
+    #[test]
+    fn scaling_one_head_channel_changes_only_its_scale_without_mixing() {
+        let v = sample(&[2, 3, 4, 7], 3);
+        let mut q = attention(TokenLayout::PLAIN);
+        q.allocation.mixed = false;
+        let factor = Tensor::from_slice(&[1.0f32, 3.0, 1.0, 1.0]).view([1, 1, 4, 1]);
+        let scale = |v: &Tensor| q.quantize(v).unwrap().unwrap().remove(0).scale;
+        let ratio = scale(&(&v * &factor)) / scale(&v);
+        assert!(ratio.allclose(&factor.expand([2, 1, 4, 1], false), 1e-5, 1e-6, false));
+    }
+
+    #[test]
+    fn the_shift_handles_every_sign_pattern() {
+        let rows: [[f32; 4]; 6] = [
+            [0.5, 1.0, 2.0, 3.0],     // all positive
+            [-0.5, -1.0, -0.1, -0.2], // all negative
+            [0.0, 1.0, 2.0, 0.5],     // lo = 0
+            [-1e-30, 1.0, 2.0, 0.5],  // tiny lo: the shift is capped
+            [0.0, 0.0, 0.0, 0.0],     // constant
+            [-0.17, 3.0, 1.0, -0.05], // the usual post-GELU group
+        ];
+        let flat: Vec<f32> = rows.iter().flatten().copied().collect();
+        let x = Tensor::from_slice(&flat).view([1, 6, 4]);
+        for tau in [0.0, 0.5, 1.0] {
+            let q = linear(Some(tau), 1);
+            let y = q.fake_quantize(&x).unwrap();
+            assert!(y.isfinite().all().int64_value(&[]) == 1);
+            let error = to_vec_f32(&(&y - &x).abs().amax([-1i64].as_slice(), false)).unwrap();
+            // 3 bits is the least that a token can get: half a step of the row's range.
+            for (row, error) in rows.iter().zip(&error) {
+                let high = row.iter().copied().fold(f32::MIN, f32::max);
+                let low = row.iter().copied().fold(f32::MAX, f32::min);
+                let widest = (high - low).max(2.0 * high * tau as f32 + high);
+                assert!(*error <= 0.51 * widest / 7.0 + 1e-6, "{row:?}: {error}");
+            }
+            laws::terms_add_up(&q, &x);
+        }
+        let range =
+            Range { low: Tensor::from_slice(&[-0.17f32]), high: Tensor::from_slice(&[3.0f32]) };
+        // −τ·hi/lo = 17.6 → log2 = 4.1 → s = 4
+        assert_eq!(shift_exponent(&range, 1.0).unwrap().double_value(&[0]), 4.0);
+    }
+}

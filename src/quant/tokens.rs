@@ -1,0 +1,150 @@
+//! Attention operands seen as tokens × features, heads merged, windows optionally regrouped.
+//!
+//! An operand [images·windows, heads, free, reduce] becomes [images, tokens, features]. With one
+//! window per image, tokens are the free axis and features are heads × reduce. Regrouping
+//! (methods/ubb.md, section 7.2) shares a token's parameters between the windows of a quadrant:
+//! the √nW × √nW window grid is cut into 2 × 2 quadrants (a, a'), the tokens are (a, a', free) and
+//! the features (window within the quadrant, head, reduce).
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::quant::QuantizerState;
+
+/// How an attention operand is laid out as tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TokenLayout {
+    /// Windows per image that are regrouped; 1: every window is an image of its own.
+    windows: i64,
+}
+
+impl TokenLayout {
+    /// Every leading index (image, or window) by itself.
+    pub const PLAIN: Self = Self { windows: 1 };
+
+    /// Windows regrouped by quadrant; plain where the window grid has no quadrants (√nW odd).
+    pub fn regrouped(windows: i64) -> Self {
+        let side = side_of(windows);
+        if side * side == windows && side % 2 == 0 { Self { windows } } else { Self::PLAIN }
+    }
+
+    /// Reads a stored layout.
+    ///
+    /// # Errors
+    /// `CorruptArtifact` when the state lacks it.
+    pub fn restore(state: &QuantizerState) -> Result<Self> {
+        let windows = state.read_scalar("regrouped_windows")? as i64;
+        let layout = Self::regrouped(windows);
+        if layout.windows != windows {
+            return Err(Error::corrupt(
+                "artifact",
+                format!("{windows} windows cannot be regrouped"),
+            ));
+        }
+        Ok(layout)
+    }
+
+    /// Adds the layout to a state.
+    pub fn store(self, state: QuantizerState) -> QuantizerState {
+        state.scalar("regrouped_windows", self.windows as f64)
+    }
+
+    /// [images·windows, heads, free, reduce] → [images, tokens, features].
+    ///
+    /// # Errors
+    /// `Device` when the shape does not fit.
+    pub fn to_tokens(self, x: &Tensor) -> Result<Tensor> {
+        let [rows, heads, free, reduce] = shape4(x)?;
+        if self.windows == 1 {
+            return Ok(x.f_transpose(1, 2)?.f_reshape([rows, free, heads * reduce])?);
+        }
+        let (images, half) = (rows / self.windows, side_of(self.windows) / 2);
+        Ok(x.f_reshape([images, 2, half, 2, half, heads, free, reduce])?
+            .f_permute([0, 1, 3, 6, 2, 4, 5, 7].as_slice())? // [b, a, a', free, p, p', h, reduce]
+            .f_reshape([images, 4 * free, half * half * heads * reduce])?)
+    }
+
+    /// The inverse of [`TokenLayout::to_tokens`]; `like` is the operand.
+    ///
+    /// # Errors
+    /// `Device` when the shape does not fit.
+    pub fn from_tokens(self, tokens: &Tensor, like: &Tensor) -> Result<Tensor> {
+        let [rows, heads, free, reduce] = shape4(like)?;
+        if self.windows == 1 {
+            return Ok(tokens.f_reshape([rows, free, heads, reduce])?.f_transpose(1, 2)?);
+        }
+        let (images, half) = (rows / self.windows, side_of(self.windows) / 2);
+        Ok(tokens
+            .f_reshape([images, 2, 2, free, half, half, heads, reduce])?
+            .f_permute([0, 1, 4, 2, 5, 6, 3, 7].as_slice())? // [b, a, p, a', p', h, free, reduce]
+            .f_reshape([rows, heads, free, reduce])?)
+    }
+
+    /// One value per token, [images, tokens, 1] → [images·windows, 1, free, 1].
+    ///
+    /// # Errors
+    /// `Device` when the shape does not fit.
+    pub fn from_token_parameters(self, values: &Tensor, like: &Tensor) -> Result<Tensor> {
+        let [rows, _, free, _] = shape4(like)?;
+        if self.windows == 1 {
+            return Ok(values.f_reshape([rows, 1, free, 1])?);
+        }
+        let (images, half) = (rows / self.windows, side_of(self.windows) / 2);
+        Ok(values
+            .f_reshape([images, 2, 1, 2, 1, 1, free, 1])?
+            .f_expand([images, 2, half, 2, half, 1, free, 1], false)?
+            .f_reshape([rows, 1, free, 1])?)
+    }
+}
+
+/// √windows, rounded.
+fn side_of(windows: i64) -> i64 {
+    (windows as f64).sqrt().round() as i64
+}
+
+fn shape4(x: &Tensor) -> Result<[i64; 4]> {
+    <[i64; 4]>::try_from(x.size()).map_err(|shape| {
+        Error::internal(format!("an attention operand has shape {shape:?}, four axes are needed"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::uniform::laws::sample;
+
+    #[test]
+    fn regrouping_and_back_is_the_identity() {
+        for (windows, images) in [(1, 3), (4, 2), (16, 2), (64, 1), (9, 2)] {
+            let x = sample(&[images * windows, 2, 5, 3], 1);
+            let layout = TokenLayout::regrouped(windows);
+            let tokens = layout.to_tokens(&x).unwrap();
+            assert!(layout.from_tokens(&tokens, &x).unwrap().equal(&x));
+            let expected = if windows == 1 || windows == 9 { 5 } else { 20 };
+            assert_eq!(tokens.size()[1], expected);
+        }
+    }
+
+    #[test]
+    fn a_single_window_is_untouched() {
+        assert_eq!(TokenLayout::regrouped(1), TokenLayout::PLAIN);
+        assert_eq!(TokenLayout::regrouped(9), TokenLayout::PLAIN);
+    }
+
+    #[test]
+    fn a_quadrant_shares_its_parameters() {
+        let x = sample(&[16, 2, 5, 3], 2);
+        let layout = TokenLayout::regrouped(16);
+        let maxima = layout.to_tokens(&x).unwrap().amax([-1i64].as_slice(), true);
+        let per_window = layout.from_token_parameters(&maxima, &x).unwrap();
+        let per_window = per_window.view([4, 4, 5]);
+        for (row, column) in [(0, 0), (0, 2), (2, 0), (2, 2)] {
+            let first = per_window.get(row).get(column);
+            for (dr, dc) in [(0, 1), (1, 0), (1, 1)] {
+                assert!(per_window.get(row + dr).get(column + dc).equal(&first));
+            }
+            let windows = x.view([4, 4, 2, 5, 3]).narrow(0, row, 2).narrow(1, column, 2);
+            assert!(windows.amax([0i64, 1, 2, 4].as_slice(), false).equal(&first));
+        }
+    }
+}
