@@ -1,9 +1,18 @@
-//! Where artifacts live: content-addressed, create-only.
+//! Where artifacts live: content-addressed, create-only. And the catalogue that gives them names.
+
+mod atomic;
+mod catalog;
+mod local;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::error::Result;
+
+pub use catalog::{ModelCatalog, ModelRecord, RecordOrigin};
+#[cfg(test)]
+pub(crate) use catalog::example_record;
+pub use local::LocalArtifactStore;
 
 /// Stores immutable artifacts under the sha256 of their bytes.
 #[async_trait]
@@ -25,4 +34,18 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
     /// # Errors
     /// `Io` when the store refuses.
     async fn delete(&self, digest: &str) -> Result<()>;
+}
+
+/// Lower-case hex sha256 of some bytes: the name of an artifact.
+pub fn digest(bytes: &[u8]) -> String {
+    use sha2::{Digest as _, Sha256};
+    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut text, byte| {
+        text.push(hex_digit(byte >> 4));
+        text.push(hex_digit(byte & 15));
+        text
+    })
+}
+
+fn hex_digit(value: u8) -> char {
+    char::from(if value < 10 { b'0' + value } else { b'a' + value - 10 })
 }
