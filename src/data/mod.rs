@@ -1,1 +1,15 @@
-//! Images, preprocessing and data sets.
+//! Images, preprocessing and data sets. Free of libtorch: pixels leave as plain floats.
+//!
+//! [`decode`] bytes → [`preprocess`] by the model's spec → [`load_pixels`] for whole sets, which
+//! [`Dataset`] lists and draws samples from.
+
+mod dataset;
+mod decode;
+mod pixels;
+mod preprocess;
+mod resample;
+
+pub use dataset::{Dataset, Sample};
+pub use decode::{DecodeLimits, RgbImage, decode};
+pub use pixels::{Pixels, load_pixels};
+pub use preprocess::{preprocess, resize_and_crop};

@@ -4,4 +4,4 @@ pub mod evaluator;
 pub mod pipeline;
 pub mod quantized_model;
 
-pub use quantized_model::QuantizedModel;
+pub use quantized_model::{FloatModel, QuantizedModel};

@@ -37,9 +37,13 @@ impl Weights {
     }
 
     /// The weights on another device.
-    pub fn to_device(&self, device: Device) -> Self {
-        let tensors = self.tensors.iter().map(|(n, t)| (n.clone(), t.to_device(device))).collect();
-        Self { tensors }
+    ///
+    /// # Errors
+    /// `Device` when memory is short.
+    pub fn to_device(&self, device: Device) -> Result<Self> {
+        let moved =
+            |(name, tensor): (&String, &Tensor)| Ok((name.clone(), tensor.f_to_device(device)?));
+        Ok(Self { tensors: self.tensors.iter().map(moved).collect::<Result<_>>()? })
     }
 
     /// Parameter names and tensors, sorted by name.

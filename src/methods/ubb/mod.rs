@@ -205,30 +205,26 @@ impl Source<'_, '_> {
         x: &Tensor,
         bits: BitWidth,
     ) -> Result<Option<Box<dyn Quantizer>>> {
-        let groups = self.settings.groups;
-        let channels = x.size().last().copied().unwrap_or(0);
+        let (groups, channels) = (self.settings.groups, x.size().last().copied().unwrap_or(0));
         if channels % groups != 0 {
             let reason =
                 format!("{groups} groups do not divide the {channels} channels of {}", site.path);
             return Err(Error::invalid("options.groups", reason));
         }
-        let shifted = site.role == Role::Fc2;
-        let allocation = Allocation {
-            bits,
-            mixed: self.settings.mixes(bits),
-            token0_priority: self.settings.token0_priority,
-            min_swaps: 1,
-        };
-        let rules = GridRules { tau: shifted.then_some(0.0), constants: self.settings.constants() };
-        let (scalars, tau) = self.fit(
-            site,
-            &Problem { tokens: x, groups, allocation, statistics: statistics(x)?, rules },
-        )?;
-        if let Some(tau) = tau {
-            self.check_shift_cap(site, &Range::per_row(&UbbLinear::grouped(x, groups)?)?, tau)?;
+        let shift = if site.role == Role::Fc2 { Shift::PostGelu } else { Shift::None };
+        let task = self.log.task();
+        let quantizer = self.settings.linear(x, bits, shift, &|| stop(task))?;
+        if let Some(tau) = quantizer.rules.tau {
+            let range = Range::per_row(&UbbLinear::grouped(x, groups)?)?;
+            let largest = shift_exponent(&range, tau)?.f_max()?.f_double_value(&[])?;
+            if largest > MAX_SHIFT {
+                let path = &site.path;
+                self.log.warn(format!(
+                    "{path}: a post-GELU shift of {largest} was capped at {MAX_SHIFT}"
+                ));
+            }
         }
-        let rules = GridRules { tau, ..rules };
-        Ok(Some(Box::new(UbbLinear { allocation, scalars, groups, rules })))
+        Ok(Some(Box::new(quantizer)))
     }
 
     fn attention(
@@ -237,55 +233,90 @@ impl Source<'_, '_> {
         x: &Tensor,
         bits: BitWidth,
     ) -> Result<Option<Box<dyn Quantizer>>> {
-        let layout = self.settings.layout(site);
-        let constants = self.settings.constants();
-        let mixed = self.settings.mixes(bits);
-        let allocation = Allocation { bits, mixed, token0_priority: false, min_swaps: 0 };
-        let tokens = layout.to_tokens(x)?;
-        let (scalars, _) = self.fit(
-            site,
-            &Problem {
-                tokens: &tokens,
-                groups: 1,
-                allocation,
-                statistics: statistics(&tokens)?,
-                rules: GridRules { tau: None, constants },
-            },
-        )?;
-        Ok(Some(Box::new(UbbAttention { allocation, scalars, layout, constants })))
-    }
-
-    /// Statistics and the searched scalars of an operand; τ where the rules have one.
-    fn fit(&self, site: &Site, problem: &Problem<'_>) -> Result<(Scalars, Option<f64>)> {
-        let statistics = problem.statistics;
-        let bits = problem.allocation.bits.get();
-        if statistics.kappa == 0.0 {
-            // A constant tensor: nothing to allocate (section 13, test 5).
-            let scalars =
-                Scalars { beta: 0.0, threshold: search::threshold(0, bits), ..statistics };
-            return Ok((scalars, problem.rules.tau));
-        }
         let task = self.log.task();
-        let stop = || if task.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) };
-        let found = search(problem, &stop)?;
-        tracing::debug!(site = site.path, ?found, "searched");
-        let scalars = Scalars {
-            beta: search::beta(found.beta),
-            threshold: search::threshold(found.threshold, bits),
-            ..statistics
+        let layout = self.settings.layout(site);
+        Ok(Some(Box::new(self.settings.attention(x, bits, layout, &|| stop(task))?)))
+    }
+}
+
+/// `Cancelled` once the task was asked to stop.
+fn stop(task: &CalibrationTask<'_>) -> Result<()> {
+    if task.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+/// Whether a linear input's negatives are shifted (section 6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shift {
+    None,
+    PostGelu,
+}
+
+/// Asked between chunks of a search.
+type Stop<'a> = &'a dyn Fn() -> Result<()>;
+
+impl Settings {
+    /// Calibrates the quantizer of a linear input x [images, tokens, channels].
+    fn linear(self, x: &Tensor, bits: BitWidth, shift: Shift, stop: Stop<'_>) -> Result<UbbLinear> {
+        let allocation = Allocation {
+            bits,
+            mixed: self.mixes(bits),
+            token0_priority: self.token0_priority,
+            min_swaps: 1,
         };
-        Ok((scalars, problem.rules.tau.map(|_| shift_threshold(found.shift))))
+        let tau = (shift == Shift::PostGelu).then_some(0.0);
+        let rules = GridRules { tau, constants: self.constants() };
+        let problem = Problem {
+            tokens: x,
+            groups: self.groups,
+            allocation,
+            statistics: statistics(x)?,
+            rules,
+        };
+        let (scalars, tau) = fit(&problem, stop)?;
+        Ok(UbbLinear {
+            allocation,
+            scalars,
+            groups: self.groups,
+            rules: GridRules { tau, ..rules },
+        })
     }
 
-    fn check_shift_cap(&mut self, site: &Site, range: &Range, tau: f64) -> Result<()> {
-        let largest = shift_exponent(range, tau)?.f_max()?.f_double_value(&[])?;
-        if largest > MAX_SHIFT {
-            let path = &site.path;
-            self.log
-                .warn(format!("{path}: a post-GELU shift of {largest} was capped at {MAX_SHIFT}"));
-        }
-        Ok(())
+    /// Calibrates the quantizer of q, k or vᵀ, x [images·windows, heads, free, reduce].
+    fn attention(
+        self,
+        x: &Tensor,
+        bits: BitWidth,
+        layout: TokenLayout,
+        stop: Stop<'_>,
+    ) -> Result<UbbAttention> {
+        let mixed = self.mixes(bits);
+        let allocation = Allocation { bits, mixed, token0_priority: false, min_swaps: 0 };
+        let constants = self.constants();
+        let rules = GridRules { tau: None, constants };
+        let tokens = layout.to_tokens(x)?;
+        let statistics = statistics(&tokens)?;
+        let (scalars, _) =
+            fit(&Problem { tokens: &tokens, groups: 1, allocation, statistics, rules }, stop)?;
+        Ok(UbbAttention { allocation, scalars, layout, constants })
     }
+}
+
+/// Statistics and the searched scalars of an operand; τ where the rules have one.
+fn fit(problem: &Problem<'_>, stop: Stop<'_>) -> Result<(Scalars, Option<f64>)> {
+    let statistics = problem.statistics;
+    let bits = problem.allocation.bits.get();
+    if statistics.kappa == 0.0 {
+        // A constant tensor: nothing to allocate (section 13, test 5).
+        let scalars = Scalars { beta: 0.0, threshold: search::threshold(0, bits), ..statistics };
+        return Ok((scalars, problem.rules.tau));
+    }
+    let found = search(problem, stop)?;
+    let scalars = Scalars {
+        beta: search::beta(found.beta),
+        threshold: search::threshold(found.threshold, bits),
+        ..statistics
+    };
+    Ok((scalars, problem.rules.tau.map(|_| shift_threshold(found.shift))))
 }
 
 /// κ = std/(max − min), unbiased, and μ = lower median of the whole tensor (section 4).

@@ -1,0 +1,309 @@
+//! UBB end to end against the released platform: the trained digits ViT, the same calibration
+//! files, the same parameters, the same logits (demo/reference), and the float models themselves.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+use vitq::artifact::Artifact;
+use vitq::calib::progress::Unwatched;
+use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::data::{Dataset, DecodeLimits, load_pixels};
+use vitq::engine::evaluator::Metrics;
+use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
+use vitq::engine::{FloatModel, QuantizedModel};
+use vitq::exec::Backend;
+use vitq::model::Checkpoint;
+use vitq::quant::BitWidth;
+use vitq::tensor::{sqnr_db, to_vec_f32};
+
+fn demo(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join(path)
+}
+
+fn reference(file: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(demo("reference").join(file)).unwrap()).unwrap()
+}
+
+fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
+    Tensor::read_safetensors(path).unwrap().into_iter().collect()
+}
+
+/// A checkpoint, its validation images and labels, and timm's own logits.
+struct Subject {
+    checkpoint: Checkpoint,
+    images: Tensor,
+    labels: Vec<usize>,
+    timm_logits: Tensor,
+}
+
+fn subject(name: &str) -> Subject {
+    let folder = demo("checkpoints").join(name);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let dataset = Dataset::open(&demo("datasets/digits/val"), "dataset").unwrap();
+    let how = &checkpoint.spec.preprocessing;
+    let pixels = load_pixels(&dataset.samples, how, &DecodeLimits::default()).unwrap();
+    let labels = dataset.samples.iter().map(|sample| sample.class).collect();
+    let timm_logits = tensors(&folder.join("val_logits.safetensors"))["logits"].shallow_clone();
+    Subject { images: image_batch(&pixels).unwrap(), checkpoint, labels, timm_logits }
+}
+
+/// The images that the platform was calibrated with.
+fn calibration(checkpoint: &Checkpoint, key: &str) -> CalibrationImages {
+    let names: Vec<String> = reference("peer_results.json")["calibration_files"][key]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|name| name.as_str().unwrap().trim_start_matches("calib/").to_owned())
+        .collect();
+    let dataset = Dataset::open(&demo("datasets/digits/calib"), "dataset").unwrap();
+    let samples = dataset.listed(&names, "calib_files").unwrap();
+    let pixels =
+        load_pixels(&samples, &checkpoint.spec.preprocessing, &DecodeLimits::default()).unwrap();
+    CalibrationImages::from_pixels(&pixels).unwrap()
+}
+
+fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
+    let bits = BitWidth::new(bits, "bits").unwrap();
+    QuantizeSpec {
+        method: method.to_owned(),
+        options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
+        weight_bits: bits,
+        activation_bits: bits,
+        stem_head: StemHeadPolicy::Float,
+        seed: 0,
+    }
+}
+
+fn artifact(
+    subject: &Subject,
+    calibration: &CalibrationImages,
+    request: &QuantizeSpec,
+) -> Artifact {
+    quantize(&subject.checkpoint, calibration, request, Device::Cpu, &Unwatched).unwrap().artifact
+}
+
+fn metrics(subject: &Subject, logits: &Tensor) -> Metrics {
+    let classes = logits.size()[1] as usize;
+    let (found, float) = (to_vec_f32(logits).unwrap(), to_vec_f32(&subject.timm_logits).unwrap());
+    let mut metrics = Metrics::default();
+    for (index, label) in subject.labels.iter().enumerate() {
+        let row = index * classes..(index + 1) * classes;
+        metrics.add(&found[row.clone()], *label, Some(&float[row]));
+    }
+    metrics
+}
+
+#[test]
+fn float_logits_equal_timms_on_real_images() {
+    for name in ["digits-vit", "digits-swin"] {
+        let subject = subject(name);
+        let logits = FloatModel::load(&subject.checkpoint, Device::Cpu)
+            .unwrap()
+            .forward(&subject.images)
+            .unwrap();
+        let scale = subject.timm_logits.abs().max().double_value(&[]);
+        let worst = (&logits - &subject.timm_logits).abs().max().double_value(&[]);
+        println!("{name}: max |Δlogit| / max |logit| = {:.2e}", worst / scale);
+        assert!(worst <= 1e-4 * scale, "{name}: {worst} of {scale}");
+    }
+}
+
+/// Compares the scalars in an artifact's header with those that the platform found.
+fn assert_same_parameters(artifact: &Artifact, run: &str) {
+    let reference = &reference("peer_params.json")["runs"][run];
+    let mut compared = 0;
+    for (path, operands) in &artifact.header.sites {
+        for (operand, entry) in operands {
+            if !entry.kind.starts_with("ubb_") {
+                continue;
+            }
+            let name = match operand.as_str() {
+                "input" => format!("model.{path}.act_quantizer"),
+                "lhs" => format!("model.{path}.A_quantizer"),
+                _ => format!("model.{path}.B_quantizer"),
+            };
+            let expected = &reference[&name];
+            let same = |key: &str, theirs: &str, tolerance: f64| {
+                let (found, expected) = (entry.scalars[key], expected[theirs].as_f64().unwrap());
+                assert!(
+                    (found - expected).abs() <= tolerance,
+                    "{run} {path} {key}: {found} {expected}"
+                );
+            };
+            same("beta", "constraint", 1e-6);
+            same("threshold", "threshold", 1e-6);
+            same("kappa", "coeff", 1e-5);
+            same("mu", "mean", 1e-5);
+            if entry.scalars.contains_key("tau") {
+                same("tau", "threshold_", 1e-6);
+            }
+            compared += 1;
+        }
+    }
+    // Per block: qkv, q, k, v, proj, fc1, fc2.
+    assert_eq!(compared, 6 * 7);
+}
+
+#[test]
+fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
+    let subject = subject("digits-vit");
+    let theirs = tensors(&demo("reference/peer_logits.safetensors"));
+    let results = reference("peer_results.json");
+    let images = calibration(&subject.checkpoint, "digits-vit/n32/seed0");
+    for bits in [3, 4, 6] {
+        let run = format!("digits-vit/platform/W{bits}A{bits}/seed0");
+        let artifact =
+            artifact(&subject, &images, &request("ubb", bits, &[("variant", "released")]));
+        assert_same_parameters(&artifact, &run);
+        let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+        let logits = model.forward(&subject.images).unwrap();
+        let fidelity = sqnr_db(&theirs[&run], &logits).unwrap();
+        let found = metrics(&subject, &logits);
+        let rows = results["results"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["logits"] == run.as_str()).unwrap();
+        println!(
+            "{run}: {fidelity:.1} dB of the platform's logits; top-1 {:.2}, agreement {:.2}, SQNR {:.2} dB",
+            found.top1(),
+            found.agreement(),
+            found.sqnr_db()
+        );
+        assert!(fidelity >= 40.0, "{run}: {fidelity} dB");
+        let near = |found: f64, key: &str, tolerance: f64| {
+            let expected = row[key].as_f64().unwrap();
+            assert!((found - expected).abs() <= tolerance, "{run} {key}: {found} {expected}");
+        };
+        near(found.top1(), "top1", 0.5);
+        near(found.agreement(), "agreement", 1.0);
+        near(found.sqnr_db(), "logits_sqnr_db", 0.5);
+    }
+}
+
+#[test]
+fn storing_and_loading_gives_the_same_logits_bit_for_bit() {
+    for name in ["digits-vit", "digits-swin"] {
+        let subject = subject(name);
+        let images = calibration(&subject.checkpoint, &format!("{name}/n32/seed0"));
+        let few = subject.images.narrow(0, 0, 8);
+        for (method, stem_head) in [
+            ("float", StemHeadPolicy::Float),
+            ("minmax", StemHeadPolicy::Same),
+            ("ubb", StemHeadPolicy::Int8),
+        ] {
+            let request = QuantizeSpec { stem_head, ..request(method, 4, &[]) };
+            let first = artifact(&subject, &images, &request);
+            let bytes = first.to_bytes().unwrap();
+            let again = Artifact::from_bytes("test", &bytes).unwrap();
+            assert_eq!(again.to_bytes().unwrap(), bytes, "{name} {method}: bytes are stable");
+            let logits = |artifact: &Artifact| {
+                QuantizedModel::load(artifact, Device::Cpu, Backend::Simulated)
+                    .unwrap()
+                    .forward(&few)
+                    .unwrap()
+            };
+            assert!(logits(&first).equal(&logits(&again)), "{name} {method}");
+            assert_eq!(
+                artifact(&subject, &images, &request).to_bytes().unwrap(),
+                bytes,
+                "deterministic"
+            );
+        }
+    }
+}
+
+#[test]
+fn an_artifact_gives_what_the_calibrated_model_gives() {
+    // The stored codes decode to exactly what fake quantization of the float weights computes.
+    use vitq::calib::CalibrationTask;
+    use vitq::exec::{Simulated, WeightSource};
+    use vitq::methods::{self, MethodOptions};
+    let subject = subject("digits-vit");
+    let images = calibration(&subject.checkpoint, "digits-vit/n32/seed0");
+    let few = subject.images.narrow(0, 0, 8);
+    for method in ["minmax", "ubb"] {
+        let request = request(method, 4, &[]);
+        let entry = methods::find(method).unwrap();
+        let mut task = CalibrationTask {
+            spec: subject.checkpoint.spec.clone(),
+            weights: subject.checkpoint.weights.with(&BTreeMap::new()),
+            images: images.images.shallow_clone(),
+            options: MethodOptions::resolve(entry.options, &request.options).unwrap(),
+            request: request.clone(),
+            device: Device::Cpu,
+            progress: &Unwatched,
+        };
+        let found = (entry.build)().calibrate(&mut task).unwrap();
+        let model = task.model_with(&found.edits).unwrap();
+        let direct =
+            model.forward(&mut Simulated::new(&found.plan, WeightSource::Quantize), &few).unwrap();
+        let stored = artifact(&subject, &images, &request);
+        let stored = QuantizedModel::load(&stored, Device::Cpu, Backend::Simulated).unwrap();
+        assert!(stored.forward(&few).unwrap().equal(&direct), "{method}");
+    }
+}
+
+#[test]
+fn logits_do_not_depend_on_the_batch() {
+    for name in ["digits-vit", "digits-swin"] {
+        let subject = subject(name);
+        let images = calibration(&subject.checkpoint, &format!("{name}/n32/seed0"));
+        for method in ["minmax", "ubb"] {
+            let artifact = artifact(&subject, &images, &request(method, 4, &[]));
+            let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+            let all = model.forward(&subject.images.narrow(0, 0, 32)).unwrap();
+            for batch in [1, 7] {
+                for first in (0..28).step_by(batch) {
+                    let part = model
+                        .forward(&subject.images.narrow(0, first as i64, batch as i64))
+                        .unwrap();
+                    let expected = all.narrow(0, first as i64, batch as i64);
+                    assert!(part.equal(&expected), "{name} {method} batch {batch} at {first}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_width_and_policy_runs_on_both_architectures() {
+    for name in ["digits-vit", "digits-swin"] {
+        let subject = subject(name);
+        let images = calibration(&subject.checkpoint, &format!("{name}/n32/seed0"));
+        let few =
+            CalibrationImages { images: images.images.narrow(0, 0, 4), digest: images.digest };
+        for bits in 3..=8 {
+            let policy = [StemHeadPolicy::Float, StemHeadPolicy::Int8, StemHeadPolicy::Same]
+                [bits as usize % 3];
+            for method in ["minmax", "ubb"] {
+                let request = QuantizeSpec { stem_head: policy, ..request(method, bits, &[]) };
+                let artifact = artifact(&subject, &few, &request);
+                let quantized = artifact.header.sites.contains_key("head");
+                assert_eq!(quantized, policy != StemHeadPolicy::Float);
+                let model =
+                    QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+                let logits = model.forward(&subject.images.narrow(0, 0, 2)).unwrap();
+                assert!(logits.isfinite().all().int64_value(&[]) == 1);
+                assert_eq!(logits.kind(), Kind::Float);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_group_count_that_does_not_divide_names_the_layer() {
+    let subject = subject("digits-vit");
+    let images = calibration(&subject.checkpoint, "digits-vit/n32/seed0");
+    let error = quantize(
+        &subject.checkpoint,
+        &images,
+        &request("ubb", 4, &[("groups", "7")]),
+        Device::Cpu,
+        &Unwatched,
+    )
+    .unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "options.groups: 7 groups do not divide the 96 channels of blocks.0.attn.qkv"
+    );
+}
