@@ -95,9 +95,11 @@ impl Classifier {
         let mut waiting = Vec::with_capacity(decoding.len());
         for (pixels, permit) in decoding {
             let decoded = pixels.await.map_err(|_| Error::internal("a decoder is gone"));
-            waiting.push(decoded.and_then(|result| result).and_then(|(pixels, time)| {
-                Ok((queue(&placement, pixels, permit)?, time))
-            }));
+            waiting.push(
+                decoded
+                    .and_then(|result| result)
+                    .and_then(|(pixels, time)| Ok((queue(&placement, pixels, permit)?, time))),
+            );
         }
         let mut reply = ClassifyReply {
             items: Vec::with_capacity(waiting.len()),

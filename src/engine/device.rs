@@ -12,6 +12,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::data::Pixels;
 use crate::engine::batcher::{Answer, BatchQueue, Entry};
+use crate::engine::pipeline::image_batch;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 
@@ -32,7 +33,7 @@ pub type BuildNetwork = Box<dyn FnOnce(Device) -> Result<Box<dyn Network>> + Sen
 
 impl Network for QuantizedModel {
     fn forward(&self, images: &Pixels) -> Result<Vec<f32>> {
-        flat_logits(&QuantizedModel::forward(self, &image_tensor(images)?)?)
+        flat_logits(&QuantizedModel::forward(self, &image_batch(images)?)?)
     }
 
     fn resident_bytes(&self) -> u64 {
@@ -42,19 +43,13 @@ impl Network for QuantizedModel {
 
 impl Network for FloatModel {
     fn forward(&self, images: &Pixels) -> Result<Vec<f32>> {
-        flat_logits(&FloatModel::forward(self, &image_tensor(images)?)?)
+        flat_logits(&FloatModel::forward(self, &image_batch(images)?)?)
     }
 
     /// Not counted: a float reference is loaded for the length of one evaluation.
     fn resident_bytes(&self) -> u64 {
         0
     }
-}
-
-fn image_tensor(images: &Pixels) -> Result<Tensor> {
-    let count = i64::try_from(images.count).map_err(|_| Error::internal("batch too large"))?;
-    let shape = [count, 3, images.image_size, images.image_size];
-    Ok(Tensor::f_from_slice(&images.data)?.f_reshape(shape)?)
 }
 
 fn flat_logits(logits: &Tensor) -> Result<Vec<f32>> {
@@ -95,20 +90,13 @@ impl DeviceHandle {
     /// # Errors
     /// `Io` when the operating system has no thread left.
     pub fn start(device: Device, max_batch: usize) -> Result<Self> {
-        let name: Arc<str> = device_name(device).into();
+        let name: Arc<str> = crate::device::name(device).into();
         let (commands, receiver) = mpsc::unbounded_channel();
         let resident = Arc::new(AtomicU64::new(0));
-        let state = DeviceThread {
-            device,
-            max_batch,
-            models: BTreeMap::new(),
-            queue: BatchQueue::default(),
-            bulk: VecDeque::new(),
-            resident: Arc::clone(&resident),
-        };
+        let counter = Arc::clone(&resident);
         thread::Builder::new()
             .name(format!("device-{name}"))
-            .spawn(move || state.run(receiver))
+            .spawn(move || DeviceThread::new(device, max_batch, counter).run(receiver))
             .map_err(|error| Error::io(format!("thread of {name}"), error))?;
         Ok(Self { name, device, commands, resident })
     }
@@ -175,16 +163,6 @@ impl DeviceHandle {
     }
 }
 
-/// The name of a device in flags and answers.
-fn device_name(device: Device) -> String {
-    match device {
-        Device::Cpu => "cpu".to_owned(),
-        Device::Cuda(index) => format!("cuda:{index}"),
-        Device::Mps => "mps".to_owned(),
-        Device::Vulkan => "vulkan".to_owned(),
-    }
-}
-
 fn gone(name: &str) -> Error {
     Error::internal(format!("the thread of device {name} is gone"))
 }
@@ -199,6 +177,11 @@ struct DeviceThread {
 }
 
 impl DeviceThread {
+    fn new(device: Device, max_batch: usize, resident: Arc<AtomicU64>) -> Self {
+        let (models, queue, bulk) = Default::default();
+        Self { device, max_batch, models, queue, bulk, resident }
+    }
+
     fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
         let _no_grad = tch::no_grad_guard();
         loop {

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::collections::btree_map::Entry as MapEntry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{Semaphore, watch};
@@ -83,6 +82,12 @@ enum SlotState {
     Loading(LoadKey, watch::Receiver<()>),
     Ready(Placement),
     Failed(Arc<Error>),
+}
+
+/// What is to be done before a model is unloaded.
+enum Unload {
+    After(watch::Receiver<()>),
+    From(Placement, ModelView),
 }
 
 /// What it takes to open a [`ModelRegistry`].
@@ -193,26 +198,28 @@ impl ModelRegistry {
     /// `NotFound`.
     pub async fn unload(&self, id: &ModelId) -> Result<ModelView> {
         loop {
-            let mut done = {
+            let step = {
                 let mut models = self.lock();
                 let slot = models.get_mut(id).ok_or_else(|| not_found(id))?;
-                match &slot.state {
-                    SlotState::Loading(_, done) => done.clone(),
-                    SlotState::Stored | SlotState::Failed(_) => {
-                        slot.state = SlotState::Stored;
-                        return Ok(self.view(slot));
+                match std::mem::replace(&mut slot.state, SlotState::Stored) {
+                    SlotState::Loading(key, done) => {
+                        slot.state = SlotState::Loading(key, done.clone());
+                        Unload::After(done)
                     }
-                    SlotState::Ready(placement) => {
-                        let placement = placement.clone();
-                        slot.state = SlotState::Stored;
-                        let view = self.view(slot);
-                        drop(models);
-                        placement.device.unload(placement.key).await?;
-                        return Ok(view);
-                    }
+                    SlotState::Ready(placement) => Unload::From(placement, self.view(slot)),
+                    SlotState::Stored | SlotState::Failed(_) => return Ok(self.view(slot)),
                 }
             };
-            let _ = done.changed().await; // as in ensure_loaded
+            match step {
+                // An error means that the load is over, too: its sender is gone.
+                Unload::After(mut done) => {
+                    let _ = done.changed().await;
+                }
+                Unload::From(placement, view) => {
+                    placement.device.unload(placement.key).await?;
+                    return Ok(view);
+                }
+            }
         }
     }
 
@@ -360,9 +367,4 @@ pub(super) async fn blocking<T: Send + 'static>(
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|error| Error::internal(format!("blocking task: {error}")))?
-}
-
-/// Seconds that may come from a file or a clock, as a duration; nonsense becomes zero.
-pub(super) fn seconds(value: f64) -> Duration {
-    Duration::try_from_secs_f64(value).unwrap_or_default()
 }

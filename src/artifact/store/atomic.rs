@@ -32,7 +32,7 @@ pub(super) enum Place {
 /// `Io` on `path`; then the place is as it was, and the temporary file is gone.
 pub(super) fn put(path: &Path, bytes: &[u8], place: Place, write: WriteFn) -> Result<bool> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    let temporary = folder.join(format!("{TEMPORARY}{}", ulid::Ulid::new()));
+    let temporary = folder.join(format!("{TEMPORARY}{}", ulid::Ulid::generate()));
     let placed = write_synced(&temporary, bytes, write).and_then(|()| match place {
         Place::Any => fs::rename(&temporary, path).map(|()| true),
         // Unlike a rename, a hard link refuses a name that is taken.
@@ -112,8 +112,7 @@ mod tests {
     fn a_full_disk_leaves_nothing_behind() {
         let folder = tempfile::tempdir().unwrap();
         for place in [Place::Free, Place::Any] {
-            let error =
-                put(&folder.path().join("a"), b"content", place, full_disk).unwrap_err();
+            let error = put(&folder.path().join("a"), b"content", place, full_disk).unwrap_err();
             let Error::Io { source, .. } = error else { panic!("{error}") };
             assert_eq!(source.kind(), io::ErrorKind::StorageFull);
             assert!(names(folder.path()).is_empty());

@@ -73,6 +73,7 @@ impl ModelRecord {
             source_bytes,
             report,
             sites: _,
+            packed: _,
             crate_version: _,
         } = header;
         let (digest, artifact_bytes) = stored;
@@ -241,10 +242,7 @@ mod tests {
     fn a_full_disk_lists_nothing() {
         let folder = tempfile::tempdir().unwrap();
         let catalog = ModelCatalog::with_writer(folder.path(), atomic::full_disk).unwrap();
-        assert!(matches!(
-            catalog.create(&example_record("a", "d")).unwrap_err(),
-            Error::Io { .. }
-        ));
+        assert!(matches!(catalog.create(&example_record("a", "d")).unwrap_err(), Error::Io { .. }));
         assert!(catalog.list().unwrap().is_empty());
     }
 }

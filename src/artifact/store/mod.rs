@@ -7,11 +7,12 @@ mod local;
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use crate::artifact::format::hex;
 use crate::error::Result;
 
-pub use catalog::{ModelCatalog, ModelRecord, RecordOrigin};
 #[cfg(test)]
 pub(crate) use catalog::example_record;
+pub use catalog::{ModelCatalog, ModelRecord, RecordOrigin};
 pub use local::LocalArtifactStore;
 
 /// Stores immutable artifacts under the sha256 of their bytes.
@@ -39,13 +40,5 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
 /// Lower-case hex sha256 of some bytes: the name of an artifact.
 pub fn digest(bytes: &[u8]) -> String {
     use sha2::{Digest as _, Sha256};
-    Sha256::digest(bytes).iter().fold(String::with_capacity(64), |mut text, byte| {
-        text.push(hex_digit(byte >> 4));
-        text.push(hex_digit(byte & 15));
-        text
-    })
-}
-
-fn hex_digit(value: u8) -> char {
-    char::from(if value < 10 { b'0' + value } else { b'a' + value - 10 })
+    hex(&Sha256::digest(bytes))
 }

@@ -72,7 +72,9 @@ impl Jobs {
         };
         let count = self.arrival.iter().filter(|id| ended(&self.by_id, id)).count();
         for _ in MAX_ENDED..count {
-            let Some(at) = self.arrival.iter().position(|id| ended(&self.by_id, id)) else { return };
+            let Some(at) = self.arrival.iter().position(|id| ended(&self.by_id, id)) else {
+                return;
+            };
             let id = self.arrival.remove(at);
             self.by_id.remove(&id);
         }
@@ -186,9 +188,8 @@ impl JobStore for MemoryJobStore {
     async fn claim(&self) -> Result<Option<JobRecord>> {
         let mut jobs = self.lock();
         let Jobs { by_id, arrival } = &mut *jobs;
-        let queued = |id: &&JobId| {
-            by_id.get(*id).is_some_and(|job| job.record.state == JobState::Queued)
-        };
+        let queued =
+            |id: &&JobId| by_id.get(*id).is_some_and(|job| job.record.state == JobState::Queued);
         let Some(id) = arrival.iter().find(queued) else { return Ok(None) };
         Ok(by_id.get_mut(id).map(|job| {
             job.record.state = JobState::Running;
@@ -201,10 +202,8 @@ impl JobStore for MemoryJobStore {
         self.with(id, |job| match job.record.state {
             JobState::Queued => job.finish(Err(Arc::new(Error::Cancelled))),
             JobState::Running => job.record.state = JobState::Cancelling,
-            JobState::Cancelling
-            | JobState::Succeeded
-            | JobState::Failed
-            | JobState::Cancelled => {}
+            JobState::Cancelling | JobState::Succeeded | JobState::Failed | JobState::Cancelled => {
+            }
         })
     }
 
@@ -306,9 +305,8 @@ mod tests {
         assert_eq!(later.iter().map(|e| e.sequence).collect::<Vec<_>>(), [2, 3]);
         let record = store.get(&id).await.unwrap();
         assert_eq!(record.state, JobState::Cancelled);
-        let JobSpec::Quantize(QuantizeJob {
-            images: ImageChoice::Inline { contents, .. }, ..
-        }) = &*record.spec
+        let JobSpec::Quantize(QuantizeJob { images: ImageChoice::Inline { contents, .. }, .. }) =
+            &*record.spec
         else {
             panic!()
         };

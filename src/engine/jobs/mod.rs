@@ -38,7 +38,7 @@ pub struct JobId(String);
 impl JobId {
     /// A new id; later ones sort behind earlier ones, up to the millisecond.
     fn new() -> Self {
-        Self(ulid::Ulid::new().to_string().to_ascii_lowercase())
+        Self(ulid::Ulid::generate().to_string())
     }
 
     /// An id that a client gave. Unknown ones are found out by the store.

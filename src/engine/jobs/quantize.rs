@@ -60,7 +60,7 @@ pub(super) fn run(
             load_pixels(&samples(&runner.parts, job)?, how, limits)?
         }
     };
-    let images = CalibrationImages::from_pixels(pixels)?;
+    let images = CalibrationImages::from_pixels(&pixels)?;
     stop_if_cancelled(reporter)?;
 
     let quantized = pipeline::quantize(&checkpoint, &images, &job.request, *device, reporter)?;
@@ -107,9 +107,8 @@ fn check_count(count: usize, field: &str) -> Result<()> {
 }
 
 fn samples(parts: &RunnerParts, job: &QuantizeJob) -> Result<Vec<Sample>> {
-    let open = |name: &str| {
-        Dataset::open(&parts.datasets.resolve(name, "dataset.name")?, "dataset.name")
-    };
+    let open =
+        |name: &str| Dataset::open(&parts.datasets.resolve(name, "dataset.name")?, "dataset.name");
     match &job.images {
         ImageChoice::Drawn { dataset, count } => {
             check_count(*count, "dataset.count")?;

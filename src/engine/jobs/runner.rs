@@ -163,7 +163,11 @@ impl JobRunner {
                         return;
                     }
                 }
-                if store.get(&id).await.is_ok_and(|job| job.state.is_done() && after >= job.last_sequence) {
+                if store
+                    .get(&id)
+                    .await
+                    .is_ok_and(|job| job.state.is_done() && after >= job.last_sequence)
+                {
                     return;
                 }
                 tokio::select! {
@@ -185,7 +189,7 @@ impl JobRunner {
             loop {
                 changes.mark_unchanged();
                 if self.parts.store.get(id).await?.state.is_done() {
-                    return Ok(());
+                    return Ok::<(), Error>(());
                 }
                 if changes.changed().await.is_err() {
                     return Ok(());
@@ -285,7 +289,9 @@ impl JobRunner {
     async fn finish(&self, id: &JobId, result: Result<JobOutput>) {
         match &result {
             Ok(_) => tracing::info!("job succeeded"),
-            Err(error) => tracing::warn!(job = %id, error = error as &dyn std::error::Error, "job ended"),
+            Err(error) => {
+                tracing::warn!(job = %id, error = error as &dyn std::error::Error, "job ended")
+            }
         }
         let outcome = result.map(Arc::new).map_err(Arc::new);
         if let Err(error) = self.parts.store.finish(id, outcome).await {
