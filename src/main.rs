@@ -1,16 +1,7 @@
-//! The `vitq` binary: parses flags, runs the command, turns errors into exit codes.
+//! The `vitq` binary; everything lives in the library.
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use vitq::cli::Cli;
-
 fn main() -> ExitCode {
-    match Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("vitq: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    vitq::cli::main()
 }

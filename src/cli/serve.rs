@@ -1,10 +1,10 @@
 //! `vitq serve`: the server.
 
-use clap::Args;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
+use crate::cli::failure::Failure;
 use crate::config::ServeConfig;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -12,25 +12,26 @@ use crate::grpc::{self, Readiness, ops};
 use crate::{device, shutdown, telemetry};
 
 /// Flags of the command.
-#[derive(Args, Debug)]
-pub struct Serve {
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
     #[command(flatten)]
     config: ServeConfig,
 }
 
-impl Serve {
-    /// Runs until a signal stops it.
+impl Args {
+    /// Runs until a signal stops it. Results of `--json` have no meaning here: logs have their own
+    /// flag.
     ///
     /// # Errors
     /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
-    pub fn run(self) -> Result<()> {
+    pub(super) fn run(self) -> Result<(), Failure> {
         telemetry::start(&self.config.log)?;
         device::open_cuda_libraries();
         let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
         let result = runtime.block_on(self.serve());
         // Work that outlived the drain must not keep the process.
         runtime.shutdown_background();
-        result
+        Ok(result?)
     }
 
     async fn serve(self) -> Result<()> {

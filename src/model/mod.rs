@@ -1,6 +1,9 @@
 //! Architectures: one forward each, written over [`Executor`]. A model is a list of units.
 
+mod args;
 mod checkpoint;
+pub mod generated;
+mod layers;
 mod spec;
 mod swin;
 mod vit;
@@ -15,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::nn::{Role, Site, SiteId, Weights};
 
+pub use args::TensorShapes;
 pub use checkpoint::Checkpoint;
 pub use spec::{Interpolation, ModelSpec, Preprocessing};
 
@@ -141,12 +145,30 @@ pub struct FamilyEntry {
     pub variants: &'static [Variant],
     /// Whether a timm architecture name belongs to the family.
     pub owns: fn(&str) -> bool,
-    /// Fills defaults into a config's `model_args` and checks them against each other.
-    pub resolve: fn(&mut ModelSpec) -> Result<()>,
-    /// Renames parameters of other timm generations and drops recomputed buffers: `None` drops.
-    pub canonical_name: fn(&ModelSpec, &str) -> Option<String>,
+    /// Every key of timm's `model_args` that the family reads.
+    pub model_args: &'static [&'static str],
+    /// Other keys with the value (as JSON) at which they change nothing; any other value is refused.
+    pub neutral_args: &'static [(&'static str, &'static str)],
+    /// Renames a parameter of another timm generation, given all names of the file; `None` drops a
+    /// buffer that is recomputed.
+    pub canonical_name: fn(&BTreeSet<String>, &str) -> Option<String>,
+    /// Fills `model_args` from the tensors, and checks what is given against them.
+    pub infer: fn(&mut ModelSpec, &TensorShapes) -> Result<()>,
+    /// Every parameter of a complete spec; fails when its `model_args` contradict each other.
+    pub parameters: fn(&ModelSpec) -> Result<Vec<Parameter>>,
     /// Builds the units.
     pub build: BuildFn,
+}
+
+/// A parameter of an architecture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parameter {
+    /// timm 0.6.13's name.
+    pub name: String,
+    /// Its shape.
+    pub shape: Vec<i64>,
+    /// Whether a checkpoint may lack it.
+    pub optional: bool,
 }
 
 /// A published variant of a family.
@@ -156,11 +178,14 @@ pub struct Variant {
     pub short: &'static str,
     /// `vit_tiny_patch16_224`, ...
     pub architecture: &'static str,
-    /// timm's `model_args` of the variant, as JSON.
+    /// timm's `model_args` of the variant, as a JSON object.
     pub model_args: &'static str,
     /// Mean and standard deviation of the variant's preprocessing.
     pub normalization: ([f64; 3], [f64; 3]),
 }
+
+/// Mean and standard deviation of ImageNet's pixels, which DeiT and Swin were trained with.
+const IMAGENET_NORMALIZATION: ([f64; 3], [f64; 3]) = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]);
 
 /// Every architecture family; a new one is its file and one line here.
 pub const FAMILIES: &[&FamilyEntry] = &[&vit::FAMILY, &swin::FAMILY];
@@ -175,4 +200,16 @@ pub fn family(id: &str) -> Result<&'static FamilyEntry> {
         .copied()
         .find(|family| family.id == id)
         .ok_or_else(|| Error::invalid("checkpoint", format!("unknown model family `{id}`")))
+}
+
+/// The published variant of a short name or a timm name (a tag after a dot does not matter).
+pub fn variant(name: &str) -> Option<(&'static FamilyEntry, &'static Variant)> {
+    let architecture = name.split('.').next().unwrap_or(name);
+    FAMILIES.iter().find_map(|family| {
+        let found = family
+            .variants
+            .iter()
+            .find(|variant| variant.short == architecture || variant.architecture == architecture);
+        found.map(|variant| (*family, variant))
+    })
 }

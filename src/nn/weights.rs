@@ -94,6 +94,11 @@ impl Scope<'_> {
         Self { prefix: self.path(name), ..self.clone() }
     }
 
+    /// The cursor's own place: `blocks.3`; empty at the root.
+    pub fn here(&self) -> &str {
+        &self.prefix
+    }
+
     /// The full name of `name` below this cursor.
     pub fn path(&self, name: impl std::fmt::Display) -> String {
         if self.prefix.is_empty() { name.to_string() } else { format!("{}.{name}", self.prefix) }

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Makes the machine ready to build: compiler, Rust, and libtorch from PyPI in .venv. Instant when
+# nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
+# libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+torch=2.11.0 # the version that the tch crate of Cargo.toml is made for
+# What libtorch_cpu.so of that version needs to load, even without a GPU.
+cpu_packages=("torch==$torch" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
+libtorch=.venv/torch/lib/libtorch_cpu.so
+stamp=.venv/vitq-setup     # written last: names what is installed
+started=.venv/vitq-started # there while packages are being installed
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# Installs Debian packages, or says which ones to install.
+packages() {
+  local sudo=()
+  if [ "$(id -u)" -ne 0 ]; then sudo=(sudo -n); fi
+  if ! command -v apt-get >/dev/null || { [ "${#sudo[@]}" -gt 0 ] && ! sudo -n true 2>/dev/null; }; then
+    die "please install the system packages '$*' (or what your system calls them) and run this again"
+  fi
+  say "installing system packages: $*"
+  "${sudo[@]}" apt-get update -qq
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+}
+
+check_rust() {
+  local wanted found
+  if ! command -v cargo >/dev/null; then
+    if [ -x "$HOME/.cargo/bin/cargo" ]; then die "cargo is in ~/.cargo/bin, which is not on PATH"; fi
+    die "Rust is missing: install it from https://rustup.rs and run this again"
+  fi
+  # With rustup, the first call of cargo installs the toolchain that rust-toolchain.toml names.
+  wanted=$(sed -n 's/^channel = "\(.*\)"/\1/p' rust-toolchain.toml)
+  found=$(cargo --version | cut -d' ' -f2)
+  [ "$found" = "$wanted" ] || die "cargo is $found, but $wanted is needed: install rustup from https://rustup.rs"
+}
+
+check_system() {
+  [ "$(uname -s)" = Linux ] || die "only Linux is supported, this is $(uname -s)"
+  local missing=()
+  # `cc` links, `c++` compiles the small C++ side of the tch crate.
+  if ! command -v c++ >/dev/null || ! command -v cc >/dev/null; then missing+=(g++); fi
+  if ! command -v python3 >/dev/null; then
+    missing+=(python3 python3-venv)
+  elif ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    missing+=(python3-venv) # Debian leaves these two modules out of python3
+  fi
+  if [ "${#missing[@]}" -gt 0 ]; then packages "${missing[@]}"; fi
+  python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "Python 3.10 or later is needed for torch $torch, python3 is $(python3 --version)"
+}
+
+loads() {
+  [ -d .venv/torch/include ] &&
+    .venv/bin/python -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1])' "$libtorch"
+}
+
+install_libtorch() {
+  local options=(--disable-pip-version-check --quiet) packages
+  if [ "$1" = cuda ]; then
+    packages=("torch==$torch")
+  else
+    packages=("${cpu_packages[@]}")
+    options+=(--no-deps)
+  fi
+  # pip trusts its own records, which an interrupted run may have left without all files.
+  if [ -e "$started" ]; then
+    say "repairing an interrupted installation"
+    options+=(--force-reinstall)
+  fi
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
+  touch "$started"
+  say "installing torch $torch ($1) into .venv; the download takes a while"
+  .venv/bin/python -m pip install "${options[@]}" "${packages[@]}" ||
+    die "pip could not install ${packages[*]}: see above; run this again to resume"
+  # A path without the Python version, for .cargo/config.toml.
+  ln -sfn "$(cd .venv && echo lib/python3*/site-packages/torch)" .venv/torch
+  rm "$started"
+}
+
+variant=cpu
+if [ "${VITQ_CUDA:-0}" = 1 ]; then variant=cuda; fi
+installed() {
+  # The CUDA variant holds all that the CPU variant does.
+  [ -e "$libtorch" ] && [ ! -e "$started" ] &&
+    grep -qsxE "torch $torch ($variant|cuda)" "$stamp"
+}
+
+# Two set-ups at a time would write over each other.
+if command -v flock >/dev/null; then
+  exec 9<scripts/setup.sh
+  flock 9
+fi
+
+check_rust
+if ! installed; then
+  check_system
+  rm -f "$stamp"
+  install_libtorch "$variant"
+  loads || { touch "$started"; die "libtorch does not load: run this again to reinstall it"; }
+  echo "torch $torch $variant" >"$stamp"
+  say "ready"
+else
+  check_system
+fi

@@ -1,0 +1,95 @@
+//! Flag values that several commands share, checked while the command line is parsed.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use tch::Device;
+
+use crate::calib::task::StemHeadPolicy;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::methods;
+use crate::quant::BitWidth;
+
+/// A method id.
+pub(super) fn method(text: &str) -> Result<String> {
+    Ok(methods::find(text)?.id.to_owned())
+}
+
+/// A bit width from 3 to 8.
+pub(super) fn bit_width(text: &str) -> Result<BitWidth> {
+    let bits = text.parse().map_err(|_| Error::invalid("bits", "not a whole number"))?;
+    BitWidth::new(bits, "bits")
+}
+
+/// A treatment of stem and head.
+pub(super) fn stem_head(text: &str) -> Result<StemHeadPolicy> {
+    StemHeadPolicy::parse(text)
+}
+
+/// The devices of a comma-separated list; opens libtorch's CUDA side first.
+pub(super) fn devices(text: &str) -> Result<Vec<Device>> {
+    device::open_cuda_libraries();
+    device::parse_list(text)
+}
+
+/// One device; opens libtorch's CUDA side first.
+pub(super) fn device(text: &str) -> Result<Device> {
+    device::open_cuda_libraries();
+    device::parse(text)
+}
+
+/// A number from 1.
+pub(super) fn positive(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(_) => Err("not a whole number".to_owned()),
+    }
+}
+
+/// `key=value`.
+pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected key=value".to_owned()),
+    }
+}
+
+/// Pairs as a map; a key given twice is a mistake.
+pub(super) fn unique(pairs: Vec<(String, String)>, flag: &str) -> Result<BTreeMap<String, String>> {
+    let mut map = BTreeMap::new();
+    for (key, value) in pairs {
+        if map.insert(key.clone(), value).is_some() {
+            return Err(Error::invalid(flag, format!("`{key}` is given twice")));
+        }
+    }
+    Ok(map)
+}
+
+/// The lines of a list file, without blank ones.
+pub(super) fn list_file(path: &Path) -> Result<Vec<String>> {
+    let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    Ok(lines.map(str::to_owned).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_need_a_key_and_must_not_repeat() {
+        assert_eq!(key_value("a=b=c").unwrap(), ("a".to_owned(), "b=c".to_owned()));
+        assert!(key_value("=b").is_err() && key_value("a").is_err());
+        let twice = vec![key_value("a=1").unwrap(), key_value("a=2").unwrap()];
+        assert!(unique(twice, "option").is_err());
+    }
+
+    #[test]
+    fn numbers_and_methods_are_checked() {
+        assert!(positive("0").is_err() && positive("-1").is_err() && positive("8").is_ok());
+        assert!(bit_width("2").is_err() && bit_width("x").is_err() && bit_width("4").is_ok());
+        assert!(method("float").is_ok() && method("ubb").is_ok() && method("gptq").is_err());
+    }
+}

@@ -1,0 +1,144 @@
+//! `vitq classify`: the most probable labels of images.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::failure::{Failure, inner_status, status_json};
+use crate::cli::output::Output;
+use crate::cli::render::{label_json, seconds};
+use crate::error::Error;
+use crate::grpc::proto::classify_item::Outcome;
+use crate::grpc::proto::inference_service_client::InferenceServiceClient;
+use crate::grpc::proto::{ClassifyItem, ClassifyRequest, ClassifyResponse, Image};
+
+/// Images of one call; more are sent in several calls.
+const IMAGES_PER_CALL: usize = 32;
+/// Bytes of one call, below the size that servers accept by default.
+const BYTES_PER_CALL: usize = 24 << 20;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Model id.
+    #[arg(long, value_name = "ID")]
+    model: String,
+    /// Labels to show per image.
+    #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
+    top_k: u32,
+    /// JPEG, PNG or WebP files.
+    #[arg(required = true, value_name = "IMAGE")]
+    images: Vec<PathBuf>,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+impl Args {
+    pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
+        let contents =
+            self.images.iter().map(|path| read(path)).collect::<Result<Vec<_>, Error>>()?;
+        let sizes: Vec<usize> = contents.iter().map(Vec::len).collect();
+        block_on(async move {
+            let channel = self.server.connect().await?;
+            let mut client =
+                InferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+            let mut contents = contents.into_iter();
+            let mut answers = Vec::new();
+            for count in calls(&sizes) {
+                let images = contents.by_ref().take(count);
+                let request = ClassifyRequest {
+                    model: self.model.clone(),
+                    images: images.map(|content| Image { content: content.into() }).collect(),
+                    top_k: self.top_k,
+                };
+                answers.push(client.classify(request).await?.into_inner());
+            }
+            show(&self.images, &answers, output)
+        })
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Error> {
+    std::fs::read(path).map_err(|source| Error::io(path, source))
+}
+
+/// How many images go into each call.
+fn calls(sizes: &[usize]) -> Vec<usize> {
+    let mut calls = Vec::new();
+    let (mut images, mut bytes) = (0, 0);
+    for size in sizes {
+        if images == IMAGES_PER_CALL || (images > 0 && bytes + size > BYTES_PER_CALL) {
+            calls.push(images);
+            (images, bytes) = (0, 0);
+        }
+        images += 1;
+        bytes += size;
+    }
+    if images > 0 {
+        calls.push(images);
+    }
+    calls
+}
+
+/// Prints an answer per image; fails if an image failed.
+fn show(paths: &[PathBuf], answers: &[ClassifyResponse], output: &Output) -> Result<(), Failure> {
+    let items: Vec<&ClassifyItem> = answers.iter().flat_map(|answer| &answer.items).collect();
+    let version = answers.first().map(|answer| answer.model_version.clone());
+    let timings = answers.iter().filter_map(|answer| answer.timings.as_ref());
+    let total: f64 = timings.filter_map(|t| t.total.as_ref()).map(seconds).sum();
+    let lines = paths.iter().zip(&items).map(|(path, item)| line(path, item));
+    let text = lines.collect::<Vec<_>>().join("\n");
+    let images = paths.iter().zip(&items).map(|(path, item)| item_json(path, item));
+    let json = json!({
+        "model_version": version,
+        "total_seconds": total,
+        "images": images.collect::<Vec<Value>>(),
+    });
+    output.result(text, &json)?;
+    let answered = items.iter().filter(|item| matches!(item.outcome, Some(Outcome::Result(_))));
+    match paths.len() - answered.count() {
+        0 => Ok(()),
+        failed => Err(Failure::Unfinished(format!("{failed} of {} images failed", paths.len()))),
+    }
+}
+
+fn line(path: &Path, item: &ClassifyItem) -> String {
+    let answer = match &item.outcome {
+        Some(Outcome::Result(result)) => {
+            let labels = result.labels.iter();
+            let labels =
+                labels.map(|label| format!("{} {:.1} %", label.label, 100.0 * label.probability));
+            labels.collect::<Vec<_>>().join(", ")
+        }
+        Some(Outcome::Error(status)) => format!("error: {}", status.message),
+        None => "no answer".to_owned(),
+    };
+    format!("{}: {answer}", path.display())
+}
+
+fn item_json(path: &Path, item: &ClassifyItem) -> Value {
+    let file = path.display().to_string();
+    match &item.outcome {
+        Some(Outcome::Result(result)) => {
+            let labels: Vec<Value> = result.labels.iter().map(label_json).collect();
+            json!({ "file": file, "labels": labels })
+        }
+        Some(Outcome::Error(status)) => {
+            json!({ "file": file, "error": status_json(&inner_status(status.clone())) })
+        }
+        None => json!({ "file": file, "error": null }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_stay_below_their_limits_and_lose_no_image() {
+        assert_eq!(calls(&[1; 70]), [32, 32, 6]);
+        let large = 20 << 20;
+        assert_eq!(calls(&[large, large, 1, 2 * large]), [1, 2, 1]);
+        assert!(calls(&[]).is_empty());
+    }
+}

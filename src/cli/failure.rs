@@ -1,0 +1,191 @@
+//! Why a command failed: its text, its JSON form, its exit code.
+
+use std::process::ExitCode;
+
+use serde_json::{Value, json};
+use tonic::{Code, Status};
+use tonic_types::StatusExt;
+
+use crate::cli::output::{Format, Output};
+use crate::error::Error;
+
+/// The command ran and failed.
+const FAILED: u8 = 1;
+/// The command line itself is wrong; the code that clap uses, too.
+const USAGE: u8 = 2;
+
+/// Why a command failed.
+#[derive(Debug)]
+pub(super) enum Failure {
+    /// An error of this process.
+    Local(Error),
+    /// A server's refusal.
+    Refused(Box<Status>),
+    /// No connection to the server, or it broke.
+    Unreachable {
+        /// The server's URL.
+        server: String,
+        /// What the transport said.
+        reason: String,
+    },
+    /// Flags that contradict each other or the world.
+    Usage(String),
+    /// The work did not succeed; the sentence says what happened and what to do next.
+    Unfinished(String),
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Self {
+        Self::Local(error)
+    }
+}
+
+impl From<Status> for Failure {
+    fn from(status: Status) -> Self {
+        Self::Refused(Box::new(status))
+    }
+}
+
+impl Failure {
+    /// Says on stderr what happened, and gives the exit code.
+    pub(super) fn report(&self, output: &Output) -> ExitCode {
+        match output.format() {
+            Format::Text => eprintln!("error: {}", self.text()),
+            Format::Json => eprintln!("{}", json!({ "error": self.json() })),
+        }
+        ExitCode::from(if matches!(self, Self::Usage(_)) { USAGE } else { FAILED })
+    }
+
+    fn text(&self) -> String {
+        match self {
+            Self::Local(error) => error.to_string(),
+            Self::Usage(reason) | Self::Unfinished(reason) => reason.clone(),
+            Self::Unreachable { server, reason } => {
+                format!("no connection to {server}: {reason}")
+            }
+            Self::Refused(status) => status_text(status),
+        }
+    }
+
+    fn json(&self) -> Value {
+        if let Self::Refused(status) = self {
+            return status_json(status);
+        }
+        let field = if let Self::Local(Error::InvalidArgument { field, .. }) = self {
+            Some(field)
+        } else {
+            None
+        };
+        json!({ "message": self.text(), "field": field })
+    }
+}
+
+/// A status for people: its message, then a line for each detail that is not in the message.
+pub(super) fn status_text(status: &Status) -> String {
+    let details = status.get_error_details();
+    let code = code_name(status.code());
+    let message = if status.message().is_empty() { code } else { status.message() };
+    let mut lines = vec![message.to_owned()];
+    for violation in details.bad_request().iter().flat_map(|bad| &bad.field_violations) {
+        lines.push(format!("  field {}: {}", violation.field, violation.description));
+    }
+    match details.error_info() {
+        Some(info) => lines.push(format!("  reason: {} ({code})", info.reason)),
+        None => lines.push(format!("  code: {code}")),
+    }
+    if let Some(delay) = details.retry_info().and_then(|retry| retry.retry_delay) {
+        lines.push(format!("  retry in {:.1} s", delay.as_secs_f64()));
+    }
+    if let Some(request) = details.request_info() {
+        lines.push(format!("  request: {}", request.request_id));
+    }
+    lines.join("\n")
+}
+
+/// A status for programs.
+pub(super) fn status_json(status: &Status) -> Value {
+    let details = status.get_error_details();
+    let fields: Vec<Value> = details
+        .bad_request()
+        .iter()
+        .flat_map(|bad| &bad.field_violations)
+        .map(|violation| json!({ "field": violation.field, "reason": violation.description }))
+        .collect();
+    let retry = details.retry_info().and_then(|retry| retry.retry_delay);
+    json!({
+        "message": status.message(),
+        "code": code_name(status.code()),
+        "reason": details.error_info().map(|info| &info.reason),
+        "fields": fields,
+        "retry_after_seconds": retry.map(|delay| delay.as_secs_f64()),
+        "request": details.request_info().map(|request| &request.request_id),
+    })
+}
+
+/// The status inside a message: an item's or a job's own error.
+pub(super) fn inner_status(status: tonic_types::pb::Status) -> Status {
+    use prost::Message;
+    let details = status.encode_to_vec();
+    Status::with_details(Code::from_i32(status.code), status.message, details.into())
+}
+
+/// gRPC's own name of a code.
+fn code_name(code: Code) -> &'static str {
+    match code {
+        Code::Ok => "OK",
+        Code::Cancelled => "CANCELLED",
+        Code::Unknown => "UNKNOWN",
+        Code::InvalidArgument => "INVALID_ARGUMENT",
+        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
+        Code::NotFound => "NOT_FOUND",
+        Code::AlreadyExists => "ALREADY_EXISTS",
+        Code::PermissionDenied => "PERMISSION_DENIED",
+        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
+        Code::FailedPrecondition => "FAILED_PRECONDITION",
+        Code::Aborted => "ABORTED",
+        Code::OutOfRange => "OUT_OF_RANGE",
+        Code::Unimplemented => "UNIMPLEMENTED",
+        Code::Internal => "INTERNAL",
+        Code::Unavailable => "UNAVAILABLE",
+        Code::DataLoss => "DATA_LOSS",
+        Code::Unauthenticated => "UNAUTHENTICATED",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+    use std::time::Duration;
+
+    use tonic_types::ErrorDetails;
+
+    use super::*;
+
+    fn refused() -> Status {
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("weight_bits", "12 bits are not supported");
+        details.set_error_info("INVALID_ARGUMENT_BITS", "vitq.dev", HashMap::new());
+        details.set_retry_info(Some(Duration::from_millis(1500)));
+        Status::with_error_details(Code::InvalidArgument, "the request is wrong", details)
+    }
+
+    #[test]
+    fn a_refusal_shows_message_field_and_reason() {
+        assert_eq!(
+            status_text(&refused()),
+            "the request is wrong\n  field weight_bits: 12 bits are not supported\n  \
+             reason: INVALID_ARGUMENT_BITS (INVALID_ARGUMENT)\n  retry in 1.5 s"
+        );
+        let json = status_json(&refused());
+        assert_eq!(json["fields"][0]["field"], "weight_bits");
+        assert_eq!(json["retry_after_seconds"], 1.5);
+    }
+
+    #[test]
+    fn a_status_inside_a_message_keeps_its_details() {
+        use prost::Message;
+        let outer = refused();
+        let inner = tonic_types::pb::Status::decode(outer.details()).unwrap();
+        assert_eq!(status_text(&inner_status(inner)), status_text(&outer));
+    }
+}

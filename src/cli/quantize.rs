@@ -1,0 +1,185 @@
+//! `vitq quantize`: a calibration on a server, watched to its end.
+
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use crate::cli::args;
+use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::failure::Failure;
+use crate::cli::follow::{Outcome, Patience, follow, how_to_return};
+use crate::cli::output::Output;
+use crate::cli::render;
+use crate::grpc::proto::quantization_service_client::QuantizationServiceClient;
+use crate::grpc::proto::quantize_request::Calibration;
+use crate::grpc::proto::{CalibrationDataset, QuantizeRequest, StemHead};
+use crate::quant::BitWidth;
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// Checkpoint: a folder below the server's --checkpoints.
+    #[arg(long, value_name = "NAME")]
+    checkpoint: String,
+    /// Method id, see `vitq methods`.
+    #[arg(long, value_name = "ID")]
+    method: String,
+    #[command(flatten)]
+    bits: BitArgs,
+    /// Channel groups of the activations: short for --option groups=N.
+    #[arg(long, value_name = "N")]
+    groups: Option<u32>,
+    /// Treatment of the patch embedding and the classifier.
+    #[arg(long, value_enum, default_value = "float")]
+    stem_head: StemHeadChoice,
+    /// Option of the method; repeatable.
+    #[arg(long = "option", value_name = "KEY=VALUE", value_parser = args::key_value)]
+    options: Vec<(String, String)>,
+    /// Calibration data set: a folder of class folders below the server's --datasets.
+    #[arg(long, value_name = "NAME")]
+    calib_dataset: String,
+    /// Number of calibration images, drawn by the seed.
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    calib_images: u32,
+    /// Text file with exactly the images to use, one path a line, relative to the data set.
+    #[arg(long, value_name = "LIST", conflicts_with = "calib_images")]
+    calib_files: Option<PathBuf>,
+    /// Seed of the choice of images and of everything random in the method.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Id of the new model; made from checkpoint, method and bits if absent.
+    #[arg(long, value_name = "MODEL_ID")]
+    name: Option<String>,
+    /// Free text kept with the model; repeatable.
+    #[arg(long = "label", value_name = "KEY=VALUE", value_parser = args::key_value)]
+    labels: Vec<(String, String)>,
+    /// Load the model once it is stored, not at its first use.
+    #[arg(long)]
+    load: bool,
+    /// Your id of this request: repeating it returns the same job.
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    request_id: String,
+    /// Only check the request.
+    #[arg(long)]
+    validate_only: bool,
+    /// Leave as soon as the server has accepted the job.
+    #[arg(long)]
+    detach: bool,
+    #[command(flatten)]
+    server: ServerArgs,
+}
+
+/// Bit widths: both at once or one by one.
+#[derive(Debug, clap::Args)]
+struct BitArgs {
+    /// Bits of weights and activations, 3 to 8.
+    #[arg(long, value_name = "N", value_parser = args::bit_width,
+        conflicts_with_all = ["weight_bits", "activation_bits"],
+        required_unless_present_all = ["weight_bits", "activation_bits"])]
+    bits: Option<BitWidth>,
+    /// Bits of the weights.
+    #[arg(long, value_name = "N", value_parser = args::bit_width, requires = "activation_bits")]
+    weight_bits: Option<BitWidth>,
+    /// Bits of the activations.
+    #[arg(long, value_name = "N", value_parser = args::bit_width, requires = "weight_bits")]
+    activation_bits: Option<BitWidth>,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum StemHeadChoice {
+    /// Both stay float.
+    Float,
+    /// Both at 8 bits.
+    Int8,
+    /// As every other layer.
+    Same,
+}
+
+impl Args {
+    pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
+        let (server, patience) = (self.server.clone(), self.patience());
+        let request = self.request()?;
+        block_on(async move {
+            let mut client = QuantizationServiceClient::new(server.connect().await?)
+                .max_decoding_message_size(MAX_ANSWER);
+            let events = client.quantize(request).await?.into_inner();
+            match follow(events, patience, &server.server).await? {
+                Outcome::Validated => {
+                    output.result("the request is valid", &json!({ "valid": true }))
+                }
+                Outcome::Detached(operation) => output.result(
+                    format!("{operation}\n{}", how_to_return(&operation, &server.server)),
+                    &json!({ "operation": operation }),
+                ),
+                Outcome::Done { operation, result } => output.result(
+                    render::quantized_text(&result),
+                    &render::quantized_json(&operation, &result),
+                ),
+            }
+        })
+    }
+
+    fn patience(&self) -> Patience {
+        if self.detach { Patience::UntilAccepted } else { Patience::ToTheEnd }
+    }
+
+    fn request(self) -> Result<QuantizeRequest, Failure> {
+        let mut options = args::unique(self.options, "option")?;
+        if let Some(groups) = self.groups {
+            options.insert("groups".to_owned(), groups.to_string());
+        }
+        let weight_bits = bits(self.bits.bits.or(self.bits.weight_bits));
+        let activation_bits = bits(self.bits.bits.or(self.bits.activation_bits));
+        let files = self.calib_files.as_deref().map(args::list_file).transpose()?;
+        let dataset = CalibrationDataset {
+            name: self.calib_dataset,
+            count: if files.is_some() { 0 } else { self.calib_images },
+            files: files.unwrap_or_default(),
+        };
+        let model_id = self.name.unwrap_or_else(|| {
+            default_id(&self.checkpoint, &self.method, weight_bits, activation_bits)
+        });
+        let stem_head = match self.stem_head {
+            StemHeadChoice::Float => StemHead::Float,
+            StemHeadChoice::Int8 => StemHead::Int8,
+            StemHeadChoice::Same => StemHead::Same,
+        };
+        Ok(QuantizeRequest {
+            checkpoint: self.checkpoint,
+            method: self.method,
+            options,
+            weight_bits,
+            activation_bits,
+            stem_head: stem_head.into(),
+            seed: self.seed,
+            model_id,
+            labels: args::unique(self.labels, "label")?,
+            load_after: self.load,
+            request_id: self.request_id,
+            validate_only: self.validate_only,
+            calibration: Some(Calibration::Dataset(dataset)),
+        })
+    }
+}
+
+fn bits(width: Option<BitWidth>) -> u32 {
+    width.map_or(0, |width| width.get().into())
+}
+
+/// `digits-vit-ubb-w4a4`, with what an id must not hold replaced by hyphens.
+fn default_id(checkpoint: &str, method: &str, weight_bits: u32, activation_bits: u32) -> String {
+    let name = checkpoint.rsplit('/').next().unwrap_or(checkpoint);
+    let text = format!("{name}-{method}-w{weight_bits}a{activation_bits}").to_lowercase();
+    let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' };
+    text.chars().map(allowed).collect::<String>().trim_matches('-').to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_id_tells_checkpoint_method_and_bits() {
+        assert_eq!(default_id("digits-vit", "ubb", 4, 4), "digits-vit-ubb-w4a4");
+        assert_eq!(default_id("_a/ViT_Tiny.p16", "ubb", 4, 8), "vit-tiny-p16-ubb-w4a8");
+    }
+}

@@ -1,0 +1,147 @@
+//! The safetensors file: refused by content before anything is made of it, read, written.
+
+use std::fs::{self, File};
+use std::io::{ErrorKind, Read, Write};
+use std::path::Path;
+
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Map, json};
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::model::args::unusable;
+use crate::nn::Weights;
+
+/// A config is a page of text; more is no config.
+const MAX_CONFIG_BYTES: u64 = 16 << 20;
+/// Far above the largest model of the two architectures, below what would exhaust a host.
+const MAX_MODEL_BYTES: u64 = 16 << 30;
+/// Bytes of the header's length, at the start of the file.
+const PREFIX: usize = 8;
+
+/// The bytes of `config.json`.
+pub(super) fn read_config(path: &Path) -> Result<Vec<u8>> {
+    let (mut file, size) = open(path, MAX_CONFIG_BYTES)?;
+    read(&mut file, size, path)
+}
+
+/// The bytes of `model.safetensors`, once its first bytes do not speak against it.
+pub(super) fn read_model(path: &Path) -> Result<Vec<u8>> {
+    let (mut file, size) = open(path, MAX_MODEL_BYTES)?;
+    let mut start = read(&mut file, size.min(PREFIX as u64), path)?;
+    sniff(&start, size)?;
+    let rest = read(&mut file, size - start.len() as u64, path)?;
+    start.extend_from_slice(&rest);
+    Ok(start)
+}
+
+/// The tensors of a file's bytes; offsets, sizes and the whole length are checked.
+pub(super) fn parse(bytes: &[u8]) -> Result<SafeTensors<'_>> {
+    SafeTensors::deserialize(bytes).map_err(|error| {
+        unusable(format!("model.safetensors is truncated or not a safetensors file: {error}"))
+    })
+}
+
+/// The shape of a tensor.
+pub(super) fn shape(tensors: &SafeTensors<'_>, name: &str) -> Result<Vec<i64>> {
+    let view = tensors.tensor(name).map_err(|error| unusable(error.to_string()))?;
+    let axes = view.shape().iter().map(|axis| i64::try_from(*axis));
+    axes.collect::<std::result::Result<_, _>>()
+        .map_err(|_| unusable(format!("parameter {name} has shape {:?}", view.shape())))
+}
+
+/// A tensor as float32; all values must be finite.
+pub(super) fn read_tensor(tensors: &SafeTensors<'_>, name: &str) -> Result<Tensor> {
+    let view = tensors.tensor(name).map_err(|error| unusable(error.to_string()))?;
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::F16 => Kind::Half,
+        Dtype::BF16 => Kind::BFloat16,
+        other => {
+            let text = format!(
+                "parameter {name} has element type {other}, supported are F32, F16 and BF16"
+            );
+            return Err(unusable(text));
+        }
+    };
+    // The parser has checked that the bytes are as many as shape and type ask for.
+    let tensor = Tensor::f_from_data_size(view.data(), &shape(tensors, name)?, kind)?
+        .f_to_kind(Kind::Float)?;
+    if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+        return Err(unusable(format!("parameter {name} holds values that are not finite")));
+    }
+    Ok(tensor)
+}
+
+/// Writes float32 tensors in the order of their names. The outer result is libtorch's.
+pub(super) fn write_model(weights: &Weights, out: &mut dyn Write) -> Result<std::io::Result<()>> {
+    let mut header = Map::new();
+    let mut offset = 0;
+    for (name, tensor) in weights.iter() {
+        let end = offset + 4 * tensor.numel();
+        let entry = json!({"dtype": "F32", "shape": tensor.size(), "data_offsets": [offset, end]});
+        header.insert(name.to_owned(), entry);
+        offset = end;
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    // Readers that map the file want the tensors aligned.
+    header.resize(header.len().next_multiple_of(PREFIX), b' ');
+    let length = (header.len() as u64).to_le_bytes();
+    if let Err(error) = out.write_all(&length).and_then(|()| out.write_all(&header)) {
+        return Ok(Err(error));
+    }
+    for (_, tensor) in weights.iter() {
+        let mut values = vec![0f32; tensor.numel()];
+        tensor.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut values, tensor.numel())?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        if let Err(error) = out.write_all(&bytes) {
+            return Ok(Err(error));
+        }
+    }
+    Ok(Ok(()))
+}
+
+fn open(path: &Path, max: u64) -> Result<(File, u64)> {
+    let about = match fs::metadata(path) {
+        Ok(about) => about,
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
+            return Err(Error::NotFound { kind: "checkpoint", name: path.display().to_string() });
+        }
+        Err(error) => return Err(Error::io(path, error)),
+    };
+    if !about.is_file() {
+        return Err(unusable(format!("{} is not a regular file", path.display())));
+    }
+    if about.len() > max {
+        let text = format!("{} has {} bytes, more than {max}", path.display(), about.len());
+        return Err(unusable(text));
+    }
+    let file = File::open(path).map_err(|source| Error::io(path, source))?;
+    Ok((file, about.len()))
+}
+
+/// Reads exactly `size` bytes; a file that shrinks meanwhile is an error.
+fn read(file: &mut File, size: u64, path: &Path) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    file.take(size).read_to_end(&mut bytes).map_err(|source| Error::io(path, source))?;
+    Ok(bytes)
+}
+
+/// Recognises other formats by content, and a header that cannot fit.
+fn sniff(start: &[u8], size: u64) -> Result<()> {
+    let refuse =
+        |what: &str| Err(unusable(format!("the file is {what}, only safetensors is accepted")));
+    match *start {
+        [b'P', b'K', 3, 4, ..] => refuse("a zip archive (TorchScript or torch.save)"),
+        [0x80, 2..=5, ..] => refuse("a pickle"),
+        [a, b, c, d, e, f, g, h] => {
+            let header = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
+            if header > size - PREFIX as u64 {
+                let text = format!("a header of {header} bytes does not fit into {size} bytes");
+                return Err(unusable(format!("model.safetensors is truncated or foreign: {text}")));
+            }
+            Ok(())
+        }
+        _ => Err(unusable(format!("model.safetensors has only {size} bytes"))),
+    }
+}

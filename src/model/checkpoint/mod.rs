@@ -1,0 +1,183 @@
+//! A checkpoint: `model.safetensors` and `config.json` in one folder, as timm publishes them.
+//!
+//! Order of trust: the file's header is checked against its size, names and shapes against the
+//! config and the architecture, and only then are tensors made.
+
+mod config;
+mod file;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use safetensors::SafeTensors;
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::model::args::unusable;
+use crate::model::{ModelSpec, TensorShapes, family};
+use crate::nn::Weights;
+
+use config::Config;
+pub(super) use config::complete;
+
+const CONFIG: &str = "config.json";
+const MODEL: &str = "model.safetensors";
+/// Share of the image that the evaluation of all variants in timm's table keeps.
+pub(super) const PUBLISHED_CROP_PCT: f64 = 0.9;
+/// Names in one error message.
+const SHOWN: usize = 3;
+
+/// A float model read from disk, weights on the CPU.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// What the weights are of.
+    pub spec: Arc<ModelSpec>,
+    /// float32 parameters under timm 0.6.13's names.
+    pub weights: Weights,
+    /// sha256 (hex) over `config.json` and `model.safetensors`.
+    pub digest: String,
+    /// Size of `model.safetensors` in bytes.
+    pub bytes: u64,
+}
+
+impl Checkpoint {
+    /// Reads and checks the folder.
+    ///
+    /// # Errors
+    /// `NotFound` when the folder or one of its two files is missing; `InvalidArgument` on field
+    /// `checkpoint` for unusable content; `Io` for unreadable files.
+    pub fn open(folder: &Path) -> Result<Self> {
+        let config_bytes = file::read_config(&folder.join(CONFIG))?;
+        let config = Config::parse(&config_bytes)?;
+        let bytes = file::read_model(&folder.join(MODEL))?;
+        let tensors = file::parse(&bytes)?;
+        let names = canonical_names(&config, &tensors)?;
+        let shapes = shapes(&names, &tensors)?;
+        let spec = config.into_spec(&shapes)?;
+        check_parameters(&spec, &shapes)?;
+        let mut weights = BTreeMap::new();
+        for (name, source) in names {
+            weights.insert(name, file::read_tensor(&tensors, &source)?);
+        }
+        let mut hash = Sha256::new();
+        hash.update(&config_bytes);
+        hash.update(&bytes);
+        Ok(Self {
+            spec: Arc::new(spec),
+            weights: Weights::new(weights),
+            digest: hex(&hash.finalize()),
+            bytes: bytes.len() as u64,
+        })
+    }
+
+    /// A checkpoint of given parts; its digest and size are those of the files that
+    /// [`Checkpoint::save`] writes.
+    ///
+    /// # Errors
+    /// `InvalidArgument` when the weights are not those of the architecture.
+    pub(super) fn new(spec: ModelSpec, weights: Weights) -> Result<Self> {
+        let shapes =
+            weights.iter().map(|(name, tensor)| (name.to_owned(), tensor.size())).collect();
+        check_parameters(&spec, &shapes)?;
+        let mut sink = HashSink { hash: Sha256::new(), bytes: 0 };
+        sink.hash.update(Config::of(&spec).to_json()?);
+        file::write_model(&weights, &mut sink)?.map_err(|source| Error::io(MODEL, source))?;
+        let HashSink { hash, bytes } = sink;
+        Ok(Self { spec: Arc::new(spec), weights, digest: hex(&hash.finalize()), bytes })
+    }
+
+    /// Writes the two files into `folder`, which is made if need be. Names and numbers are canonical
+    /// (timm 0.6.13, float32), so the digest of another layout is not preserved.
+    ///
+    /// # Errors
+    /// `Io` when a file cannot be written.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        fs::create_dir_all(folder).map_err(|source| Error::io(folder, source))?;
+        let path = folder.join(MODEL);
+        let to_io = |source| Error::io(&path, source);
+        let mut out = BufWriter::new(File::create(&path).map_err(to_io)?);
+        file::write_model(&self.weights, &mut out)?.and_then(|()| out.flush()).map_err(to_io)?;
+        let path = folder.join(CONFIG);
+        fs::write(&path, Config::of(&self.spec).to_json()?).map_err(|s| Error::io(&path, s))
+    }
+}
+
+/// Canonical name → name in the file, without buffers.
+fn canonical_names(config: &Config, tensors: &SafeTensors<'_>) -> Result<BTreeMap<String, String>> {
+    let rename = family(config.family()?)?.canonical_name;
+    let given: BTreeSet<String> = tensors.names().into_iter().map(str::to_owned).collect();
+    let mut names = BTreeMap::new();
+    for name in &given {
+        let Some(canonical) = rename(&given, name) else { continue };
+        if let Some(other) = names.insert(canonical, name.clone()) {
+            return Err(unusable(format!("parameters {other} and {name} are the same one")));
+        }
+    }
+    Ok(names)
+}
+
+fn shapes(names: &BTreeMap<String, String>, tensors: &SafeTensors<'_>) -> Result<TensorShapes> {
+    let mut shapes = TensorShapes::new();
+    for (canonical, name) in names {
+        shapes.insert(canonical.clone(), file::shape(tensors, name)?);
+    }
+    Ok(shapes)
+}
+
+/// Fails unless the tensors are exactly the architecture's parameters.
+fn check_parameters(spec: &ModelSpec, shapes: &TensorShapes) -> Result<()> {
+    let parameters = (family(&spec.family)?.parameters)(spec)?;
+    for parameter in &parameters {
+        match shapes.get(&parameter.name) {
+            None if parameter.optional => {}
+            None => return Err(unusable(format!("parameter {} is missing", parameter.name))),
+            Some(shape) if *shape == parameter.shape => {}
+            Some(shape) => {
+                return Err(unusable(format!(
+                    "parameter {} has shape {shape:?}, the config asks for {:?}",
+                    parameter.name, parameter.shape
+                )));
+            }
+        }
+    }
+    let known: BTreeSet<&str> = parameters.iter().map(|p| p.name.as_str()).collect();
+    let unknown: Vec<&str> =
+        shapes.keys().map(String::as_str).filter(|name| !known.contains(name)).collect();
+    if unknown.is_empty() {
+        return Ok(());
+    }
+    let shown = unknown.iter().take(SHOWN).copied().collect::<Vec<_>>().join(", ");
+    Err(unusable(format!(
+        "{} parameters are not part of {}: {shown}",
+        unknown.len(),
+        spec.architecture
+    )))
+}
+
+/// Hashes and counts what is written to it.
+struct HashSink {
+    hash: Sha256,
+    bytes: u64,
+}
+
+impl Write for HashSink {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.hash.update(bytes);
+        self.bytes += bytes.len() as u64;
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,186 @@
+//! What the families share: patch embedding, MLP, heads of an attention, and the making of sites.
+
+use std::sync::Arc;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::exec::Executor;
+use crate::model::{NewSite, SiteTable};
+use crate::nn::{Linear, Role, Scope, Site, gelu};
+
+/// Makes the sites of one unit: `scope` is the unit's place in the checkpoint.
+pub(super) struct UnitBuilder<'t, 's> {
+    pub(super) sites: &'t mut SiteTable,
+    pub(super) scope: Scope<'s>,
+    pub(super) unit: usize,
+    /// Windows per image of attention sites.
+    pub(super) windows: i64,
+}
+
+impl UnitBuilder<'_, '_> {
+    /// The site `name` below the unit; `norm` is the LayerNorm that feeds it, below the unit too.
+    pub(super) fn site(&mut self, name: &str, role: Role, norm: Option<&str>) -> Arc<Site> {
+        let windows = match role {
+            Role::Qkv | Role::QueryKey | Role::ScoreValue | Role::Proj => self.windows,
+            Role::Embed | Role::Fc1 | Role::Fc2 | Role::Reduction | Role::Head => 1,
+        };
+        let norm = norm.map(|norm| self.scope.path(norm));
+        let path = self.scope.path(name);
+        self.sites.add(NewSite { path, role, norm: norm.as_deref(), unit: self.unit, windows })
+    }
+
+    /// The linear layer of `site`, which lies at `name` below the unit; shape is [out, in].
+    pub(super) fn linear(&self, site: Arc<Site>, name: &str, shape: [i64; 2]) -> Result<Linear> {
+        Linear::load(site, &self.scope.at(name), shape[0], shape[1])
+    }
+}
+
+/// Sizes of a patch embedding.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct PatchShape {
+    /// Side of the square image in pixels.
+    pub(super) image: i64,
+    /// Side of a patch in pixels.
+    pub(super) patch: i64,
+    /// Width of a token.
+    pub(super) dim: i64,
+}
+
+impl PatchShape {
+    /// Patches along a side.
+    pub(super) fn grid(self) -> i64 {
+        self.image / self.patch
+    }
+}
+
+/// timm's patch embedding: a convolution whose stride is its kernel, as unfold + linear.
+#[derive(Debug)]
+pub(super) struct PatchEmbed {
+    proj: Linear,
+    shape: PatchShape,
+}
+
+impl PatchEmbed {
+    /// Reads `proj` below the unit.
+    pub(super) fn load(builder: &mut UnitBuilder<'_, '_>, shape: PatchShape) -> Result<Self> {
+        let site = builder.site("proj", Role::Embed, None);
+        let scope = builder.scope.at("proj");
+        let PatchShape { patch, dim, .. } = shape;
+        let kernel = scope.get("weight", &[dim, 3, patch, patch])?;
+        let weight = kernel.f_reshape([dim, 3 * patch * patch])?;
+        let bias = scope.get_optional("bias", &[dim])?;
+        Ok(Self { proj: Linear { site, weight, bias }, shape })
+    }
+
+    /// images [n, 3, h, w] → tokens [n, grid², dim].
+    pub(super) fn forward(&self, exec: &mut dyn Executor, images: &Tensor) -> Result<Tensor> {
+        let PatchShape { image, patch, .. } = self.shape;
+        let size = images.size();
+        let [n, 3, h, w] = size[..] else { return Err(self.wrong_input(&size)) };
+        if n == 0 || h != image || w != image {
+            return Err(self.wrong_input(&size));
+        }
+        let grid = self.shape.grid();
+        let patches = images
+            .f_reshape([n, 3, grid, patch, grid, patch])?
+            .f_permute([0, 2, 4, 1, 3, 5])?
+            .f_reshape([n, grid * grid, 3 * patch * patch])?;
+        exec.linear(&self.proj, &patches)
+    }
+
+    fn wrong_input(&self, size: &[i64]) -> Error {
+        let side = self.shape.image;
+        let reason = format!("shape {size:?} is not [n, 3, {side}, {side}] with n of at least 1");
+        Error::invalid("images", reason)
+    }
+}
+
+/// Two linear layers around a GELU.
+#[derive(Debug)]
+pub(super) struct Mlp {
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Mlp {
+    /// Reads `mlp.fc1` [hidden, dim] and `mlp.fc2` [dim, hidden] below the unit; `norm2` feeds it.
+    pub(super) fn load(builder: &mut UnitBuilder<'_, '_>, dim: i64, hidden: i64) -> Result<Self> {
+        let fc1 = builder.site("mlp.fc1", Role::Fc1, Some("norm2"));
+        let fc2 = builder.site("mlp.fc2", Role::Fc2, None);
+        Ok(Self {
+            fc1: builder.linear(fc1, "mlp.fc1", [hidden, dim])?,
+            fc2: builder.linear(fc2, "mlp.fc2", [dim, hidden])?,
+        })
+    }
+
+    /// x [n, t, dim] → [n, t, dim].
+    pub(super) fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
+        let hidden = gelu(&exec.linear(&self.fc1, x)?)?;
+        exec.linear(&self.fc2, &hidden)
+    }
+}
+
+/// The four products of an attention, in forward order.
+#[derive(Debug)]
+pub(super) struct AttentionSites {
+    qkv: Linear,
+    query_key: Arc<Site>,
+    score_value: Arc<Site>,
+    proj: Linear,
+    heads: i64,
+}
+
+impl AttentionSites {
+    /// Reads `attn.qkv` and `attn.proj` below the unit; `norm1` feeds the attention.
+    pub(super) fn load(builder: &mut UnitBuilder<'_, '_>, dim: i64, heads: i64) -> Result<Self> {
+        let qkv = builder.site("attn.qkv", Role::Qkv, Some("norm1"));
+        let query_key = builder.site("attn.matmul1", Role::QueryKey, None);
+        let score_value = builder.site("attn.matmul2", Role::ScoreValue, None);
+        let proj = builder.site("attn.proj", Role::Proj, None);
+        Ok(Self {
+            qkv: builder.linear(qkv, "attn.qkv", [3 * dim, dim])?,
+            query_key,
+            score_value,
+            proj: builder.linear(proj, "attn.proj", [dim, dim])?,
+            heads,
+        })
+    }
+
+    /// x [b, t, dim] → q, k, v, each [b, heads, t, d] and contiguous: a view's strides depend on b,
+    /// and with them could the order in which a product is summed.
+    pub(super) fn project_in(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<[Tensor; 3]> {
+        let (b, t, dim) = x.size3()?;
+        let parts = exec
+            .linear(&self.qkv, x)?
+            .f_reshape([b, t, 3, self.heads, dim / self.heads])?
+            .f_permute([2, 0, 3, 1, 4])?
+            .f_contiguous()?; // [3, b, heads, t, d]
+        Ok([parts.f_select(0, 0)?, parts.f_select(0, 1)?, parts.f_select(0, 2)?])
+    }
+
+    /// q · kᵀ: [b, heads, t, t].
+    pub(super) fn scores(&self, exec: &mut dyn Executor, q: &Tensor, k: &Tensor) -> Result<Tensor> {
+        exec.matmul(&self.query_key, q, k)
+    }
+
+    /// Softmax of the scores, times v, heads merged, projected: [b, t, dim].
+    pub(super) fn project_out(
+        &self,
+        exec: &mut dyn Executor,
+        scores: &Tensor,
+        v: &Tensor,
+    ) -> Result<Tensor> {
+        let weights = scores.f_softmax(-1, None)?;
+        let mixed = exec.matmul(&self.score_value, &weights, &v.f_transpose(-2, -1)?)?;
+        let (b, heads, t, d) = mixed.size4()?;
+        let merged = mixed.f_transpose(1, 2)?.f_reshape([b, t, heads * d])?;
+        exec.linear(&self.proj, &merged)
+    }
+
+    /// d^-0.5, the scale of the scores; d is the width of a head.
+    pub(super) fn scale(&self) -> f64 {
+        let dim = self.proj.weight.size()[0];
+        ((dim / self.heads) as f64).powf(-0.5)
+    }
+}

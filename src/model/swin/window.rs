@@ -1,0 +1,183 @@
+//! Windows: splitting tokens into them, shifting them, and what attention within them adds.
+
+use tch::{Device, Tensor};
+
+use crate::error::Result;
+use crate::model::swin::args::Stage;
+
+/// What timm adds to a score across the border of a shifted window.
+const MASKED: f32 = -100.0;
+
+/// How the tokens of a block are split into windows.
+#[derive(Debug)]
+pub(super) struct Windows {
+    /// Tokens along a side of the image.
+    resolution: i64,
+    /// Tokens along a side of a window.
+    window: i64,
+    /// Cyclic shift in tokens before splitting; 0 for none.
+    shift: i64,
+    /// [windows, 1, window², window²], 0 or −100; only with a shift.
+    mask: Option<Tensor>,
+}
+
+impl Windows {
+    /// The windows of a stage, shifted by `shift` tokens.
+    pub(super) fn new(stage: &Stage, shift: i64) -> Result<Self> {
+        let &Stage { resolution, window, .. } = stage;
+        let mut windows = Self { resolution, window, shift, mask: None };
+        if shift > 0 {
+            windows.mask = Some(windows.shift_mask()?);
+        }
+        Ok(windows)
+    }
+
+    /// The same windows with the mask on a device.
+    pub(super) fn to_device(&self, device: Device) -> Result<Self> {
+        let mask = self.mask.as_ref().map(|mask| mask.f_to(device)).transpose()?;
+        let &Self { resolution, window, shift, .. } = self;
+        Ok(Self { resolution, window, shift, mask })
+    }
+
+    /// Windows of an image.
+    pub(super) fn per_image(&self) -> i64 {
+        (self.resolution / self.window).pow(2)
+    }
+
+    /// [n, resolution², c] → [n · windows, window², c].
+    pub(super) fn split(&self, x: &Tensor) -> Result<Tensor> {
+        let &Self { resolution, window, shift, .. } = self;
+        let (n, _, c) = x.size3()?;
+        let side = resolution / window;
+        let mut x = x.f_reshape([n, resolution, resolution, c])?;
+        if shift > 0 {
+            x = x.f_roll([-shift, -shift], [1, 2])?;
+        }
+        Ok(x.f_reshape([n, side, window, side, window, c])?
+            .f_permute([0, 1, 3, 2, 4, 5])?
+            .f_reshape([n * side * side, window * window, c])?)
+    }
+
+    /// The inverse of [`Windows::split`].
+    pub(super) fn join(&self, x: &Tensor) -> Result<Tensor> {
+        let &Self { resolution, window, shift, .. } = self;
+        let (b, _, c) = x.size3()?;
+        let side = resolution / window;
+        let n = b / (side * side);
+        let mut x = x
+            .f_reshape([n, side, side, window, window, c])?
+            .f_permute([0, 1, 3, 2, 4, 5])?
+            .f_reshape([n, resolution, resolution, c])?;
+        if shift > 0 {
+            x = x.f_roll([shift, shift], [1, 2])?;
+        }
+        Ok(x.f_reshape([n, resolution * resolution, c])?)
+    }
+
+    /// Adds the mask to scores [n · windows, heads, window², window²].
+    pub(super) fn mask(&self, scores: &Tensor) -> Result<Tensor> {
+        let Some(mask) = &self.mask else { return Ok(scores.shallow_clone()) };
+        let (b, heads, t, _) = scores.size4()?;
+        let windows = self.per_image();
+        let masked = scores.f_reshape([b / windows, windows, heads, t, t])?.f_add(mask)?;
+        Ok(masked.f_reshape([b, heads, t, t])?)
+    }
+
+    /// After the shift, a window at the border holds tokens from opposite sides of the image: tokens
+    /// of different regions must not see each other.
+    fn shift_mask(&self) -> Result<Tensor> {
+        let &Self { resolution, window, shift, .. } = self;
+        let band = |at: i64| match at {
+            at if at < resolution - window => 0,
+            at if at < resolution - shift => 1,
+            _ => 2,
+        };
+        let side = resolution / window;
+        let tokens = window * window;
+        let mut values = Vec::new();
+        for index in 0..side * side {
+            let (top, left) = (index / side * window, index % side * window);
+            let region = |token: i64| (band(top + token / window), band(left + token % window));
+            for i in 0..tokens {
+                let row = (0..tokens).map(|j| if region(i) == region(j) { 0.0 } else { MASKED });
+                values.extend(row);
+            }
+        }
+        Ok(Tensor::f_from_slice(&values)?.f_reshape([side * side, 1, tokens, tokens])?)
+    }
+}
+
+/// Looks up the bias of every pair of tokens in `table` [(2·window − 1)², heads] by their distance:
+/// [1, heads, window², window²].
+pub(super) fn relative_bias(table: &Tensor, window: i64) -> Result<Tensor> {
+    let tokens = window * window;
+    let index: Vec<i64> = (0..tokens * tokens)
+        .map(|pair| {
+            let (i, j) = (pair / tokens, pair % tokens);
+            let rows = i / window - j / window + window - 1;
+            let columns = i % window - j % window + window - 1;
+            rows * (2 * window - 1) + columns
+        })
+        .collect();
+    let index = Tensor::f_from_slice(&index)?.f_to(table.device())?;
+    let heads = table.size()[1];
+    Ok(table
+        .f_index_select(0, &index)?
+        .f_reshape([tokens, tokens, heads])?
+        .f_permute([2, 0, 1])?
+        .f_contiguous()?
+        .f_unsqueeze(0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    fn stage(resolution: i64, window: i64) -> Stage {
+        Stage {
+            dim: 4,
+            hidden: 8,
+            heads: 2,
+            depth: 2,
+            resolution,
+            window,
+            shift: window / 2,
+            merged: None,
+        }
+    }
+
+    #[test]
+    fn joining_undoes_splitting() {
+        for (resolution, window, shift) in [(6, 3, 0), (6, 3, 1), (8, 4, 2), (7, 7, 0)] {
+            let windows = Windows::new(&stage(resolution, window), shift).unwrap();
+            let x = Tensor::arange(2 * resolution * resolution * 4, (Kind::Float, Device::Cpu))
+                .reshape([2, resolution * resolution, 4]);
+            let split = windows.split(&x).unwrap();
+            assert_eq!(split.size(), [2 * windows.per_image(), window * window, 4]);
+            assert_eq!(windows.join(&split).unwrap(), x);
+        }
+    }
+
+    #[test]
+    fn tokens_from_opposite_borders_do_not_see_each_other() {
+        let windows = Windows::new(&stage(4, 2), 1).unwrap();
+        let mask = windows.mask.as_ref().unwrap();
+        // The first window is whole; the last holds the four corners of the image.
+        assert_eq!(mask.get(0).abs().max().double_value(&[]), 0.0);
+        let corners = Tensor::eye(4, (Kind::Float, Device::Cpu)) * 100.0 - 100.0;
+        assert_eq!(mask.get(3).squeeze(), corners);
+    }
+
+    #[test]
+    fn the_bias_depends_on_the_distance_only() {
+        let table = Tensor::arange(9, (Kind::Float, Device::Cpu)).reshape([9, 1]);
+        let bias = relative_bias(&table, 2).unwrap();
+        assert_eq!(bias.size(), [1, 1, 4, 4]);
+        // Same place: the table's centre. One row down, seen from one row up: rows = -1.
+        assert_eq!(bias.double_value(&[0, 0, 2, 2]), 4.0);
+        assert_eq!(bias.double_value(&[0, 0, 0, 2]), 1.0);
+        assert_eq!(bias.double_value(&[0, 0, 0, 1]), 3.0);
+    }
+}
