@@ -4,6 +4,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
+use crate::artifact::store::claim_folder;
 use crate::cli::failure::Failure;
 use crate::config::ServeConfig;
 use crate::engine::Engine;
@@ -36,6 +37,8 @@ impl Args {
 
     async fn serve(self) -> Result<()> {
         let Self { config } = self;
+        let devices = device::parse_list(&config.device)?;
+        let _claim = claim_folder(&config.data_dir)?;
         let stop = shutdown::on_signal()?;
         let listen = |address| async move {
             TcpListener::bind(address).await.map_err(|e| Error::io(format!("port {address}"), e))
@@ -46,7 +49,6 @@ impl Args {
         let ops_stop = CancellationToken::new();
         let _ops_ends_last = ops_stop.clone().drop_guard();
         tokio::spawn(ops::serve(ops_listener, readiness.clone(), ops_stop));
-        let devices = device::parse_list(&config.device)?;
         let engine_config = config.engine(devices);
         let engine = tokio::task::spawn_blocking(move || Engine::start(engine_config))
             .await

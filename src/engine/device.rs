@@ -310,3 +310,81 @@ pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
         .unwrap_or("without a message")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::batcher::Admission;
+
+    /// Answers with the sum of each image; panics on a negative first pixel.
+    struct Sums;
+
+    impl Network for Sums {
+        fn forward(&self, images: &Pixels) -> Result<Vec<f32>> {
+            assert!(images.data[0] >= 0.0, "negative pixel");
+            let size = images.data.len() / images.count;
+            Ok(images.data.chunks(size).map(|image| image.iter().sum()).collect())
+        }
+
+        fn resident_bytes(&self) -> u64 {
+            100
+        }
+    }
+
+    async fn with_sums(key: LoadKey) -> DeviceHandle {
+        let device = DeviceHandle::start(Device::Cpu, 4).unwrap();
+        device.load(key, Box::new(|_| Ok(Box::new(Sums)))).await.unwrap();
+        device
+    }
+
+    fn classify(
+        device: &DeviceHandle,
+        model: LoadKey,
+        pixel: f32,
+    ) -> oneshot::Receiver<Result<Answer>> {
+        let (reply, answer) = oneshot::channel();
+        let permit = Admission::new(1).admit(1).unwrap().remove(0);
+        let pixels = vec![pixel; 12]; // [3, 2, 2]
+        device.classify(Entry { model, pixels, queued: Instant::now(), permit, reply }).unwrap();
+        answer
+    }
+
+    #[tokio::test]
+    async fn images_get_their_own_answers() {
+        let device = with_sums(1).await;
+        let answers: Vec<_> = (0..10_u8).map(|p| classify(&device, 1, p.into())).collect();
+        for (pixel, answer) in (0..10_u8).zip(answers) {
+            let answer = answer.await.unwrap().unwrap();
+            assert_eq!(answer.logits, [12.0 * f32::from(pixel)]);
+            assert!((1..=4).contains(&answer.batch_size));
+        }
+        let images = Pixels { count: 2, image_size: 1, data: vec![1.0, 1.0, 1.0, 2.0, 2.0, 2.0] };
+        let logits = device.forward(1, images).unwrap().await.unwrap().unwrap();
+        assert_eq!(logits, [3.0, 6.0]);
+    }
+
+    #[tokio::test]
+    async fn a_panic_fails_its_batch_and_not_the_thread() {
+        let device = with_sums(1).await;
+        let error = classify(&device, 1, -1.0).await.unwrap().unwrap_err();
+        assert!(error.to_string().contains("negative pixel"));
+        assert!(classify(&device, 1, 1.0).await.unwrap().is_ok());
+        let panics: BuildNetwork = Box::new(|_| panic!("no memory"));
+        assert!(device.load(2, panics).await.is_err());
+        assert!(classify(&device, 1, 1.0).await.unwrap().is_ok());
+    }
+
+    #[tokio::test]
+    async fn unloading_answers_what_is_queued_and_frees_the_bytes() {
+        let device = with_sums(1).await;
+        assert_eq!(device.resident_bytes(), 100);
+        let queued: Vec<_> = (0..9_u8).map(|p| classify(&device, 1, p.into())).collect();
+        device.unload(1).await.unwrap();
+        for answer in queued {
+            assert!(answer.await.unwrap().is_ok());
+        }
+        assert_eq!(device.resident_bytes(), 0);
+        let late = classify(&device, 1, 1.0).await.unwrap().unwrap_err();
+        assert!(matches!(late, Error::FailedPrecondition { .. }));
+    }
+}

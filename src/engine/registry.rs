@@ -368,3 +368,6 @@ pub(super) async fn blocking<T: Send + 'static>(
         .await
         .map_err(|error| Error::internal(format!("blocking task: {error}")))?
 }
+
+#[cfg(test)]
+mod tests;

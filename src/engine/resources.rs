@@ -82,8 +82,7 @@ impl Resources {
     pub async fn datasets(&self, page: Page) -> Result<Vec<DatasetInfo>> {
         let folder = self.datasets.clone();
         blocking(move || {
-            let is_dataset = |path: &Path| Dataset::open(path, "dataset").is_ok();
-            let names = select(folder.list(DEPTH, &is_dataset), page).into_iter();
+            let names = select(folder.list(DEPTH, &holds_class_folders), page).into_iter();
             Ok(names.filter_map(|name| dataset(&folder, name)).collect())
         })
         .await
@@ -94,6 +93,19 @@ fn select(names: Vec<String>, page: Page) -> Vec<String> {
     let Page { after, count } = page;
     let follows = |name: &String| after.as_ref().is_none_or(|after| name > after);
     names.into_iter().filter(follows).take(count).collect()
+}
+
+/// Whether a folder in the folder holds an image. Opening the set would list every image.
+fn holds_class_folders(path: &Path) -> bool {
+    let entries = |path: &Path| path.read_dir().into_iter().flatten().flatten();
+    let is_image = |path: &Path| {
+        let extension = path.extension().and_then(|e| e.to_str()).unwrap_or_default();
+        ["jpg", "jpeg", "png", "webp"].contains(&extension.to_ascii_lowercase().as_str())
+    };
+    let is_folder = |entry: &fs::DirEntry| entry.file_type().is_ok_and(|kind| kind.is_dir());
+    entries(path)
+        .filter(is_folder)
+        .any(|class| entries(&class.path()).any(|entry| is_image(&entry.path())))
 }
 
 fn checkpoint(folder: &NamedFolder, name: String) -> Option<CheckpointInfo> {

@@ -6,6 +6,9 @@ use std::process::{Child, Command, Stdio};
 use tokio_stream::StreamExt as _;
 use tonic::Code;
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 use vitq::grpc::proto::ListModelsRequest;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
@@ -117,4 +120,20 @@ async fn a_full_disk_fails_the_job_and_lists_nothing() {
         let count = std::fs::read_dir(data.path().join(folder)).unwrap().count();
         assert_eq!(count, 0, "{folder}");
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn health_announces_the_end_and_a_second_signal_does_not_wait() {
+    let data = tempfile::tempdir().unwrap();
+    let program = Program::start(data.path(), "");
+    let mut health = HealthClient::new(program.channel().await);
+    let watch = HealthCheckRequest { service: String::new() };
+    let mut states = health.watch(watch).await.unwrap().into_inner();
+    let mut next = async || states.next().await.unwrap().unwrap().status();
+    assert_eq!(next().await, ServingStatus::Serving);
+    program.signal("TERM");
+    assert_eq!(next().await, ServingStatus::NotServing);
+    // The open watch keeps the first drain going.
+    program.signal("TERM");
+    assert_eq!(tokio::task::block_in_place(|| program.wait()), Some(143));
 }

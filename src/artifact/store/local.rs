@@ -57,9 +57,9 @@ impl LocalArtifactStore {
 
     fn get_blocking(&self, name: &str) -> Result<Bytes> {
         let path = self.path(name)?;
-        let bytes = fs::read(&path).map_err(|error| match error.kind() {
-            io::ErrorKind::NotFound => not_found(name),
-            _ => Error::io(&path, error),
+        let bytes = fs::read(&path).map_err(|error| {
+            let missing = error.kind() == io::ErrorKind::NotFound;
+            if missing { not_found(name) } else { Error::io(&path, error) }
         })?;
         if digest(&bytes) != name {
             return Err(Error::corrupt(name, "the stored bytes do not have this digest"));

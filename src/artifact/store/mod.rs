@@ -4,11 +4,14 @@ mod atomic;
 mod catalog;
 mod local;
 
+use std::fs::{self, File, TryLockError};
+use std::path::Path;
+
 use async_trait::async_trait;
 use bytes::Bytes;
 
 use crate::artifact::format::hex;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 #[cfg(test)]
 pub(crate) use catalog::example_record;
@@ -37,8 +40,40 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
     async fn delete(&self, digest: &str) -> Result<()>;
 }
 
+/// Claims a data folder for this process, until the returned file is dropped. Blocking.
+///
+/// # Errors
+/// `FailedPrecondition` while another process has it; `Io` when the folder cannot be used.
+pub fn claim_folder(data_dir: &Path) -> Result<File> {
+    fs::create_dir_all(data_dir).map_err(|error| Error::io(data_dir, error))?;
+    let path = data_dir.join("lock");
+    let file = File::create(&path).map_err(|error| Error::io(&path, error))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::FailedPrecondition {
+            reason: format!("{} is in use by another server", data_dir.display()),
+        }),
+        Err(TryLockError::Error(error)) => Err(Error::io(path, error)),
+    }
+}
+
 /// Lower-case hex sha256 of some bytes: the name of an artifact.
 pub fn digest(bytes: &[u8]) -> String {
     use sha2::{Digest as _, Sha256};
     hex(&Sha256::digest(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_data_folder_has_one_server_at_a_time() {
+        let folder = tempfile::tempdir().unwrap();
+        let claim = claim_folder(folder.path()).unwrap();
+        let error = claim_folder(folder.path()).unwrap_err();
+        assert!(matches!(error, Error::FailedPrecondition { .. }));
+        drop(claim);
+        claim_folder(folder.path()).unwrap();
+    }
 }

@@ -120,6 +120,10 @@ impl JobRunner {
         self.check(&job.spec).await?;
         let submitted = self.parts.store.submit(job).await?;
         self.wake.notify_one();
+        if self.stop.is_cancelled() {
+            // It slipped in behind the last look at the queue.
+            self.stop().await;
+        }
         Ok(submitted)
     }
 
