@@ -1,6 +1,8 @@
 //! The services over a real server with the digits models: one file per concern. One binary, so
 //! that libtorch is linked once.
 
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
 mod bad_input;
 mod cancel;
 mod classify;

@@ -1,7 +1,7 @@
 //! Jobs: long work that outlives the call that started it, with numbered events.
 //!
-//! [`JobStore`] keeps them, [`JobRunner`] runs them on worker threads, [`quantize`] and
-//! [`evaluate`] are what they do.
+//! [`JobStore`] keeps them, [`JobRunner`] runs them on worker threads, `quantize` and
+//! `evaluate` are what they do.
 
 mod evaluate;
 mod memory;
