@@ -1,0 +1,144 @@
+//! What jobs are asked to do; as JSON, what makes two requests equal.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use serde::Serialize;
+
+use crate::artifact::store::digest;
+use crate::calib::task::QuantizeSpec;
+use crate::engine::names::ModelId;
+use crate::error::{Error, Result};
+
+/// What a job does.
+#[derive(Clone, Debug, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum JobSpec {
+    /// Calibrate a checkpoint and store the result.
+    Quantize(QuantizeJob),
+    /// Measure a model on a data set.
+    Evaluate(EvaluateJob),
+}
+
+/// A quantization to run.
+#[derive(Clone, Debug, Serialize)]
+pub struct QuantizeJob {
+    /// Id of the new model.
+    pub model: ModelId,
+    /// Name of the checkpoint.
+    pub checkpoint: String,
+    /// Method, options, bits, policy, seed.
+    pub request: QuantizeSpec,
+    /// Which images calibrate it.
+    pub images: ImageChoice,
+    /// Labels to keep with the model.
+    pub labels: BTreeMap<String, String>,
+    /// What happens once the model is stored.
+    pub afterwards: Afterwards,
+}
+
+/// What happens to a model once it is stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Afterwards {
+    /// Nothing; the first call loads it.
+    Keep,
+    /// It is loaded on a device.
+    Load,
+}
+
+/// Which images calibrate a model.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageChoice {
+    /// So many images of a data set, drawn by the request's seed.
+    Drawn {
+        /// Name of the data set.
+        dataset: String,
+        /// Number of images.
+        count: usize,
+    },
+    /// Exactly these images of a data set.
+    Listed {
+        /// Name of the data set.
+        dataset: String,
+        /// Paths relative to its folder.
+        files: Vec<String>,
+    },
+    /// Images that came with the request.
+    Inline {
+        /// sha256 of each, in order: what identifies the request.
+        digests: Vec<String>,
+        /// The encoded images; given up when the job ends.
+        #[serde(skip)]
+        contents: Vec<Bytes>,
+    },
+}
+
+impl ImageChoice {
+    /// Images that came with the request.
+    pub fn inline(contents: Vec<Bytes>) -> Self {
+        Self::Inline { digests: contents.iter().map(|c| digest(c)).collect(), contents }
+    }
+}
+
+/// An evaluation to run.
+#[derive(Clone, Debug, Serialize)]
+pub struct EvaluateJob {
+    /// The model.
+    pub model: ModelId,
+    /// Name of the data set.
+    pub dataset: String,
+    /// Number of images to draw; `None` evaluates all.
+    pub limit: Option<usize>,
+    /// Seed of the draw.
+    pub seed: u64,
+}
+
+impl JobSpec {
+    /// `quantize` or `evaluate`.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Quantize(_) => "quantize",
+            Self::Evaluate(_) => "evaluate",
+        }
+    }
+
+    /// The model that the job makes or reads.
+    pub fn model(&self) -> &ModelId {
+        match self {
+            Self::Quantize(job) => &job.model,
+            Self::Evaluate(job) => &job.model,
+        }
+    }
+
+    /// The model id that nobody else may make while this job is under way.
+    pub fn target(&self) -> Option<&ModelId> {
+        match self {
+            Self::Quantize(job) => Some(&job.model),
+            Self::Evaluate(_) => None,
+        }
+    }
+
+    /// Equal for equal requests.
+    ///
+    /// # Errors
+    /// `Internal` when the request cannot be written as JSON.
+    pub fn fingerprint(&self) -> Result<String> {
+        let json = serde_json::to_vec(self)
+            .map_err(|error| Error::internal(format!("job as JSON: {error}")))?;
+        Ok(digest(&json))
+    }
+
+    /// The request without the images that came with it.
+    pub(super) fn without_contents(&self) -> Self {
+        let mut spec = self.clone();
+        if let Self::Quantize(QuantizeJob {
+            images: ImageChoice::Inline { contents, .. }, ..
+        }) = &mut spec
+        {
+            contents.clear();
+        }
+        spec
+    }
+}

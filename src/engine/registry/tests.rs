@@ -1,0 +1,142 @@
+//! The registry with artifacts of one word, and models that do what their word says.
+
+use async_trait::async_trait;
+use tempfile::TempDir;
+use tokio::task::JoinSet;
+
+use super::*;
+use crate::artifact::store::{LocalArtifactStore, example_record};
+use crate::data::Pixels;
+use crate::engine::device::Network;
+
+/// Size of every model here, in bytes.
+const SIZE: u64 = 100;
+
+struct Constant;
+
+impl Network for Constant {
+    fn forward(&self, images: &Pixels) -> Result<Vec<f32>> {
+        Ok(vec![1.0; images.count])
+    }
+
+    fn resident_bytes(&self) -> u64 {
+        SIZE
+    }
+}
+
+fn read_word(_digest: &str, bytes: &[u8], _backend: Backend) -> Result<BuildNetwork> {
+    match bytes {
+        b"unreadable" => Err(Error::corrupt("artifact", "unreadable")),
+        b"too large" => Ok(Box::new(|_| Err(Error::internal("out of memory")))),
+        _ => Ok(Box::new(|_| Ok(Box::new(Constant)))),
+    }
+}
+
+/// A registry with one model per word; ids are the words with hyphens.
+async fn registry(data: &TempDir, words: &[&'static str]) -> Arc<ModelRegistry> {
+    let store = LocalArtifactStore::open(data.path()).unwrap();
+    let catalog = ModelCatalog::open(data.path()).unwrap();
+    for word in words {
+        let digest = store.put(Bytes::from_static(word.as_bytes())).await.unwrap();
+        catalog.create(&example_record(&word.replace(' ', "-"), &digest)).unwrap();
+    }
+    open(Arc::new(store), catalog)
+}
+
+fn open(store: Arc<dyn ArtifactStore>, catalog: ModelCatalog) -> Arc<ModelRegistry> {
+    let devices = vec![DeviceHandle::start(tch::Device::Cpu, 4).unwrap()];
+    let parts = RegistryParts { store, catalog, devices, backend: Backend::Simulated };
+    ModelRegistry::with_reader(parts, read_word).unwrap()
+}
+
+fn id(text: &str) -> ModelId {
+    ModelId::parse(text, "model").unwrap()
+}
+
+#[tokio::test]
+async fn callers_share_one_load() {
+    let data = tempfile::tempdir().unwrap();
+    let registry = registry(&data, &["good"]).await;
+    let mut calls = JoinSet::new();
+    for _ in 0..8 {
+        let registry = Arc::clone(&registry);
+        calls.spawn(async move { registry.ensure_loaded(&id("good")).await.unwrap().key });
+    }
+    let keys: Vec<LoadKey> = calls.join_all().await;
+    assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), SIZE);
+    registry.unload(&id("good")).await.unwrap();
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
+    assert_ne!(registry.ensure_loaded(&id("good")).await.unwrap().key, keys[0]);
+}
+
+#[tokio::test]
+async fn a_failed_load_is_told_kept_and_tried_again() {
+    let data = tempfile::tempdir().unwrap();
+    let registry = registry(&data, &["unreadable", "too large", "rotten"]).await;
+    let digest = registry.get(&id("rotten")).unwrap().record.digest.clone();
+    let file = data.path().join("objects/sha256").join(format!("{digest}.safetensors"));
+    std::fs::write(&file, b"other").unwrap();
+    for name in ["unreadable", "too-large", "rotten"] {
+        assert!(registry.ensure_loaded(&id(name)).await.is_err());
+        assert!(matches!(registry.get(&id(name)).unwrap().state, ModelState::Failed(_)), "{name}");
+    }
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
+    std::fs::write(&file, b"rotten").unwrap();
+    registry.ensure_loaded(&id("rotten")).await.unwrap();
+    assert!(matches!(registry.get(&id("rotten")).unwrap().state, ModelState::Ready(_)));
+}
+
+/// A store whose reads wait until they are let through.
+#[derive(Debug)]
+struct Gated {
+    inner: LocalArtifactStore,
+    gate: Semaphore,
+}
+
+#[async_trait]
+impl ArtifactStore for Gated {
+    async fn put(&self, bytes: Bytes) -> Result<String> {
+        self.inner.put(bytes).await
+    }
+
+    async fn get(&self, digest: &str) -> Result<Bytes> {
+        self.gate.acquire().await.unwrap().forget();
+        self.inner.get(digest).await
+    }
+
+    async fn delete(&self, digest: &str) -> Result<()> {
+        self.inner.delete(digest).await
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_leaves_does_not_stop_the_load_and_unload_waits_for_it() {
+    let data = tempfile::tempdir().unwrap();
+    let inner = LocalArtifactStore::open(data.path()).unwrap();
+    let catalog = ModelCatalog::open(data.path()).unwrap();
+    let digest = inner.put("good".into()).await.unwrap();
+    catalog.create(&example_record("good", &digest)).unwrap();
+    let store = Arc::new(Gated { inner, gate: Semaphore::new(0) });
+    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, catalog);
+
+    let name = id("good");
+    tokio::select! {
+        biased;
+        _ = registry.ensure_loaded(&name) => panic!("the store is closed"),
+        () = tokio::task::yield_now() => {} // the caller leaves
+    }
+    assert!(matches!(registry.get(&name).unwrap().state, ModelState::Loading));
+    let delete = registry.delete(&name);
+    tokio::pin!(delete);
+    tokio::select! {
+        biased;
+        _ = &mut delete => panic!("the load is not over"),
+        () = tokio::task::yield_now() => {}
+    }
+    store.gate.add_permits(1);
+    delete.await.unwrap();
+    assert!(matches!(registry.get(&name).unwrap_err(), Error::NotFound { .. }));
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
+    assert!(matches!(store.inner.get(&digest).await.unwrap_err(), Error::NotFound { .. }));
+}

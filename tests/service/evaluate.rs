@@ -1,0 +1,107 @@
+//! `EvaluationService`.
+
+use tokio_stream::StreamExt as _;
+use tonic::Status;
+use vitq::grpc::proto::evaluate_event::Event;
+use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluateResult};
+
+use crate::server::{Setup, TestServer, refusal};
+
+async fn evaluate(
+    server: &TestServer,
+    request: EvaluateRequest,
+) -> Result<Vec<EvaluateEvent>, Status> {
+    let stream = server.evaluation().evaluate(request).await?.into_inner();
+    stream.collect::<Result<Vec<_>, _>>().await
+}
+
+fn request(limit: u32) -> EvaluateRequest {
+    EvaluateRequest {
+        model: "m".to_owned(),
+        dataset: "digits/val".to_owned(),
+        limit,
+        ..EvaluateRequest::default()
+    }
+}
+
+fn result(events: Vec<EvaluateEvent>) -> EvaluateResult {
+    match events.into_iter().last().and_then(|event| event.event) {
+        Some(Event::Result(result)) => result,
+        other => panic!("the last event is {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn measures_accuracy_and_agreement_with_the_float_model() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let model = server.make("m").await.model.unwrap();
+    let events = evaluate(&server, request(100)).await.unwrap();
+    let progress: Vec<_> = events
+        .iter()
+        .filter_map(|event| match &event.event {
+            Some(Event::Progress(progress)) => Some(progress.clone()),
+            _ => None,
+        })
+        .collect();
+    let last = progress.last().unwrap();
+    assert_eq!(last.metrics.as_ref().unwrap().images, 100);
+    let steps = last.progress.as_ref().unwrap();
+    assert_eq!((steps.unit, steps.units, steps.images), (4, 4, 100));
+
+    let EvaluateResult { model: id, model_version, dataset, metrics, warnings } = result(events);
+    assert_eq!((id.as_str(), dataset.as_str()), ("m", "digits/val"));
+    assert_eq!((model_version, warnings), (model.digest, vec![]));
+    let metrics = metrics.unwrap();
+    assert_eq!(metrics.images, 100);
+    // 8-bit min-max of a model that is right on nearly all digits.
+    assert!(metrics.top1_percent > 90.0 && metrics.top5_percent >= metrics.top1_percent);
+    assert!(metrics.agreement_percent.unwrap() > 95.0);
+    assert!((15.0..80.0).contains(&metrics.sqnr_db.unwrap()), "{metrics:?}");
+    assert!(metrics.images_per_second > 0.0);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_the_checkpoint_there_is_accuracy_and_a_warning() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    server.make("m").await;
+    server.stop().await;
+    let setup = Setup { checkpoints: None, ..Setup::default() };
+    let server = TestServer::with(&data, setup).await;
+    let EvaluateResult { metrics, warnings, .. } =
+        result(evaluate(&server, request(10)).await.unwrap());
+    let metrics = metrics.unwrap();
+    assert_eq!((metrics.agreement_percent, metrics.sqnr_db), (None, None));
+    assert!(metrics.top1_percent > 0.0);
+    assert!(warnings[0].contains("digits-vit"), "{warnings:?}");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unusable_requests_are_refused_at_once() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    server.make("m").await;
+    let with = |change: fn(&mut EvaluateRequest)| {
+        let mut changed = request(10);
+        change(&mut changed);
+        changed
+    };
+    for (bad, field, reason) in [
+        (with(|r| r.model = "absent".into()), "", "MODEL_NOT_FOUND"),
+        (with(|r| r.dataset = "digits/absent".into()), "", "DATASET_NOT_FOUND"),
+        (with(|r| r.dataset = "../../etc".into()), "dataset", "INVALID_ARGUMENT"),
+        (with(|r| r.limit = 451), "limit", "INVALID_ARGUMENT"),
+        (with(|r| r.request_id = "x".repeat(37)), "request_id", "INVALID_ARGUMENT"),
+    ] {
+        let (_, found_field, found_reason) =
+            refusal(&evaluate(&server, bad.clone()).await.unwrap_err());
+        assert_eq!((found_field.as_str(), found_reason.as_str()), (field, reason), "{bad:?}");
+    }
+    let check = EvaluateRequest { validate_only: true, ..request(10) };
+    let events = evaluate(&server, check).await.unwrap();
+    assert!(matches!(events[0].event, Some(Event::Validated(_))));
+    server.stop().await;
+}

@@ -1,0 +1,15 @@
+//! The services over a real server with the digits models: one file per concern. One binary, so
+//! that libtorch is linked once.
+
+#![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod bad_input;
+mod cancel;
+mod classify;
+mod evaluate;
+mod models;
+mod quantize;
+mod reload;
+mod server;
+mod shutdown;
+mod surface;

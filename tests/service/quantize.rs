@@ -1,0 +1,175 @@
+//! `QuantizationService`: events, returning clients, repeated and conflicting requests.
+
+use std::fs;
+use std::time::Duration;
+
+use tokio_stream::StreamExt as _;
+use tonic::Code;
+use vitq::data::Dataset;
+use vitq::grpc::proto::longrunning::{
+    DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, WaitOperationRequest,
+};
+use vitq::grpc::proto::quantize_event::Event;
+use vitq::grpc::proto::quantize_request::Calibration;
+use vitq::grpc::proto::{
+    CalibrationDataset, CalibrationImages, Image, JobMetadata, JobState, QuantizeRequest,
+    QuantizeResult, WatchRequest,
+};
+
+use crate::server::{TestServer, demo, drawn, quick, refusal, result, slow};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_numbered_and_end_with_the_model_and_its_report() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let request = QuantizeRequest {
+        method: "ubb".to_owned(),
+        weight_bits: 4,
+        activation_bits: 4,
+        labels: [("purpose".to_owned(), "test".to_owned())].into(),
+        load_after: true,
+        ..quick("m")
+    };
+    let events = server.quantize(request).await.unwrap();
+    let sequences: Vec<u64> = events.iter().map(|event| event.sequence).collect();
+    assert_eq!(sequences, (1..=events.len() as u64).collect::<Vec<_>>());
+    assert!(matches!(events[0].event, Some(Event::Accepted(_))));
+    let progress: Vec<_> = events
+        .iter()
+        .filter_map(|event| match &event.event {
+            Some(Event::Progress(progress)) => Some(progress.clone()),
+            _ => None,
+        })
+        .collect();
+    let stages: Vec<&str> = progress.iter().map(|p| p.stage.as_str()).collect();
+    for stage in ["load", "images", "store", "serve"] {
+        assert!(stages.contains(&stage), "{stage} is missing in {stages:?}");
+    }
+    let seen: usize = progress.iter().map(|p| p.sites.len()).sum();
+    let QuantizeResult { model, report, calibration_time } = result(events);
+    let (model, report) = (model.unwrap(), report.unwrap());
+    assert_eq!(seen, report.sites.len(), "every site is reported once on the way");
+    assert!(report.sites.iter().all(|site| site.sqnr_db.is_finite() && !site.role.is_empty()));
+    assert!(calibration_time.is_some());
+    assert_eq!((model.id.as_str(), model.method.as_str()), ("m", "ubb"));
+    assert_eq!((model.weight_bits, model.activation_bits), (4, 4));
+    assert_eq!(model.labels["purpose"], "test");
+    assert_eq!(model.state(), vitq::grpc::proto::model::State::Ready);
+    assert!(model.resident_bytes > 0 && model.device == "cpu");
+    assert!(model.artifact_bytes < model.source_bytes / 2);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_same_images_give_the_same_artifact_however_they_come() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let folder = demo("datasets/digits/calib");
+    let samples = Dataset::open(&folder, "dataset").unwrap().subset(8, 0, "count").unwrap();
+    let files = samples.iter().map(|sample| sample.name.clone()).collect();
+    let images = samples
+        .iter()
+        .map(|sample| Image { content: fs::read(&sample.path).unwrap().into() })
+        .collect();
+    let listed = CalibrationDataset { name: "digits/calib".to_owned(), count: 0, files };
+    let mut digests = Vec::new();
+    for (id, calibration) in [
+        ("drawn", drawn("digits/calib", 8)),
+        ("listed", Some(Calibration::Dataset(listed))),
+        ("inline", Some(Calibration::Images(CalibrationImages { images }))),
+    ] {
+        let request = QuantizeRequest { calibration, ..quick(id) };
+        let model = result(server.quantize(request).await.unwrap()).model.unwrap();
+        assert_eq!(model.calibration_images, 8);
+        digests.push(model.digest);
+    }
+    assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_leaves_can_come_back() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let mut stream = server.quantization().quantize(quick("m")).await.unwrap().into_inner();
+    let first = stream.next().await.unwrap().unwrap();
+    drop(stream);
+
+    let name = first.operation;
+    let wait = WaitOperationRequest { name: name.clone(), timeout: None };
+    let operation = server.operations().wait_operation(wait).await.unwrap().into_inner();
+    assert!(operation.done);
+    let metadata: JobMetadata = operation.metadata.unwrap().to_msg().unwrap();
+    assert_eq!((metadata.state(), metadata.model.as_str()), (JobState::Succeeded, "m"));
+
+    let watch = WatchRequest { name: name.clone(), after_sequence: first.sequence };
+    let rest = server.quantization().watch(watch).await.unwrap().into_inner();
+    let rest: Vec<_> = rest.collect::<Result<_, _>>().await.unwrap();
+    assert_eq!(rest[0].sequence, first.sequence + 1);
+    assert_eq!(rest.last().unwrap().sequence, metadata.last_sequence);
+    assert_eq!(result(rest).model.unwrap().id, "m");
+
+    let nothing = WatchRequest { name: name.clone(), after_sequence: metadata.last_sequence };
+    let mut rest = server.quantization().watch(nothing).await.unwrap().into_inner();
+    assert!(rest.next().await.is_none());
+
+    let wrong = WatchRequest { name: name.clone(), after_sequence: 0 };
+    let status = server.evaluation().watch(wrong).await.unwrap_err();
+    assert_eq!(refusal(&status).1, "name");
+
+    let mut operations = server.operations();
+    operations.delete_operation(DeleteOperationRequest { name: name.clone() }).await.unwrap();
+    let status = operations.get_operation(GetOperationRequest { name }).await.unwrap_err();
+    assert_eq!(refusal(&status).2, "OPERATION_NOT_FOUND");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn repeated_requests_find_their_job_and_others_conflict() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let request = QuantizeRequest { request_id: "r-1".to_owned(), ..slow("m") };
+    let mut running = server.quantization().quantize(request.clone()).await.unwrap().into_inner();
+    let accepted = running.next().await.unwrap().unwrap();
+
+    let mut again = server.quantization().quantize(request.clone()).await.unwrap().into_inner();
+    let replayed = again.next().await.unwrap().unwrap();
+    assert_eq!(replayed.operation, accepted.operation);
+    assert!(matches!(replayed.event, Some(Event::Accepted(accepted)) if accepted.replayed));
+
+    let other = QuantizeRequest { seed: 1, ..request };
+    let status = server.quantize(other).await.unwrap_err();
+    assert_eq!(refusal(&status).1, "request_id");
+
+    let status = server.quantize(quick("m")).await.unwrap_err();
+    assert_eq!(refusal(&status).0, Code::AlreadyExists);
+
+    let page = ListOperationsRequest { filter: "done=false".to_owned(), ..Default::default() };
+    let listed = server.operations().list_operations(page).await.unwrap().into_inner();
+    assert_eq!(listed.operations.len(), 1);
+    let wait = WaitOperationRequest {
+        name: accepted.operation,
+        timeout: Some(Duration::from_millis(1).try_into().unwrap()),
+    };
+    assert!(!server.operations().wait_operation(wait).await.unwrap().into_inner().done);
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_taken_id_is_refused_and_a_check_starts_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let check = QuantizeRequest { validate_only: true, ..quick("m") };
+    let events = server.quantize(check.clone()).await.unwrap();
+    assert!(matches!(events[..], [ref only] if matches!(only.event, Some(Event::Validated(_)))));
+    let all = ListOperationsRequest::default();
+    let listed = server.operations().list_operations(all).await.unwrap().into_inner();
+    assert!(listed.operations.is_empty());
+
+    server.make("m").await;
+    for request in [check, quick("m")] {
+        let status = server.quantize(request).await.unwrap_err();
+        assert_eq!(refusal(&status).2, "MODEL_ALREADY_EXISTS");
+    }
+    server.stop().await;
+}
