@@ -75,7 +75,10 @@ fn a_second_run_computes_nothing_and_a_lost_row_is_computed_again() {
     let (results, summary) = run(&matrix(), out.path(), &Recorder::default()).unwrap();
     assert_eq!(summary, Summary { computed: 3, kept: 0 });
     let rows = results.rows().to_vec();
-    assert_eq!(rows.iter().map(|row| row.key.bits()).collect::<Vec<_>>(), ["float", "w4a4", "w8a8"]);
+    assert_eq!(
+        rows.iter().map(|row| row.key.bits()).collect::<Vec<_>>(),
+        ["float", "w4a4", "w8a8"]
+    );
 
     let (results, summary) = run(&matrix(), out.path(), &Recorder::default()).unwrap();
     assert_eq!(summary, Summary { computed: 0, kept: 3 });
@@ -151,11 +154,7 @@ fn rows_hold_what_was_measured() {
 #[test]
 fn logits_of_a_row_do_not_depend_on_its_batch_size() {
     let out = tempfile::tempdir().unwrap();
-    let matrix = Matrix {
-        batch_sizes: vec![1, 7],
-        bits: vec![matrix().bits[0]],
-        ..matrix()
-    };
+    let matrix = Matrix { batch_sizes: vec![1, 7], bits: vec![matrix().bits[0]], ..matrix() };
     let (results, summary) = run(&matrix, out.path(), &Recorder::default()).unwrap();
     assert_eq!(summary.computed, 4);
     let quantized: Vec<&Row> = results.rows().iter().filter(|row| !row.key.is_float()).collect();
