@@ -30,6 +30,9 @@ fn compile_protos() -> Result<(), Box<dyn Error>> {
     let descriptors = protox::compile(files, ["proto"])?;
     // Reflection serves every file, imports included.
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
+    let mut config = tonic_prost_build::Config::new();
+    // `Any` needs the full names of what it holds.
+    config.enable_type_names().type_name_domain(["."], "type.googleapis.com");
     tonic_prost_build::configure()
         .include_file("proto.rs")
         .extern_path(".google.rpc", "::tonic_types::pb")
@@ -37,6 +40,6 @@ fn compile_protos() -> Result<(), Box<dyn Error>> {
         .btree_map(".vitq.v1")
         // Foreign comments hold indented text that rustdoc would take for tests.
         .disable_comments([".google"])
-        .compile_fds(descriptors)?;
+        .compile_fds_with_config(descriptors, config)?;
     Ok(())
 }

@@ -72,7 +72,7 @@ install_libtorch() {
     say "repairing an interrupted installation"
     options+=(--force-reinstall)
   fi
-  .venv/bin/python -c 'import pip' 2>/dev/null || python3 -m venv --clear .venv
+  .venv/bin/python -m pip --version >/dev/null 2>&1 || python3 -m venv --clear .venv
   touch "$started"
   say "installing torch $torch ($1) into .venv; the download takes a while"
   .venv/bin/python -m pip install "${options[@]}" "${packages[@]}" ||

@@ -105,6 +105,32 @@ impl Error {
         Self::CorruptArtifact { path: path.into(), reason: reason.into() }
     }
 
+    /// The same error once more, for several callers that wait for one piece of work. Sources are
+    /// reduced to what the client sees of them.
+    #[must_use]
+    pub fn replica(&self) -> Self {
+        match self {
+            Self::InvalidArgument { field, reason } => Self::invalid(field, reason),
+            Self::NotFound { kind, name } => Self::NotFound { kind, name: name.clone() },
+            Self::AlreadyExists { kind, name } => Self::AlreadyExists { kind, name: name.clone() },
+            Self::FailedPrecondition { reason } => {
+                Self::FailedPrecondition { reason: reason.clone() }
+            }
+            Self::Overloaded { reason, retry_after } => {
+                Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
+            }
+            Self::Cancelled => Self::Cancelled,
+            Self::Deadline => Self::Deadline,
+            Self::Draining => Self::Draining,
+            Self::CorruptArtifact { path, reason } => Self::corrupt(path, reason),
+            Self::Device { source } => {
+                Self::Device { source: tch::TchError::Torch(source.to_string()) }
+            }
+            Self::Io { path, source } => Self::io(path, source.kind().into()),
+            Self::Internal { reason } => Self::internal(reason),
+        }
+    }
+
     /// A broken invariant.
     pub fn internal(reason: impl Into<String>) -> Self {
         Self::Internal { reason: reason.into() }

@@ -14,12 +14,14 @@
 //! - [`engine`]: quantized models on devices, batching, jobs, evaluation
 //! - [`bench`]: method × model × bits runs and their reports
 //! - [`grpc`]: the services
+//! - [`telemetry`], [`shutdown`], [`config`]: logs, signals, the server's flags
 //! - [`cli`]: one file per command
 
 pub mod artifact;
 pub mod bench;
 pub mod calib;
 pub mod cli;
+pub mod config;
 pub mod data;
 pub mod device;
 pub mod engine;
@@ -30,6 +32,8 @@ pub mod methods;
 pub mod model;
 pub mod nn;
 pub mod quant;
+pub mod shutdown;
+pub mod telemetry;
 pub mod tensor;
 
 pub use error::{Error, Result};

@@ -19,6 +19,7 @@ mod predict;
 mod progress;
 mod quantize;
 mod render;
+mod serve;
 
 use std::process::ExitCode;
 
@@ -40,6 +41,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Run the server.
+    Serve(Box<serve::Args>),
     /// Quantize a checkpoint on a server and watch the progress.
     Quantize(quantize::Args),
     /// Classify images with a model of a server.
@@ -75,6 +78,7 @@ pub fn main() -> ExitCode {
 impl Command {
     fn run(self, output: &Output) -> Result<(), Failure> {
         match self {
+            Self::Serve(args) => args.run(),
             Self::Quantize(args) => args.run(output),
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),

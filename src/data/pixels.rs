@@ -67,3 +67,64 @@ fn read_limited(sample: &Sample, limits: &DecodeLimits) -> Result<Vec<u8>> {
         .map_err(|error| Error::io(&sample.path, error))?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::data::Dataset;
+    use crate::model::Interpolation;
+
+    fn how() -> Preprocessing {
+        let interpolation = Interpolation::Bicubic;
+        Preprocessing { image_size: 2, crop_pct: 1.0, interpolation, mean: [0.0; 3], std: [1.0; 3] }
+    }
+
+    fn write_gray(path: &Path, gray: u8) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        image::RgbImage::from_pixel(2, 2, image::Rgb([gray; 3])).save(path).unwrap();
+    }
+
+    #[test]
+    fn samples_keep_their_order() {
+        let root = tempfile::tempdir().unwrap();
+        for gray in 0..20 {
+            write_gray(&root.path().join(format!("c/{gray:02}.png")), gray);
+        }
+        let mut samples = Dataset::open(root.path(), "dataset").unwrap().samples;
+        samples.reverse();
+        let pixels = load_pixels(&samples, &how(), &DecodeLimits::default()).unwrap();
+        assert_eq!((pixels.count, pixels.image_size, pixels.data.len()), (20, 2, 20 * 12));
+        let first: Vec<f32> = pixels.data.chunks(12).map(|image| image[0] * 255.0).collect();
+        assert_eq!(first, (0..20).rev().map(|gray| gray as f32).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn the_first_bad_file_is_named() {
+        let root = tempfile::tempdir().unwrap();
+        write_gray(&root.path().join("c/1.png"), 1);
+        fs::write(root.path().join("c/2.png"), "not an image").unwrap();
+        fs::write(root.path().join("c/3.png"), "").unwrap();
+        let samples = Dataset::open(root.path(), "dataset").unwrap().samples;
+        let load = |limits: &DecodeLimits| load_pixels(&samples, &how(), limits).unwrap_err();
+        let error = load(&DecodeLimits::default()).to_string();
+        assert!(error.starts_with("c/2.png: the bytes are neither"), "{error}");
+        let error = load(&DecodeLimits { max_bytes: 20, ..DecodeLimits::default() }).to_string();
+        assert!(error.starts_with("c/1.png: 21 bytes exceed"), "{error}");
+        fs::remove_file(&samples[0].path).unwrap();
+        assert!(matches!(load(&DecodeLimits::default()), Error::Io { .. }));
+    }
+
+    #[test]
+    fn the_digest_is_the_sha256_of_the_little_endian_values() {
+        let digest = |data: Vec<f32>| Pixels { count: 1, image_size: 1, data }.digest();
+        // printf '\x00\x00\x80\x3f\x00\x00\x00\xc0\x00\x00\x00\x3f' | sha256sum
+        assert_eq!(
+            digest(vec![1.0, -2.0, 0.5]),
+            "2ce4bdb6b34a50ac7092eb9fee94337a27498e9eb9bae44192f15b88831b2422"
+        );
+        assert_ne!(digest(vec![0.0]), digest(vec![-0.0]));
+    }
+}

@@ -128,3 +128,106 @@ fn pad(image: &RgbImage, (left, top): (u32, u32), size: u32) -> RgbImage {
     }
     RgbImage { width: size, height: size, pixels }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn how(image_size: i64, crop_pct: f64, interpolation: Interpolation) -> Preprocessing {
+        Preprocessing { image_size, crop_pct, interpolation, mean: [0.5; 3], std: [0.5; 3] }
+    }
+
+    /// Each pixel tells its place: red the column, green the row.
+    fn places(width: u32, height: u32) -> RgbImage {
+        let pixels = (0..height).flat_map(|y| (0..width).flat_map(move |x| [x as u8, y as u8, 7]));
+        RgbImage { width, height, pixels: pixels.collect() }
+    }
+
+    fn corner(image: &RgbImage) -> (u8, u8) {
+        (image.pixels[0], image.pixels[1])
+    }
+
+    #[test]
+    fn an_image_of_the_right_size_is_left_alone() {
+        let image = places(32, 32);
+        for filter in [Interpolation::Bicubic, Interpolation::Bilinear, Interpolation::Nearest] {
+            assert_eq!(resize_and_crop(&image, &how(32, 1.0, filter)).unwrap(), image);
+        }
+    }
+
+    #[test]
+    fn the_crop_rounds_halves_to_even_like_python() {
+        // Resized to 35 (32 / 0.9), which each image has already on its shorter side.
+        for (height, expected) in [(35, 2), (37, 2), (39, 4), (41, 4), (36, 2)] {
+            let cropped =
+                resize_and_crop(&places(35, height), &how(32, 0.9, Interpolation::Bicubic));
+            assert_eq!(corner(&cropped.unwrap()), (2, expected), "{height}");
+        }
+    }
+
+    #[test]
+    fn a_crop_larger_than_the_image_is_padded_with_zeros() {
+        let image = RgbImage { width: 2, height: 3, pixels: vec![9; 18] };
+        let padded = resize_and_crop(&image, &how(4, 2.0, Interpolation::Bicubic)).unwrap();
+        let lit: Vec<usize> = (0..16).filter(|at| padded.pixels[3 * at] > 0).collect();
+        assert_eq!(lit, [1, 2, 5, 6, 9, 10]);
+    }
+
+    #[test]
+    fn elongated_images_cost_no_more_than_their_crop() {
+        for (width, height) in [(16_384, 1), (1, 16_384), (1, 1)] {
+            let pixels = vec![200; 3 * width as usize * height as usize];
+            let image = RgbImage { width, height, pixels };
+            for filter in [Interpolation::Bicubic, Interpolation::Bilinear, Interpolation::Nearest]
+            {
+                let cropped = resize_and_crop(&image, &how(224, 0.9, filter)).unwrap();
+                assert_eq!(cropped.pixels, vec![200; 3 * 224 * 224]);
+            }
+        }
+    }
+
+    #[test]
+    fn planes_are_normalised_and_separate() {
+        let image = RgbImage {
+            width: 2,
+            height: 2,
+            pixels: vec![0, 255, 51, 0, 255, 51, 0, 255, 51, 0, 255, 51],
+        };
+        let values = preprocess(&image, &how(2, 1.0, Interpolation::Bicubic)).unwrap();
+        assert_eq!(values[..8], [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]);
+        assert!(values[8..].iter().all(|value| (value + 0.6).abs() < 1e-6));
+    }
+
+    #[test]
+    fn unusable_requests_are_refused() {
+        let image = places(4, 4);
+        let bicubic = |size, share| how(size, share, Interpolation::Bicubic);
+        for bad in [bicubic(0, 1.0), bicubic(1 << 40, 1.0), bicubic(4, 0.0), bicubic(4, f64::NAN)] {
+            assert!(matches!(preprocess(&image, &bad), Err(Error::InvalidArgument { .. })));
+        }
+        let flat = Preprocessing { std: [1.0, 0.0, 1.0], ..bicubic(4, 1.0) };
+        assert!(matches!(preprocess(&image, &flat), Err(Error::InvalidArgument { .. })));
+        for bad in [RgbImage { width: 5, ..image.clone() }, RgbImage { width: 0, ..image.clone() }]
+        {
+            let result = preprocess(&bad, &bicubic(4, 1.0));
+            assert!(matches!(result, Err(Error::InvalidArgument { .. })));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn flat_images_stay_flat(
+            (width, height) in (1u32..80, 1u32..80), size in 1i64..40, share in 0.3f64..1.0, gray: u8,
+        ) {
+            let pixels = vec![gray; 3 * width as usize * height as usize];
+            let image = RgbImage { width, height, pixels };
+            for filter in [Interpolation::Bicubic, Interpolation::Bilinear, Interpolation::Nearest] {
+                let cropped = resize_and_crop(&image, &how(size, share, filter)).unwrap();
+                prop_assert_eq!(cropped.pixels.len() as i64, 3 * size * size);
+                prop_assert!(cropped.pixels.iter().all(|level| *level == gray));
+            }
+        }
+    }
+}

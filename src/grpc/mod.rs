@@ -1,3 +1,201 @@
 //! The services: thin methods that validate, convert, call the engine, and convert back.
 
+mod catalog;
+mod classify;
+mod drain;
+mod evaluate;
+mod events;
+mod fields;
+mod models;
+mod operations;
+pub mod ops;
+mod page;
 pub mod proto;
+mod quantize;
+mod resources;
+mod status;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tonic::codec::CompressionEncoding::{Gzip, Zstd};
+use tonic::server::NamedService;
+use tonic::transport::Server;
+use tonic::transport::server::TcpIncoming;
+use tonic_health::ServingStatus;
+use tonic_health::server::{HealthReporter, health_reporter};
+
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+
+use proto::catalog_service_server::CatalogServiceServer;
+use proto::checkpoint_service_server::CheckpointServiceServer;
+use proto::dataset_service_server::DatasetServiceServer;
+use proto::evaluation_service_server::EvaluationServiceServer;
+use proto::inference_service_server::InferenceServiceServer;
+use proto::longrunning::operations_server::OperationsServer;
+use proto::model_service_server::ModelServiceServer;
+use proto::quantization_service_server::QuantizationServiceServer;
+
+/// Largest request of calls without images, in bytes.
+const SMALL_MESSAGE: usize = 4 << 20;
+/// Streams of one connection at once.
+const MAX_STREAMS: u32 = 256;
+/// Bytes in flight per connection: with less, one slow upload holds up every stream of its client.
+const CONNECTION_WINDOW: u32 = 16 << 20;
+/// Silence after which a connection is pinged, and how long the answer may take.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+/// Request headers, in bytes.
+const MAX_HEADERS: u32 = 16 << 10;
+/// Streams that a client may reset before they are served: a defence against rapid reset.
+const MAX_RESETS: usize = 20;
+/// Health service name of the process as such, whatever its readiness.
+const LIVENESS: &str = "liveness";
+/// Health service names that follow the server's readiness.
+const READINESS: [&str; 9] = [
+    "",
+    QuantizationServiceServer::<()>::NAME,
+    InferenceServiceServer::<()>::NAME,
+    EvaluationServiceServer::<()>::NAME,
+    ModelServiceServer::<()>::NAME,
+    CatalogServiceServer::<()>::NAME,
+    CheckpointServiceServer::<()>::NAME,
+    DatasetServiceServer::<()>::NAME,
+    OperationsServer::<()>::NAME,
+];
+
+/// Limits of the services.
+#[derive(Clone, Debug)]
+pub struct ServerConfig {
+    /// Largest request with images, in bytes.
+    pub max_message_bytes: usize,
+    /// Time for calls in progress once the server is asked to stop.
+    pub drain_timeout: Duration,
+}
+
+/// Whether the server takes new calls; shared with the probes.
+#[derive(Clone, Debug, Default)]
+pub struct Readiness(Arc<AtomicBool>);
+
+impl Readiness {
+    /// Not ready yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Whether new calls are taken.
+    pub fn is_ready(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn set(&self, ready: bool) {
+        self.0.store(ready, Ordering::Release);
+    }
+}
+
+/// How a server runs and ends.
+#[derive(Debug)]
+pub struct Running {
+    /// Its limits.
+    pub config: ServerConfig,
+    /// Where it says whether it takes calls.
+    pub readiness: Readiness,
+    /// Asks it to stop.
+    pub stop: CancellationToken,
+}
+
+/// Serves until asked to stop, then drains: health says so, new calls are refused, jobs end,
+/// calls in progress get their time.
+///
+/// # Errors
+/// `Internal` when the transport fails.
+pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -> Result<()> {
+    let Running { config, readiness, stop } = running;
+    let (health, health_service) = health_reporter();
+    health.set_service_status(LIVENESS, ServingStatus::Serving).await;
+    announce(&health, ServingStatus::Serving).await;
+    readiness.set(true);
+
+    let images = config.max_message_bytes;
+    let descriptors = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(proto::DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let broken = |error| Error::internal(format!("reflection: {error}"));
+    // One macro instead of eight times the same four lines: the generated types share no trait.
+    macro_rules! service {
+        ($server:ident, $methods:expr, $limit:expr) => {
+            $server::new($methods)
+                .max_decoding_message_size($limit)
+                .accept_compressed(Gzip)
+                .accept_compressed(Zstd)
+        };
+    }
+    let quantize = quantize::Quantization::new(Arc::clone(&engine));
+    let classify = classify::Inference::new(Arc::clone(&engine));
+    let evaluate = evaluate::Evaluation::new(Arc::clone(&engine));
+    let models = models::Models::new(Arc::clone(&engine));
+    let resources = resources::ResourceLists::new(Arc::clone(&engine));
+    let operations = operations::Jobs::new(Arc::clone(&engine));
+    let router = Server::builder()
+        .trace_fn(|request| tracing::info_span!("request", method = request.uri().path()))
+        .tcp_nodelay(true)
+        .max_concurrent_streams(MAX_STREAMS)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .http2_max_header_list_size(MAX_HEADERS)
+        .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
+        .layer(drain::RefuseWhileDraining::new(readiness.clone()))
+        .add_service(service!(QuantizationServiceServer, quantize, images))
+        .add_service(service!(InferenceServiceServer, classify, images))
+        .add_service(service!(EvaluationServiceServer, evaluate, SMALL_MESSAGE))
+        .add_service(service!(ModelServiceServer, models, SMALL_MESSAGE))
+        .add_service(service!(CatalogServiceServer, catalog::Catalog, SMALL_MESSAGE))
+        .add_service(service!(CheckpointServiceServer, resources.clone(), SMALL_MESSAGE))
+        .add_service(service!(DatasetServiceServer, resources, SMALL_MESSAGE))
+        .add_service(service!(OperationsServer, operations, SMALL_MESSAGE))
+        .add_service(health_service)
+        .add_service(descriptors().build_v1().map_err(broken)?)
+        .add_service(descriptors().build_v1alpha().map_err(broken)?);
+
+    let goodbye = CancellationToken::new();
+    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
+    tokio::pin!(serving);
+    tokio::select! {
+        ended = &mut serving => return ended.map_err(|e| transport(&e)),
+        () = stop.cancelled() => {}
+    }
+
+    tracing::info!("draining");
+    readiness.set(false);
+    announce(&health, ServingStatus::NotServing).await;
+    goodbye.cancel();
+    let drained = async {
+        engine.jobs.stop().await;
+        let (served, stopped) = tokio::join!(&mut serving, engine.jobs.stopped());
+        served.map_err(|error| transport(&error)).and(stopped)
+    };
+    match tokio::time::timeout(config.drain_timeout, drained).await {
+        Ok(result) => result,
+        Err(_) => {
+            tracing::warn!("the drain timeout is over, what is left is dropped");
+            Ok(())
+        }
+    }
+}
+
+async fn announce(health: &HealthReporter, status: ServingStatus) {
+    for service in READINESS {
+        health.set_service_status(service, status).await;
+    }
+}
+
+fn transport(error: &tonic::transport::Error) -> Error {
+    Error::internal(format!("transport: {error:?}"))
+}

@@ -90,3 +90,124 @@ fn decode_by_content(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, St
         _ => Err("the bytes are neither a JPEG nor a PNG nor a WebP image".to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Cursor;
+
+    use image::{DynamicImage, ImageFormat};
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn encoded(width: u32, height: u32, format: ImageFormat) -> Vec<u8> {
+        let pixel = |x: u32, y: u32| image::Rgb([(9 * x) as u8, (7 * y) as u8, (x * y) as u8]);
+        let mut bytes = Cursor::new(Vec::new());
+        let image = DynamicImage::ImageRgb8(image::RgbImage::from_fn(width, height, pixel));
+        image.write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    const FORMATS: [ImageFormat; 3] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP];
+
+    fn reason(bytes: &[u8], limits: &DecodeLimits) -> String {
+        match decode(bytes, limits, "images[3].content") {
+            Err(Error::InvalidArgument { field, reason }) if field == "images[3].content" => reason,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn refused(bytes: &[u8]) -> String {
+        reason(bytes, &DecodeLimits::default())
+    }
+
+    /// A PNG of nothing but its header.
+    fn png_header(width: u32, height: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let mut encoder = ::png::Encoder::new(&mut bytes, width, height);
+        encoder.set_color(::png::ColorType::Rgb);
+        drop(encoder.write_header().unwrap());
+        bytes
+    }
+
+    #[test]
+    fn content_decides_the_format() {
+        for format in FORMATS {
+            let image =
+                decode(&encoded(19, 11, format), &DecodeLimits::default(), "image").unwrap();
+            assert_eq!((image.width, image.height, image.pixels.len()), (19, 11, 627));
+        }
+    }
+
+    #[test]
+    fn what_is_no_image_is_refused_with_a_reason() {
+        assert_eq!(refused(b""), "the image is empty (zero bytes)");
+        for bytes in [&b"GIF89a......"[..], b"BM", b"<svg/>", b"RIFF....WAVE", b"\xff\xd8"] {
+            assert!(refused(bytes).starts_with("the bytes are neither"), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn truncated_images_are_refused_wherever_they_end() {
+        for format in FORMATS {
+            let bytes = encoded(19, 11, format);
+            // The end of a PNG's image data is followed by a chunk of 12 bytes that says only so.
+            let needed = if format == ImageFormat::Png { bytes.len() - 12 } else { bytes.len() };
+            for length in 0..needed {
+                assert!(!refused(&bytes[..length]).is_empty());
+            }
+        }
+    }
+
+    #[test]
+    fn limits_hold_before_anything_is_decoded() {
+        let mut jpeg = encoded(8, 8, ImageFormat::Jpeg);
+        let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        jpeg[frame + 5..frame + 9].copy_from_slice(&[0xc3, 0x50, 0xc3, 0x50]);
+        let expected = "50000x50000 pixels exceed the limit of 16384 a side";
+        assert_eq!(refused(&png_header(50_000, 50_000)), expected);
+        assert_eq!(refused(&jpeg), expected);
+        let expected = "10000x10000 pixels exceed the limit of 50000000 in all";
+        assert_eq!(refused(&png_header(10_000, 10_000)), expected);
+        for format in FORMATS {
+            let bytes = encoded(19, 11, format);
+            let limits = DecodeLimits { max_side: 18, ..DecodeLimits::default() };
+            assert_eq!(reason(&bytes, &limits), "19x11 pixels exceed the limit of 18 a side");
+            let limits = DecodeLimits { max_pixels: 208, ..DecodeLimits::default() };
+            assert_eq!(reason(&bytes, &limits), "19x11 pixels exceed the limit of 208 in all");
+            let limits = DecodeLimits { max_bytes: 40, ..DecodeLimits::default() };
+            assert!(reason(&bytes, &limits).ends_with("bytes exceed the limit of 40 bytes"));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn random_bytes_never_panic(bytes: Vec<u8>, format in 0usize..3) {
+            let _ = decode_by_content(&bytes, &DecodeLimits::default());
+            let mut signed = encoded(1, 1, FORMATS[format])[..12].to_vec();
+            signed.extend(bytes);
+            let _ = decode_by_content(&signed, &DecodeLimits::default());
+        }
+
+        #[test]
+        fn damaged_images_never_panic(
+            format in 0usize..3,
+            flips in proptest::collection::vec((any::<prop::sample::Index>(), 0u8..8), 1..6),
+        ) {
+            let mut bytes = encoded(19, 11, FORMATS[format]);
+            for (at, bit) in flips {
+                let at = at.index(bytes.len());
+                bytes[at] ^= 1 << bit;
+            }
+            if let Ok(image) = decode_by_content(&bytes, &small()) {
+                let expected = 3 * image.width as usize * image.height as usize;
+                prop_assert_eq!(image.pixels.len(), expected);
+            }
+        }
+    }
+
+    /// Keeps damaged headers from asking for large images in tests.
+    fn small() -> DecodeLimits {
+        DecodeLimits { max_side: 512, ..DecodeLimits::default() }
+    }
+}

@@ -1,0 +1,156 @@
+//! Artifacts in a local folder: `objects/sha256/<digest>.safetensors`.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use super::atomic::{self, Place, WriteFn};
+use super::{ArtifactStore, digest};
+use crate::error::{Error, Result};
+
+/// An [`ArtifactStore`] in a folder of this machine.
+#[derive(Clone, Debug)]
+pub struct LocalArtifactStore {
+    folder: PathBuf,
+    write: WriteFn,
+}
+
+impl LocalArtifactStore {
+    /// Opens, or creates, the store below `data_dir`. Blocking.
+    ///
+    /// # Errors
+    /// `Io` when the folder cannot be used.
+    pub fn open(data_dir: &Path) -> Result<Self> {
+        Self::with_writer(data_dir, atomic::write_all)
+    }
+
+    pub(super) fn with_writer(data_dir: &Path, write: WriteFn) -> Result<Self> {
+        let folder = data_dir.join("objects").join("sha256");
+        atomic::open_folder(&folder)?;
+        Ok(Self { folder, write })
+    }
+
+    /// The only way from a digest to a path: anything but 64 hex digits names nothing.
+    fn path(&self, name: &str) -> Result<PathBuf> {
+        let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
+        if name.len() != 64 || !name.bytes().all(is_hex) {
+            return Err(not_found(name));
+        }
+        Ok(self.folder.join(format!("{name}.safetensors")))
+    }
+
+    fn put_blocking(&self, bytes: &[u8]) -> Result<String> {
+        let name = digest(bytes);
+        let path = self.path(&name)?;
+        if !atomic::put(&path, bytes, Place::Free, self.write)? {
+            // The same artifact is stored already. Should that copy have rotted, this one heals it.
+            let stored = fs::read(&path).map_err(|error| Error::io(&path, error))?;
+            if digest(&stored) != name {
+                atomic::put(&path, bytes, Place::Any, self.write)?;
+            }
+        }
+        Ok(name)
+    }
+
+    fn get_blocking(&self, name: &str) -> Result<Bytes> {
+        let path = self.path(name)?;
+        let bytes = fs::read(&path).map_err(|error| match error.kind() {
+            io::ErrorKind::NotFound => not_found(name),
+            _ => Error::io(&path, error),
+        })?;
+        if digest(&bytes) != name {
+            return Err(Error::corrupt(name, "the stored bytes do not have this digest"));
+        }
+        Ok(bytes.into())
+    }
+
+    fn delete_blocking(&self, name: &str) -> Result<()> {
+        let path = self.path(name)?;
+        match fs::remove_file(&path) {
+            Ok(()) => atomic::sync_folder(&self.folder),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io(path, error)),
+        }
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Self) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let store = self.clone();
+        tokio::task::spawn_blocking(move || work(&store))
+            .await
+            .map_err(|error| Error::internal(format!("store task: {error}")))?
+    }
+}
+
+#[async_trait]
+impl ArtifactStore for LocalArtifactStore {
+    async fn put(&self, bytes: Bytes) -> Result<String> {
+        self.blocking(move |store| store.put_blocking(&bytes)).await
+    }
+
+    async fn get(&self, digest: &str) -> Result<Bytes> {
+        let name = digest.to_owned();
+        self.blocking(move |store| store.get_blocking(&name)).await
+    }
+
+    async fn delete(&self, digest: &str) -> Result<()> {
+        let name = digest.to_owned();
+        self.blocking(move |store| store.delete_blocking(&name)).await
+    }
+}
+
+fn not_found(name: &str) -> Error {
+    Error::NotFound { kind: "artifact", name: name.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn stores_verifies_and_forgets() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LocalArtifactStore::open(folder.path()).unwrap();
+        let name = store.put(Bytes::from_static(b"abc")).await.unwrap();
+        // FIPS 180-2, appendix B.1
+        assert_eq!(name, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(store.put(Bytes::from_static(b"abc")).await.unwrap(), name);
+        assert_eq!(store.get(&name).await.unwrap(), "abc");
+        store.delete(&name).await.unwrap();
+        store.delete(&name).await.unwrap();
+        assert!(matches!(store.get(&name).await.unwrap_err(), Error::NotFound { .. }));
+    }
+
+    #[tokio::test]
+    async fn a_flipped_bit_is_found_and_healed_by_the_next_put() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LocalArtifactStore::open(folder.path()).unwrap();
+        let name = store.put(Bytes::from_static(b"abc")).await.unwrap();
+        fs::write(store.path(&name).unwrap(), b"abb").unwrap();
+        assert!(matches!(store.get(&name).await.unwrap_err(), Error::CorruptArtifact { .. }));
+        store.put(Bytes::from_static(b"abc")).await.unwrap();
+        assert_eq!(store.get(&name).await.unwrap(), "abc");
+    }
+
+    #[tokio::test]
+    async fn names_that_are_no_digests_reach_no_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LocalArtifactStore::open(folder.path()).unwrap();
+        for name in ["", "../../secret", &"A".repeat(64), &"a/".repeat(32)] {
+            assert!(matches!(store.get(name).await.unwrap_err(), Error::NotFound { .. }));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_full_disk_shows_no_artifact() {
+        let folder = tempfile::tempdir().unwrap();
+        let store = LocalArtifactStore::with_writer(folder.path(), atomic::full_disk).unwrap();
+        assert!(matches!(store.put("abcd".into()).await.unwrap_err(), Error::Io { .. }));
+        assert!(matches!(store.get(&digest(b"abcd")).await.unwrap_err(), Error::NotFound { .. }));
+    }
+}

@@ -1,0 +1,65 @@
+//! `vitq serve`: the server.
+
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+use crate::cli::failure::Failure;
+use crate::config::ServeConfig;
+use crate::engine::Engine;
+use crate::error::{Error, Result};
+use crate::grpc::{self, Readiness, ops};
+use crate::{device, shutdown, telemetry};
+
+/// Flags of the command.
+#[derive(clap::Args, Debug)]
+pub(super) struct Args {
+    #[command(flatten)]
+    config: ServeConfig,
+}
+
+impl Args {
+    /// Runs until a signal stops it. Results of `--json` have no meaning here: logs have their own
+    /// flag.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
+    pub(super) fn run(self) -> Result<(), Failure> {
+        telemetry::start(&self.config.log)?;
+        device::open_cuda_libraries();
+        let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
+        let result = runtime.block_on(self.serve());
+        // Work that outlived the drain must not keep the process.
+        runtime.shutdown_background();
+        Ok(result?)
+    }
+
+    async fn serve(self) -> Result<()> {
+        let Self { config } = self;
+        let stop = shutdown::on_signal()?;
+        let listen = |address| async move {
+            TcpListener::bind(address).await.map_err(|e| Error::io(format!("port {address}"), e))
+        };
+        let (listener, ops_listener) =
+            (listen(config.listen).await?, listen(config.ops_listen).await?);
+        let readiness = Readiness::new();
+        let ops_stop = CancellationToken::new();
+        let _ops_ends_last = ops_stop.clone().drop_guard();
+        tokio::spawn(ops::serve(ops_listener, readiness.clone(), ops_stop));
+        let devices = device::parse_list(&config.device)?;
+        let engine_config = config.engine(devices);
+        let engine = tokio::task::spawn_blocking(move || Engine::start(engine_config))
+            .await
+            .map_err(|error| Error::internal(format!("start: {error}")))??;
+        let address = listener.local_addr().map_err(|e| Error::io("gRPC port", e))?;
+        announce(&format!("listening on http://{address}"));
+        grpc::run(listener, engine, grpc::Running { config: config.server(), readiness, stop })
+            .await
+    }
+}
+
+/// Scripts read the address from stdout; everything else goes to the log.
+#[allow(clippy::print_stdout, reason = "the command's output")]
+fn announce(line: &str) {
+    println!("{line}");
+}

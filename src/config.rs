@@ -1,0 +1,139 @@
+//! The server's configuration: flags, each with an environment variable. Checked once, at start.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Args;
+use tch::Device;
+
+use crate::data::DecodeLimits;
+use crate::engine::EngineConfig;
+use crate::error::{Error, Result};
+use crate::exec::Backend;
+use crate::grpc::ServerConfig;
+use crate::telemetry::LogConfig;
+
+/// Flags of `vitq serve`.
+#[derive(Args, Clone, Debug)]
+pub struct ServeConfig {
+    /// Address of the gRPC services; port 0 takes a free one.
+    #[arg(long, env = "VITQ_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+    /// Address of the plaintext probes /livez and /readyz.
+    #[arg(long, env = "VITQ_OPS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS")]
+    pub ops_listen: SocketAddr,
+    /// Folder of models and artifacts; created if missing.
+    #[arg(long, env = "VITQ_DATA_DIR", default_value = "./vitq-data", value_name = "DIR")]
+    pub data_dir: PathBuf,
+    /// Folder of float checkpoints (folders with config.json and model.safetensors).
+    #[arg(long, env = "VITQ_CHECKPOINTS", value_name = "DIR")]
+    pub checkpoints: Option<PathBuf>,
+    /// Folder of data sets (folders of class folders).
+    #[arg(long, env = "VITQ_DATASETS", value_name = "DIR")]
+    pub datasets: Option<PathBuf>,
+    /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
+    #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
+    pub device: String,
+    /// Arithmetic of the models.
+    #[arg(long, env = "VITQ_EXECUTOR", default_value_t = Backend::Simulated, value_name = "NAME")]
+    pub executor: Backend,
+    /// Largest batch on a device, in images.
+    #[arg(long, env = "VITQ_MAX_BATCH", default_value_t = 32, value_name = "IMAGES",
+          value_parser = at_least_one)]
+    pub max_batch: usize,
+    /// Images that may be in the server at once; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "VITQ_QUEUE_IMAGES", default_value_t = 256, value_name = "IMAGES",
+          value_parser = at_least_one)]
+    pub queue_images: usize,
+    /// Quantization and evaluation jobs that run at the same time.
+    #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS",
+          value_parser = at_least_one)]
+    pub workers: usize,
+    /// Seconds that calls in progress get to finish when the server stops.
+    #[arg(long, env = "VITQ_DRAIN_TIMEOUT", default_value = "30", value_name = "SECONDS",
+          value_parser = seconds)]
+    pub drain_timeout: Duration,
+    /// Largest message of the calls that carry images, in bytes. Others take 4 MiB.
+    #[arg(long, env = "VITQ_MAX_MESSAGE_BYTES", default_value_t = 32 << 20, value_name = "BYTES",
+          value_parser = at_least_one)]
+    pub max_message_bytes: usize,
+    /// How the server logs.
+    #[command(flatten)]
+    pub log: LogConfig,
+}
+
+impl ServeConfig {
+    /// The engine's part; `devices` is what `device` stands for on this machine.
+    pub fn engine(&self, devices: Vec<Device>) -> EngineConfig {
+        EngineConfig {
+            data_dir: self.data_dir.clone(),
+            checkpoints: self.checkpoints.clone(),
+            datasets: self.datasets.clone(),
+            devices,
+            backend: self.executor,
+            max_batch: self.max_batch,
+            queue_images: self.queue_images,
+            workers: self.workers,
+            limits: DecodeLimits { max_bytes: self.max_message_bytes, ..DecodeLimits::default() },
+        }
+    }
+
+    /// The services' part.
+    pub fn server(&self) -> ServerConfig {
+        ServerConfig {
+            max_message_bytes: self.max_message_bytes,
+            drain_timeout: self.drain_timeout,
+        }
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize> {
+    text.parse()
+        .ok()
+        .filter(|value| *value > 0)
+        .ok_or_else(|| Error::invalid("value", "must be a whole number from 1"))
+}
+
+fn seconds(text: &str) -> Result<Duration> {
+    text.parse()
+        .ok()
+        .and_then(|value| Duration::try_from_secs_f64(value).ok())
+        .ok_or_else(|| Error::invalid("value", "must be a number of seconds"))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        serve: ServeConfig,
+    }
+
+    #[test]
+    fn defaults_are_local_and_bounded() {
+        let Command { serve } = Command::try_parse_from(["vitq"]).unwrap();
+        assert!(serve.listen.ip().is_loopback() && serve.ops_listen.ip().is_loopback());
+        assert_eq!((serve.max_batch, serve.queue_images, serve.workers), (32, 256, 1));
+        assert_eq!(serve.server().drain_timeout, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn unusable_values_are_refused_at_start() {
+        for (flag, value) in [
+            ("--max-batch", "0"),
+            ("--queue-images", "-1"),
+            ("--drain-timeout", "soon"),
+            ("--drain-timeout", "-1"),
+            ("--executor", "magic"),
+            ("--listen", "somewhere"),
+            ("--unknown", "1"),
+        ] {
+            assert!(Command::try_parse_from(["vitq", flag, value]).is_err(), "{flag} {value}");
+        }
+    }
+}

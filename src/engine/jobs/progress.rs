@@ -1,0 +1,185 @@
+//! From a calculation's steps to a job's events: at most five a second, and none of the sites lost.
+
+use std::mem;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio_util::sync::CancellationToken;
+
+use super::{Figures, JobId, JobProgress, JobStore};
+use crate::calib::{Progress, ProgressUpdate};
+
+/// Least time between two events of one stage.
+const INTERVAL: Duration = Duration::from_millis(200);
+
+/// The [`Progress`] of a running job. Used on worker threads only: it waits for the store.
+#[derive(Debug)]
+pub(super) struct JobReporter {
+    store: Arc<dyn JobStore>,
+    id: JobId,
+    runtime: Handle,
+    cancelled: CancellationToken,
+    throttle: Mutex<Throttle>,
+}
+
+impl JobReporter {
+    pub(super) fn new(
+        store: Arc<dyn JobStore>,
+        id: JobId,
+        runtime: Handle,
+        cancelled: CancellationToken,
+    ) -> Self {
+        let throttle = Mutex::new(Throttle::new(Instant::now()));
+        Self { store, id, runtime, cancelled, throttle }
+    }
+
+    /// Starts a stage without units.
+    pub(super) fn stage(&self, stage: &str) {
+        self.report(ProgressUpdate { stage: stage.to_owned(), ..ProgressUpdate::default() });
+    }
+
+    /// Notes the figures so far; they go out with the next event.
+    pub(super) fn figures(&self, figures: Figures) {
+        self.throttle(|throttle| throttle.figures = Some(figures));
+    }
+
+    /// Sends what was held back.
+    pub(super) fn flush(&self) {
+        self.send(self.throttle(|throttle| throttle.flush(Instant::now())));
+    }
+
+    fn throttle<T>(&self, work: impl FnOnce(&mut Throttle) -> T) -> T {
+        work(&mut self.throttle.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A store that refuses progress must not fail the work that progresses.
+    fn send(&self, progress: Option<JobProgress>) {
+        let Some(progress) = progress else { return };
+        if let Err(error) = self.runtime.block_on(self.store.report(&self.id, progress)) {
+            tracing::warn!(%error, job = %self.id, "progress was not stored");
+        }
+    }
+}
+
+impl Progress for JobReporter {
+    fn report(&self, update: ProgressUpdate) {
+        self.send(self.throttle(|throttle| throttle.step(update, Instant::now())));
+    }
+
+    fn is_cancelled(&self) -> bool {
+        self.cancelled.is_cancelled()
+    }
+}
+
+#[derive(Debug)]
+struct Throttle {
+    started: Instant,
+    stage_started: Instant,
+    last_sent: Instant,
+    latest: JobProgress,
+    figures: Option<Figures>,
+    held_back: bool,
+}
+
+impl Throttle {
+    fn new(now: Instant) -> Self {
+        Self {
+            started: now,
+            stage_started: now,
+            last_sent: now,
+            latest: JobProgress::default(),
+            figures: None,
+            held_back: false,
+        }
+    }
+
+    /// Takes a step; the event that is due, if one is.
+    fn step(&mut self, update: ProgressUpdate, now: Instant) -> Option<JobProgress> {
+        let ProgressUpdate { stage, unit, units, images, images_total, site } = update;
+        let new_stage = self.latest.stage != stage;
+        if new_stage {
+            self.stage_started = now;
+        }
+        let latest = &mut self.latest;
+        (latest.stage, latest.unit, latest.units) = (stage, unit, units);
+        (latest.images, latest.images_total) = (images, images_total);
+        latest.sites.extend(site);
+        self.held_back = true;
+        let due = new_stage || now.duration_since(self.last_sent) >= INTERVAL;
+        if due { self.flush(now) } else { None }
+    }
+
+    /// The latest state, unless it was sent already.
+    fn flush(&mut self, now: Instant) -> Option<JobProgress> {
+        if !mem::take(&mut self.held_back) {
+            return None;
+        }
+        self.last_sent = now;
+        let latest = &mut self.latest;
+        latest.elapsed = now.duration_since(self.started);
+        latest.eta = eta(latest.unit, latest.units, now.duration_since(self.stage_started));
+        latest.figures.clone_from(&self.figures);
+        let sites = mem::take(&mut latest.sites);
+        Some(JobProgress { sites, ..latest.clone() })
+    }
+}
+
+/// The stage's remaining time if its units take equally long.
+fn eta(unit: usize, units: usize, elapsed: Duration) -> Option<Duration> {
+    let remaining = units.checked_sub(unit)?;
+    (unit > 0).then(|| elapsed.mul_f64(remaining as f64 / unit as f64))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::calib::progress::SiteSqnr;
+
+    fn update(stage: &str, unit: usize) -> ProgressUpdate {
+        let site = SiteSqnr { path: format!("s{unit}"), operand: "input".into(), sqnr_db: 20.0 };
+        ProgressUpdate {
+            stage: stage.into(),
+            unit,
+            units: 10,
+            images: 1,
+            images_total: 4,
+            site: Some(site),
+        }
+    }
+
+    #[test]
+    fn steps_are_thinned_out_but_no_site_is_lost() {
+        let start = Instant::now();
+        let at = |ms: u64| start + Duration::from_millis(ms);
+        let mut throttle = Throttle::new(start);
+        let events = [
+            throttle.step(update("calibrate", 1), at(1)),
+            throttle.step(update("calibrate", 2), at(50)),
+            throttle.step(update("calibrate", 3), at(100)),
+            throttle.step(update("calibrate", 4), at(201)),
+            throttle.step(update("calibrate", 5), at(210)),
+            throttle.step(update("store", 0), at(211)),
+            throttle.flush(at(212)),
+        ];
+        let sent: Vec<_> = events.iter().flatten().map(|e| (&*e.stage, e.sites.len())).collect();
+        assert_eq!(sent, [("calibrate", 1), ("calibrate", 3), ("store", 2)]);
+    }
+
+    #[test]
+    fn what_was_held_back_is_sent_at_the_end() {
+        let start = Instant::now();
+        let mut throttle = Throttle::new(start);
+        throttle.step(update("calibrate", 1), start).unwrap();
+        assert!(throttle.step(update("calibrate", 5), start + INTERVAL / 2).is_none());
+        let last = throttle.flush(start + INTERVAL).unwrap();
+        assert_eq!((last.unit, last.elapsed, last.eta), (5, INTERVAL, Some(INTERVAL)));
+    }
+
+    #[test]
+    fn there_is_no_eta_before_the_first_unit() {
+        assert_eq!(eta(0, 10, INTERVAL), None);
+        assert_eq!(eta(10, 10, INTERVAL), Some(Duration::ZERO));
+        assert_eq!(eta(3, 0, INTERVAL), None);
+    }
+}

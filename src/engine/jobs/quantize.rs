@@ -1,0 +1,135 @@
+//! The quantization job: checkpoint and images in, a named model out.
+
+use std::path::PathBuf;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use rayon::prelude::*;
+
+use super::progress::JobReporter;
+use super::runner::{JobRunner, RunnerParts};
+use super::{Afterwards, ImageChoice, JobOutput, QuantizeJob};
+use crate::artifact::store::RecordOrigin;
+use crate::calib::Progress as _;
+use crate::data::{Dataset, DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
+use crate::engine::pipeline::{self, CalibrationImages};
+use crate::error::{Error, Result};
+use crate::model::{Checkpoint, Preprocessing};
+
+/// Most images that one calibration may ask for; their pixels are held in memory.
+const MAX_IMAGES: usize = 4096;
+
+/// Checks what a request names, without opening the checkpoint's weights. Blocking.
+///
+/// # Errors
+/// `InvalidArgument`, `NotFound`, `AlreadyExists`.
+pub(super) fn check(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
+    pipeline::validate(&job.request)?;
+    checkpoint_folder(parts, job)?;
+    match &job.images {
+        ImageChoice::Inline { contents, .. } => check_count(contents.len(), "images.images")?,
+        ImageChoice::Drawn { .. } | ImageChoice::Listed { .. } => {
+            samples(parts, job)?;
+        }
+    }
+    match parts.registry.get(&job.model) {
+        Ok(_) => Err(Error::AlreadyExists { kind: "model", name: job.model.to_string() }),
+        Err(_) => Ok(()),
+    }
+}
+
+/// Calibrates and stores.
+///
+/// # Errors
+/// Whatever its steps report; `Cancelled`.
+pub(super) fn run(
+    runner: &JobRunner,
+    job: &QuantizeJob,
+    reporter: &JobReporter,
+) -> Result<JobOutput> {
+    let RunnerParts { registry, limits, device, .. } = &runner.parts;
+    reporter.stage("load");
+    let checkpoint = Checkpoint::open(&checkpoint_folder(&runner.parts, job)?)?;
+    stop_if_cancelled(reporter)?;
+
+    reporter.stage("images");
+    let how = &checkpoint.spec.preprocessing;
+    let pixels = match &job.images {
+        ImageChoice::Inline { contents, .. } => decode_all(contents, how, limits)?,
+        ImageChoice::Drawn { .. } | ImageChoice::Listed { .. } => {
+            load_pixels(&samples(&runner.parts, job)?, how, limits)?
+        }
+    };
+    let images = CalibrationImages::from_pixels(&pixels)?;
+    stop_if_cancelled(reporter)?;
+
+    let quantized = pipeline::quantize(&checkpoint, &images, &job.request, *device, reporter)?;
+    stop_if_cancelled(reporter)?;
+
+    reporter.stage("store");
+    let origin = RecordOrigin {
+        id: job.model.to_string(),
+        checkpoint: job.checkpoint.clone(),
+        labels: job.labels.clone(),
+        created_ms: Timestamp::now().as_millisecond(),
+        calibration_seconds: quantized.calibration_seconds,
+    };
+    let mut view = runner.runtime.block_on(registry.publish(origin, quantized.artifact))?;
+    if job.afterwards == Afterwards::Load {
+        reporter.stage("serve");
+        // The model is made and stored whatever comes of the load; its state tells.
+        if let Err(error) = runner.runtime.block_on(registry.ensure_loaded(&job.model)) {
+            tracing::warn!(%error, "the new model could not be loaded");
+        }
+        view = registry.get(&job.model)?;
+    }
+    Ok(JobOutput::Quantized(view))
+}
+
+fn stop_if_cancelled(reporter: &JobReporter) -> Result<()> {
+    if reporter.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+}
+
+fn checkpoint_folder(parts: &RunnerParts, job: &QuantizeJob) -> Result<PathBuf> {
+    let folder = parts.checkpoints.resolve(&job.checkpoint, "checkpoint")?;
+    if folder.join("config.json").is_file() {
+        return Ok(folder);
+    }
+    Err(Error::NotFound { kind: "checkpoint", name: job.checkpoint.clone() })
+}
+
+fn check_count(count: usize, field: &str) -> Result<()> {
+    if (1..=MAX_IMAGES).contains(&count) {
+        return Ok(());
+    }
+    let reason = format!("a calibration takes 1 to {MAX_IMAGES} images, not {count}");
+    Err(Error::invalid(field, reason))
+}
+
+fn samples(parts: &RunnerParts, job: &QuantizeJob) -> Result<Vec<Sample>> {
+    let open =
+        |name: &str| Dataset::open(&parts.datasets.resolve(name, "dataset.name")?, "dataset.name");
+    match &job.images {
+        ImageChoice::Drawn { dataset, count } => {
+            check_count(*count, "dataset.count")?;
+            open(dataset)?.subset(*count, job.request.seed, "dataset.count")
+        }
+        ImageChoice::Listed { dataset, files } => {
+            check_count(files.len(), "dataset.files")?;
+            open(dataset)?.listed(files, "dataset.files")
+        }
+        ImageChoice::Inline { .. } => Ok(Vec::new()),
+    }
+}
+
+fn decode_all(contents: &[Bytes], how: &Preprocessing, limits: &DecodeLimits) -> Result<Pixels> {
+    let images = contents
+        .par_iter()
+        .enumerate()
+        .map(|(index, bytes)| {
+            let image = decode(bytes, limits, &format!("images.images[{index}].content"))?;
+            preprocess(&image, how)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    Ok(Pixels { count: images.len(), image_size: how.image_size, data: images.concat() })
+}

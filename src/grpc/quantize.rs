@@ -1,0 +1,154 @@
+//! `QuantizationService`.
+
+use std::sync::Arc;
+
+use tonic::{Request, Response, Status};
+
+use super::events::{self, EventSource, Messages};
+use super::fields::{request_id, seconds, stem_head_from, timestamp};
+use super::models;
+use super::proto::quantization_service_server::QuantizationService;
+use super::proto::{
+    self, QuantizeEvent, QuantizeRequest, WatchRequest, quantize_event::Event,
+    quantize_request::Calibration,
+};
+use crate::calib::task::QuantizeSpec;
+use crate::engine::Engine;
+use crate::engine::jobs::{
+    Afterwards, ImageChoice, JobEvent, JobEventKind, JobOutput, JobSpec, NewJob, QuantizeJob,
+};
+use crate::engine::names::ModelId;
+use crate::error::{Error, Result};
+use crate::quant::BitWidth;
+
+/// Most labels of a model, and the longest key or value in bytes.
+const MAX_LABELS: (usize, usize) = (64, 256);
+
+/// The service.
+#[derive(Clone, Debug)]
+pub(super) struct Quantization {
+    engine: Arc<Engine>,
+}
+
+impl Quantization {
+    pub(super) fn new(engine: Arc<Engine>) -> Self {
+        Self { engine }
+    }
+}
+
+#[tonic::async_trait]
+impl QuantizationService for Quantization {
+    type QuantizeStream = Messages<QuantizeEvent>;
+    type WatchStream = Messages<QuantizeEvent>;
+
+    async fn quantize(
+        &self,
+        request: Request<QuantizeRequest>,
+    ) -> Result<Response<Self::QuantizeStream>, Status> {
+        let request = request.into_inner();
+        let validate_only = request.validate_only;
+        let job = new_job(request)?;
+        if validate_only {
+            self.engine.jobs.check(&job.spec).await?;
+            return Ok(Response::new(events::only(validated())));
+        }
+        Ok(Response::new(events::submit(&self.engine.jobs, job, event).await?))
+    }
+
+    async fn watch(
+        &self,
+        request: Request<WatchRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let request = request.into_inner();
+        Ok(Response::new(events::watch(&self.engine.jobs, request, "quantize", event).await?))
+    }
+}
+
+fn new_job(request: QuantizeRequest) -> Result<NewJob> {
+    let QuantizeRequest {
+        checkpoint,
+        method,
+        options,
+        weight_bits,
+        activation_bits,
+        stem_head,
+        seed,
+        model_id,
+        labels,
+        load_after,
+        request_id: id,
+        validate_only: _,
+        calibration,
+    } = request;
+    let (most, longest) = MAX_LABELS;
+    if labels.len() > most || labels.iter().any(|(k, v)| k.len().max(v.len()) > longest) {
+        let reason = format!("at most {most} labels of at most {longest} bytes");
+        return Err(Error::invalid("labels", reason));
+    }
+    let spec = QuantizeSpec {
+        method,
+        options,
+        weight_bits: BitWidth::new(weight_bits, "weight_bits")?,
+        activation_bits: BitWidth::new(activation_bits, "activation_bits")?,
+        stem_head: stem_head_from(stem_head)?,
+        seed,
+    };
+    let job = QuantizeJob {
+        model: ModelId::parse(&model_id, "model_id")?,
+        checkpoint,
+        request: spec,
+        images: images(calibration)?,
+        labels,
+        afterwards: if load_after { Afterwards::Load } else { Afterwards::Keep },
+    };
+    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)? })
+}
+
+fn images(calibration: Option<Calibration>) -> Result<ImageChoice> {
+    match calibration {
+        None => Err(Error::invalid("calibration", "give a dataset or images")),
+        Some(Calibration::Images(proto::CalibrationImages { images })) => {
+            let contents = images.into_iter().map(|proto::Image { content }| content).collect();
+            Ok(ImageChoice::inline(contents))
+        }
+        Some(Calibration::Dataset(proto::CalibrationDataset { name, count, files })) => {
+            if files.is_empty() {
+                let count = usize::try_from(count).unwrap_or(usize::MAX);
+                return Ok(ImageChoice::Drawn { dataset: name, count });
+            }
+            if count != 0 {
+                return Err(Error::invalid("dataset.count", "must be 0 when files are given"));
+            }
+            Ok(ImageChoice::Listed { dataset: name, files })
+        }
+    }
+}
+
+fn validated() -> QuantizeEvent {
+    let event = Some(Event::Validated(proto::RequestValidated {}));
+    QuantizeEvent { operation: String::new(), sequence: 0, time: None, event }
+}
+
+fn event(source: &EventSource, event: JobEvent) -> QuantizeEvent {
+    let JobEvent { sequence, time, kind } = event;
+    let operation = source.operation.clone();
+    let event = match kind {
+        JobEventKind::Accepted => Event::Accepted(proto::JobAccepted { replayed: source.replayed }),
+        JobEventKind::Progress(progress) => Event::Progress(events::progress(progress)),
+        JobEventKind::Ended(outcome) => match events::ended(&operation, outcome, result) {
+            Ok(result) => Event::Result(result),
+            Err(error) => Event::Error(error),
+        },
+    };
+    QuantizeEvent { operation, sequence, time: Some(timestamp(time)), event: Some(event) }
+}
+
+/// The result of a quantization job; `None` for another kind of job.
+pub(super) fn result(output: &JobOutput) -> Option<proto::QuantizeResult> {
+    let JobOutput::Quantized(view) = output else { return None };
+    Some(proto::QuantizeResult {
+        report: Some(models::report(&view.record.report)),
+        calibration_time: Some(seconds(view.record.calibration_seconds)),
+        model: Some(models::model(view)),
+    })
+}

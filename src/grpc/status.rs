@@ -1,0 +1,200 @@
+//! The only way from an [`Error`] to a gRPC status, with standard details that programs can read.
+
+use std::io;
+use std::time::Duration;
+
+use prost::Message as _;
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt as _, pb};
+
+use crate::error::Error;
+
+/// Domain of every [`ErrorDetails`] reason.
+const DOMAIN: &str = "vitq.dev";
+/// Reason of an error that a full disk caused.
+const DISK_FULL: &str = "DISK_FULL";
+/// When a client of a draining server should try again: another one may answer at once.
+const RETRY_ELSEWHERE: Duration = Duration::from_secs(1);
+
+impl From<Error> for Status {
+    /// Internal causes are logged here, under an id that the client gets instead of them.
+    fn from(error: Error) -> Self {
+        let id = ulid::Ulid::generate().to_string();
+        let status = status(&error, &id);
+        if status.code() == Code::Internal || status.code() == Code::DataLoss {
+            tracing::error!(id, error = &error as &dyn std::error::Error, "call failed");
+        }
+        status
+    }
+}
+
+/// The status of an error that was logged already under `id`.
+pub(super) fn status(error: &Error, id: &str) -> Status {
+    let (code, reason, mut details) = details(error);
+    let mut metadata = std::collections::HashMap::new();
+    let message = if code == Code::Internal {
+        details.set_request_info(id, "");
+        metadata.insert("log_id".to_owned(), id.to_owned());
+        format!("internal error, the server's log has it as {id}")
+    } else if reason == DISK_FULL {
+        "the server's disk is full".to_owned() // its path is nobody's business
+    } else {
+        if let Error::InvalidArgument { field, .. } = error {
+            metadata.insert("field".to_owned(), field.clone());
+        }
+        error.to_string()
+    };
+    details.set_error_info(reason, DOMAIN, metadata);
+    Status::with_error_details(code, message, details)
+}
+
+/// An item's error within a response, or a job's within an event.
+pub(super) fn rpc_status(status: &Status) -> pb::Status {
+    // The details of a status are such a message; without details there are no bytes.
+    let details = pb::Status::decode(status.details()).map(|full| full.details);
+    pb::Status {
+        code: status.code().into(),
+        message: status.message().to_owned(),
+        details: details.unwrap_or_default(),
+    }
+}
+
+fn details(error: &Error) -> (Code, String, ErrorDetails) {
+    let none = ErrorDetails::new();
+    match error {
+        Error::InvalidArgument { field, reason } => (
+            Code::InvalidArgument,
+            "INVALID_ARGUMENT".to_owned(),
+            ErrorDetails::with_bad_request_violation(field, reason),
+        ),
+        Error::NotFound { kind, name } => {
+            (Code::NotFound, of_kind(kind, "NOT_FOUND"), resource(kind, name, error))
+        }
+        Error::AlreadyExists { kind, name } => {
+            (Code::AlreadyExists, of_kind(kind, "ALREADY_EXISTS"), resource(kind, name, error))
+        }
+        Error::FailedPrecondition { .. } => {
+            (Code::FailedPrecondition, "FAILED_PRECONDITION".to_owned(), none)
+        }
+        Error::Overloaded { retry_after, .. } => (
+            Code::ResourceExhausted,
+            "QUEUE_FULL".to_owned(),
+            ErrorDetails::with_retry_info(Some(*retry_after)),
+        ),
+        Error::Cancelled => (Code::Cancelled, "CANCELLED".to_owned(), none),
+        Error::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned(), none),
+        Error::Draining => (
+            Code::Unavailable,
+            "DRAINING".to_owned(),
+            ErrorDetails::with_retry_info(Some(RETRY_ELSEWHERE)),
+        ),
+        Error::CorruptArtifact { path, .. } => {
+            (Code::DataLoss, "CORRUPT_ARTIFACT".to_owned(), resource("artifact", path, error))
+        }
+        Error::Io { source, .. } if is_full(source) => {
+            (Code::ResourceExhausted, DISK_FULL.to_owned(), none)
+        }
+        Error::Io { .. } => (Code::Internal, "IO".to_owned(), none),
+        Error::Device { .. } => (Code::Internal, "DEVICE".to_owned(), none),
+        Error::Internal { .. } => (Code::Internal, "INTERNAL".to_owned(), none),
+    }
+}
+
+fn of_kind(kind: &str, situation: &str) -> String {
+    format!("{}_{situation}", kind.to_ascii_uppercase())
+}
+
+fn resource(kind: &str, name: &str, error: &Error) -> ErrorDetails {
+    ErrorDetails::with_resource_info(kind, name, "", error.to_string())
+}
+
+fn is_full(error: &io::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    [StorageFull, QuotaExceeded, FileTooLarge].contains(&error.kind())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn every_error() -> Vec<(Error, Code, &'static str)> {
+        let name = || "x".to_owned();
+        let io = |kind: io::ErrorKind| Error::io("/secret/path", kind.into());
+        vec![
+            (Error::invalid("a.b", "is bad"), Code::InvalidArgument, "INVALID_ARGUMENT"),
+            (Error::NotFound { kind: "model", name: name() }, Code::NotFound, "MODEL_NOT_FOUND"),
+            (
+                Error::AlreadyExists { kind: "model", name: name() },
+                Code::AlreadyExists,
+                "MODEL_ALREADY_EXISTS",
+            ),
+            (
+                Error::FailedPrecondition { reason: name() },
+                Code::FailedPrecondition,
+                "FAILED_PRECONDITION",
+            ),
+            (
+                Error::Overloaded { reason: name(), retry_after: Duration::from_millis(200) },
+                Code::ResourceExhausted,
+                "QUEUE_FULL",
+            ),
+            (Error::Cancelled, Code::Cancelled, "CANCELLED"),
+            (Error::Deadline, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
+            (Error::Draining, Code::Unavailable, "DRAINING"),
+            (Error::corrupt("d", "flipped"), Code::DataLoss, "CORRUPT_ARTIFACT"),
+            (io(io::ErrorKind::StorageFull), Code::ResourceExhausted, "DISK_FULL"),
+            (io(io::ErrorKind::PermissionDenied), Code::Internal, "IO"),
+            (
+                Error::Device { source: tch::TchError::Torch("secret".into()) },
+                Code::Internal,
+                "DEVICE",
+            ),
+            (Error::internal("secret"), Code::Internal, "INTERNAL"),
+        ]
+    }
+
+    #[test]
+    fn every_error_has_a_code_a_reason_and_a_domain() {
+        for (error, code, reason) in every_error() {
+            let status = status(&error, "id");
+            let info = status.get_details_error_info().unwrap();
+            assert_eq!((status.code(), info.reason.as_str()), (code, reason), "{error}");
+            assert_eq!(info.domain, DOMAIN);
+            assert!(status.details().len() < 4096);
+        }
+    }
+
+    #[test]
+    fn internal_causes_stay_in_the_log() {
+        for (error, code, _) in every_error() {
+            let status = Status::from(error);
+            if code == Code::Internal {
+                assert!(!status.message().contains("secret"));
+                let id = status.get_details_request_info().unwrap().request_id;
+                assert!(status.message().contains(&id));
+            }
+        }
+    }
+
+    #[test]
+    fn fields_retries_and_resources_are_machine_readable() {
+        let status = Status::from(Error::invalid("images[3].content", "is empty"));
+        let violations = status.get_details_bad_request().unwrap().field_violations;
+        assert_eq!(violations[0].field, "images[3].content");
+        let overloaded =
+            Error::Overloaded { reason: String::new(), retry_after: Duration::from_secs(2) };
+        let retry = Status::from(overloaded).get_details_retry_info().unwrap();
+        assert_eq!(retry.retry_delay, Some(Duration::from_secs(2)));
+        let missing = Error::NotFound { kind: "model", name: "a".into() };
+        let resource = Status::from(missing).get_details_resource_info().unwrap();
+        assert_eq!((&*resource.resource_type, &*resource.resource_name), ("model", "a"));
+    }
+
+    #[test]
+    fn an_items_error_keeps_its_details() {
+        let status = Status::from(Error::invalid("images[0].content", "is empty"));
+        let rpc = rpc_status(&status);
+        assert_eq!(rpc.code, i32::from(Code::InvalidArgument));
+        assert_eq!(rpc.details.len(), 2);
+    }
+}
