@@ -7,7 +7,11 @@ cd "$(dirname "$0")/.."
 vitq=${1:-target/release/vitq}
 checkpoint=digits-vit
 model=digits-vit-ubb-4bit
-images=(demo/datasets/digits/val/{0,3,7}/0001.png)
+images=()
+for digit in 0 3 7; do
+  files=(demo/datasets/digits/val/"$digit"/*.png)
+  images+=("${files[0]}")
+done
 work=$(mktemp -d)
 server_pid=
 

@@ -49,7 +49,7 @@ fi
 say "accuracy of the demo models on $device and cpu"
 devices=$device
 if [ "$device" != cpu ]; then devices=$device,cpu; fi
-timeout 180 "$vitq" bench --checkpoint demo/checkpoints/digits-vit \
+timeout 120 "$vitq" bench --checkpoint demo/checkpoints/digits-vit \
   --checkpoint demo/checkpoints/digits-swin --calib demo/datasets/digits/calib \
   --val demo/datasets/digits/val --methods float,minmax,ubb --bits "${BITS:-4,6}" \
   --device "$devices" ${LIMIT:+--limit "$LIMIT"} --out "$out/accuracy" --json >/dev/null
@@ -65,7 +65,7 @@ timeout 180 "$vitq" bench "${checkpoints[@]}" --calib demo/datasets/digits/calib
   --batch-size "$batches" --device "$device" --out "$out/forward" --json >/dev/null
 
 say "the same forwards in PyTorch"
-timeout 240 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" \
+timeout 150 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" \
   --kinds "${KINDS:-float32,float16,compiled_float16}" --device "${device%%:*}" >"$out/torch.json"
 
 say "report"
