@@ -110,6 +110,10 @@ fn float_logits_equal_timms_on_real_images() {
     }
 }
 
+/// Statistics of activations whose standard deviation is of order one. Sums in another order move
+/// a value across a rounding boundary here and there, and later layers see it.
+const STATISTIC_TOLERANCE: f64 = 5e-4;
+
 /// Compares the scalars in an artifact's header with those that the platform found.
 fn assert_same_parameters(artifact: &Artifact, run: &str) {
     let reference = &reference("peer_params.json")["runs"][run];
@@ -134,8 +138,8 @@ fn assert_same_parameters(artifact: &Artifact, run: &str) {
             };
             same("beta", "constraint", 1e-6);
             same("threshold", "threshold", 1e-6);
-            same("kappa", "coeff", 1e-5);
-            same("mu", "mean", 1e-5);
+            same("kappa", "coeff", STATISTIC_TOLERANCE);
+            same("mu", "mean", STATISTIC_TOLERANCE);
             if entry.scalars.contains_key("tau") {
                 same("tau", "threshold_", 1e-6);
             }

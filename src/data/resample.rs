@@ -1,14 +1,19 @@
 //! Pillow's antialiased 8-bit resampling: columns first, rounded to whole levels, then rows.
 //!
 //! Weights are rounded to 22 fractional bits as in Pillow; they and the levels are exact in
-//! float32, and sums are good to 1e-5 of a level, so that only a sum that close to a half can
-//! round differently. Four float32 lanes (R, G, B, unused) per pixel keep the inner loop simple
-//! enough for the compiler to vectorise on any processor.
+//! float32, and sums are good to 1e-4 of a level. A sum closer than that to a rounding boundary is
+//! computed again in Pillow's integers, so that every level is Pillow's. Four float32 lanes (R, G,
+//! B, unused) per pixel keep the inner loop simple enough for the compiler to vectorise on any
+//! processor.
 
 use super::RgbImage;
 
-/// 2²²: Pillow's fixed-point weights.
-const WEIGHT_ONE: f64 = 4_194_304.0;
+/// Fractional bits of Pillow's fixed-point weights.
+const WEIGHT_BITS: u32 = 22;
+
+/// Distance of a float32 sum from a rounding boundary below which integers decide: several times
+/// the rounding errors of a sum of some dozen products.
+const DOUBTFUL: f32 = 1e-3;
 
 /// A resampling kernel.
 #[derive(Clone, Copy, Debug)]
@@ -39,6 +44,8 @@ pub(super) struct Weights {
     first: Vec<usize>,
     /// `taps` weights for each result pixel, summing to one.
     values: Vec<f32>,
+    /// The same weights as Pillow's fixed-point integers.
+    exact: Vec<i32>,
     /// Source pixels per result pixel; the same for all, filled up with zero weights.
     taps: usize,
 }
@@ -59,24 +66,30 @@ impl Weights {
         let scale = f64::from(span.source) / f64::from(span.resized);
         let stretch = scale.max(1.0);
         let radius = kernel.radius * stretch;
-        let taps = (2 * radius.ceil() as usize + 1).min(source);
-        let mut first = Vec::with_capacity(span.kept as usize);
-        let mut values = Vec::with_capacity(span.kept as usize * taps);
-        for at in span.start..span.start + span.kept {
+        let windows = (span.start..span.start + span.kept).map(|at| {
             let center = (f64::from(at) + 0.5) * scale;
             let from = (center - radius + 0.5).max(0.0) as usize;
-            let to = ((center + radius + 0.5) as usize).min(source);
-            let weight = |x: usize| (kernel.value)((x as f64 - center + 0.5).abs() / stretch);
+            (center, from, ((center + radius + 0.5) as usize).min(source))
+        });
+        let taps = windows.clone().map(|(_, from, to)| to - from).max().unwrap_or(0);
+        let mut first = Vec::with_capacity(span.kept as usize);
+        let mut exact = Vec::with_capacity(span.kept as usize * taps);
+        for (center, from, to) in windows {
+            // Operations in Pillow's order: another order can move a weight's last bit.
+            let weight =
+                |x: usize| (kernel.value)(((x as f64 - center + 0.5) * (1.0 / stretch)).abs());
             let total: f64 = (from..to).map(weight).sum();
             // Windows at the far edge are shifted back so that all have `taps` pixels.
             let begin = from.min(source - taps);
             first.push(begin);
-            values.extend((begin..begin + taps).map(|x| {
+            exact.extend((begin..begin + taps).map(|x| {
                 let weight = if (from..to).contains(&x) { weight(x) / total } else { 0.0 };
-                ((weight * WEIGHT_ONE).round() / WEIGHT_ONE) as f32
+                (weight * f64::from(1 << WEIGHT_BITS)).round() as i32
             }));
         }
-        Self { first, values, taps }
+        let values =
+            exact.iter().map(|weight| *weight as f32 / (1 << WEIGHT_BITS) as f32).collect();
+        Self { first, values, exact, taps }
     }
 
     /// First and one past the last source pixel that is used.
@@ -86,9 +99,22 @@ impl Weights {
     }
 
     /// The first source pixel and the weights of each result pixel.
-    fn iter(&self) -> impl Iterator<Item = (usize, &[f32])> {
-        self.first.iter().copied().zip(self.values.chunks_exact(self.taps))
+    fn iter(&self) -> impl Iterator<Item = Taps<'_>> {
+        let weights = self.values.chunks_exact(self.taps).zip(self.exact.chunks_exact(self.taps));
+        self.first.iter().zip(weights).map(|(first, (weights, exact))| Taps {
+            first: *first,
+            weights,
+            exact,
+        })
     }
+}
+
+/// What one result pixel of an axis is made of.
+#[derive(Clone, Copy)]
+struct Taps<'a> {
+    first: usize,
+    weights: &'a [f32],
+    exact: &'a [i32],
 }
 
 /// Resamples an image along both axes.
@@ -103,16 +129,17 @@ pub(super) fn resample(image: &RgbImage, x: &Weights, y: &Weights) -> RgbImage {
     }
     let mut pixels = vec![0; 3 * width * height];
     let mut sums = vec![0.0; 3 * width];
-    for (out, (first, weights)) in pixels.chunks_exact_mut(3 * width).zip(y.iter()) {
+    for (out, taps) in pixels.chunks_exact_mut(3 * width).zip(y.iter()) {
         sums.fill(0.0);
-        let rows = columns.chunks_exact(3 * width).skip(first - top);
-        for (row, weight) in rows.zip(weights) {
+        let start = 3 * width * (taps.first - top);
+        for (row, weight) in columns[start..].chunks_exact(3 * width).zip(taps.weights) {
             for (sum, level) in sums.iter_mut().zip(row) {
                 *sum += weight * f32::from(*level);
             }
         }
-        for (out, sum) in out.iter_mut().zip(&sums) {
-            *out = level(*sum);
+        for (at, (out, sum)) in out.iter_mut().zip(&sums).enumerate() {
+            let source = columns[start + at..].iter().step_by(3 * width);
+            *out = level(*sum, || exact_level(source.copied(), taps.exact));
         }
     }
     RgbImage { width: width as u32, height: height as u32, pixels }
@@ -123,18 +150,35 @@ fn resample_row(row: &[u8], lanes: &mut [[f32; 4]], x: &Weights, out: &mut [u8])
     for (lane, pixel) in lanes.iter_mut().zip(row.chunks_exact(3)) {
         *lane = [pixel[0].into(), pixel[1].into(), pixel[2].into(), 0.0];
     }
-    for (out, (first, weights)) in out.chunks_exact_mut(3).zip(x.iter()) {
+    for (out, taps) in out.chunks_exact_mut(3).zip(x.iter()) {
         let mut sum = [0.0; 4];
-        for (lane, weight) in lanes[first..first + weights.len()].iter().zip(weights) {
+        for (lane, weight) in lanes[taps.first..].iter().zip(taps.weights) {
             for (sum, level) in sum.iter_mut().zip(lane) {
                 *sum += weight * level;
             }
         }
-        out.copy_from_slice(&[level(sum[0]), level(sum[1]), level(sum[2])]);
+        for (channel, out) in out.iter_mut().enumerate() {
+            let source = row[3 * taps.first + channel..].iter().step_by(3);
+            *out = level(sum[channel], || exact_level(source.copied(), taps.exact));
+        }
     }
 }
 
-/// The nearest level, halves upwards; out of range saturates.
-fn level(value: f32) -> u8 {
-    (value + 0.5) as u8
+/// The nearest level, halves upwards, saturating; `exact` decides where float32 leaves a doubt.
+fn level(value: f32, exact: impl FnOnce() -> u8) -> u8 {
+    let shifted = value + 0.5;
+    let whole = shifted as i32;
+    let fraction = shifted - whole as f32;
+    if (DOUBTFUL..=1.0 - DOUBTFUL).contains(&fraction) {
+        whole.clamp(0, 255) as u8
+    } else {
+        exact()
+    }
+}
+
+/// Pillow's own sum: fixed-point weights, halves upwards, saturating.
+fn exact_level(source: impl Iterator<Item = u8>, weights: &[i32]) -> u8 {
+    let sum: i64 =
+        source.zip(weights).map(|(level, weight)| i64::from(level) * i64::from(*weight)).sum();
+    ((sum + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS).clamp(0, 255) as u8
 }

@@ -13,6 +13,9 @@ use crate::model::checkpoint::{self, PUBLISHED_CROP_PCT};
 use crate::model::{Checkpoint, Interpolation, ModelSpec, Parameter, Preprocessing, variant};
 use crate::nn::Weights;
 
+/// Elements that one thread computes at a time.
+const RUN: usize = 1 << 16;
+
 /// What may differ from the published variant.
 #[derive(Clone, Debug)]
 pub struct GeneratedOptions {
@@ -101,13 +104,21 @@ fn generate_parameter(parameter: &Parameter, seed: u64) -> Result<Tensor> {
 
 fn affine(name: &str, seed: u64, shape: &[i64], map: Affine) -> Vec<f32> {
     let stream = fnv1a(&format!("{seed}/{name}"));
-    let count = u64::try_from(shape.iter().product::<i64>()).unwrap_or(0);
-    let Affine { offset, scale } = map;
-    (0..count).into_par_iter().map(|index| uniform(stream, index) * scale + offset).collect()
+    let mut values = vec![0f32; shape.iter().product::<i64>() as usize];
+    // Plain loops over long runs: an iterator per element costs more than the hash.
+    values.par_chunks_mut(RUN).enumerate().for_each(|(run, values)| {
+        let mut index = (run * RUN) as u64;
+        for value in values {
+            *value = uniform(stream, index) * map.scale + map.offset;
+            index += 1;
+        }
+    });
+    values
 }
 
 /// Element `index` of a stream, in [−1, 1): splitmix64's output for the state after index + 1 steps,
 /// of which 24 bits fill a float32 significand exactly.
+#[inline]
 fn uniform(stream: u64, index: u64) -> f32 {
     let mut z = stream.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

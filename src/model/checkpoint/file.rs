@@ -91,9 +91,9 @@ pub(super) fn write_model(weights: &Weights, out: &mut dyn Write) -> Result<std:
         return Ok(Err(error));
     }
     for (_, tensor) in weights.iter() {
-        let mut values = vec![0f32; tensor.numel()];
-        tensor.f_to_kind(Kind::Float)?.f_contiguous()?.f_copy_data(&mut values, tensor.numel())?;
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let tensor = tensor.f_to_kind(Kind::Float)?.f_contiguous()?;
+        let mut bytes = vec![0; 4 * tensor.numel()];
+        tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
         if let Err(error) = out.write_all(&bytes) {
             return Ok(Err(error));
         }
