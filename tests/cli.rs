@@ -10,6 +10,9 @@ use serde_json::Value;
 
 const FAILED: i32 = 1;
 const USAGE: i32 = 2;
+/// Relative to the largest logit: where a resized pixel differs from Pillow's by one level, logits
+/// move by up to 8.5e-4 (all others agree to 1e-4).
+const LOGIT_TOLERANCE: f32 = 2e-3;
 
 fn demo(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join(path)
@@ -103,8 +106,7 @@ fn predict_gives_the_float_models_logits_with_sorted_names() {
         rows.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
     let largest = expected.iter().fold(0f32, |max, value| max.max(value.abs()));
     for (ours, theirs) in logits.iter().zip(&expected) {
-        // PNG decoding is exact; what remains is the order of float sums.
-        assert!((ours - theirs).abs() <= 1e-4 * largest, "{ours} {theirs}");
+        assert!((ours - theirs).abs() <= LOGIT_TOLERANCE * largest, "{ours} {theirs}");
     }
 }
 

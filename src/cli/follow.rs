@@ -1,5 +1,7 @@
 //! Following a job: its events in one shape, shown as progress until it ends or the user leaves.
 
+use std::pin::pin;
+
 use tonic::{Status, Streaming};
 
 use crate::cli::failure::{Failure, inner_status};
@@ -64,10 +66,13 @@ where
 {
     let display = Display::new();
     let mut operation = String::new();
+    let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
+        // Polled first, so that the signal is caught from the first event on.
         let event = tokio::select! {
+            biased;
+            _ = &mut interrupted => return Err(left(&operation, server)),
             event = events.message() => event,
-            _ = tokio::signal::ctrl_c() => return Err(left(&operation, server)),
         };
         let event = match event {
             Ok(Some(event)) => Event::from(event),

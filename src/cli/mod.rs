@@ -61,8 +61,8 @@ enum Command {
     Predict(predict::Args),
     /// Show what an artifact holds.
     Inspect(inspect::Args),
-    //    /// Write a checkpoint with generated weights, for speed tests.
-    //    Generate(generate::Args),
+    /// Write a checkpoint with generated weights, for speed tests.
+    Generate(generate::Args),
 }
 
 /// Runs the program with this process's arguments.
@@ -88,7 +88,7 @@ impl Command {
             Self::Bench(args) => args.run(output),
             Self::Predict(args) => args.run(output),
             Self::Inspect(args) => args.run(output),
-            //            Self::Generate(args) => args.run(output),
+            Self::Generate(args) => args.run(output),
         }
     }
 }

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Accuracy and speed on a machine with a GPU, beside PyTorch in the same run. Needs this repository,
+# a binary built elsewhere, and a Python 3 with torch of the binary's version; no network.
+# Usage: [OUT=DIR] scripts/gpu_check.sh BINARY [DEVICE]; DEVICE is cuda:0 unless given.
+# Prints one table; leaves h200.json and the benches' own files in $OUT.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+vitq=${1:?usage: scripts/gpu_check.sh BINARY [DEVICE]}
+device=${2:-cuda:0}
+out=${OUT:-bench/gpu}
+python=${PYTHON:-python3}
+# Smaller values make a quick trial without a GPU possible.
+models=${MODELS:-deit_small,deit_base}
+batches=${BATCHES:-1,8,64,256}
+images=${IMAGES:-256}
+work=$(mktemp -d)
+sampler=
+finish() {
+  if [ -n "$sampler" ]; then kill "$sampler" 2>/dev/null || true; fi
+  rm -rf "$work"
+}
+trap finish EXIT
+mkdir -p "$out"
+start=$SECONDS
+say() { printf '\n== %3s s: %s\n' "$((SECONDS - start))" "$*"; }
+
+if [ -z "${LIBTORCH_FOLDERS:-}" ]; then
+  # torch's own libraries, and NVIDIA's beside them.
+  LIBTORCH_FOLDERS=$("$python" -c '
+import glob, os, torch
+root = os.path.dirname(torch.__file__)
+print(":".join([os.path.join(root, "lib")] + glob.glob(os.path.join(root, "../nvidia/*/lib"))))')
+fi
+export LD_LIBRARY_PATH="$LIBTORCH_FOLDERS${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}"
+
+say "machine"
+{
+  nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>/dev/null ||
+    echo "no GPU"
+} | tee "$work/machine"
+"$vitq" --version
+# Memory of the whole GPU, twice a second: the largest value counts.
+if command -v nvidia-smi >/dev/null; then
+  nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 >"$work/memory" 2>/dev/null &
+  sampler=$!
+fi
+
+say "accuracy of the demo models on $device and cpu"
+devices=$device
+if [ "$device" != cpu ]; then devices=$device,cpu; fi
+timeout 120 "$vitq" bench --checkpoint demo/checkpoints/digits-vit \
+  --checkpoint demo/checkpoints/digits-swin --calib demo/datasets/digits/calib \
+  --val demo/datasets/digits/val --methods float,minmax,ubb --bits "${BITS:-4,6}" \
+  --device "$devices" ${LIMIT:+--limit "$LIMIT"} --out "$out/accuracy" --json >/dev/null
+
+say "forward and calibration of $models with generated weights"
+checkpoints=()
+for model in ${models//,/ }; do
+  "$vitq" generate --architecture "$model" --out "$work/$model"
+  checkpoints+=(--checkpoint "$work/$model")
+done
+timeout 180 "$vitq" bench "${checkpoints[@]}" --calib demo/datasets/digits/calib \
+  --val demo/datasets/digits/val --limit "$images" --methods float,ubb --bits 4 \
+  --batch-size "$batches" --device "$device" --out "$out/forward" --json >/dev/null
+
+say "the same forwards in PyTorch"
+timeout 150 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" \
+  --kinds "${KINDS:-float32,float16,compiled_float16}" --device "${device%%:*}" >"$out/torch.json"
+
+say "report"
+"$python" scripts/gpu_report.py --machine "$work/machine" --memory "$work/memory" \
+  --accuracy "$out/accuracy/results.json" --forward "$out/forward/results.json" \
+  --torch "$out/torch.json" --commit "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+  --seconds "$((SECONDS - start))" --output "$out/h200.json"

@@ -1,0 +1,183 @@
+//! The client commands as processes, against a server process on a free port.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+const FAILED: i32 = 1;
+
+struct Server {
+    process: Child,
+    url: String,
+    _data: TempDir,
+}
+
+impl Server {
+    fn start() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+        let mut process = Command::new(env!("CARGO_BIN_EXE_vitq"))
+            .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
+            .args(["--device", "cpu", "--log", "error", "--data-dir"])
+            .arg(data.path())
+            .arg("--checkpoints")
+            .arg(demo.join("checkpoints"))
+            .arg("--datasets")
+            .arg(demo.join("datasets"))
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("the binary starts");
+        let mut line = String::new();
+        let stdout = process.stdout.take().expect("stdout is piped");
+        BufReader::new(stdout).read_line(&mut line).unwrap();
+        let url = line.trim().strip_prefix("listening on ").expect("an address").to_owned();
+        Self { process, url, _data: data }
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_vitq"));
+        command.args(args).env("VITQ_SERVER", &self.url);
+        command
+    }
+
+    fn run(&self, args: &[&str]) -> Output {
+        self.command(args).output().unwrap()
+    }
+
+    fn json(&self, args: &[&str]) -> Value {
+        let output = self.run(&[args, &["--json"]].concat());
+        assert!(output.status.success(), "{args:?}: {}", stderr(&output));
+        serde_json::from_slice(&output.stdout).expect("stdout is JSON")
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _already_gone = self.process.kill();
+        let _reaped = self.process.wait();
+    }
+}
+
+fn stderr(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+fn quantize<'a>(name: &'a str, method: &'a str, images: &'a str) -> Vec<&'a str> {
+    vec![
+        "quantize",
+        "--checkpoint",
+        "digits-vit",
+        "--method",
+        method,
+        "--bits",
+        "4",
+        "--calib-dataset",
+        "digits/calib",
+        "--calib-images",
+        images,
+        "--name",
+        name,
+    ]
+}
+
+#[test]
+fn a_model_is_made_used_and_removed() {
+    let server = Server::start();
+    let made = server.json(&quantize("tiny", "minmax", "4"));
+    assert_eq!(made["model"]["id"], "tiny");
+    let operation = made["operation"].as_str().unwrap();
+
+    let jobs = server.json(&["jobs", "list"]);
+    assert_eq!((&jobs[0]["name"], &jobs[0]["state"]), (&made["operation"], &"succeeded".into()));
+    let again = server.json(&["jobs", "watch", operation]);
+    assert_eq!(again["model"]["digest"], made["model"]["digest"]);
+    let waited = server.json(&["jobs", "wait", operation.strip_prefix("operations/").unwrap()]);
+    assert_eq!(waited["result"]["model"]["id"], "tiny");
+
+    let evaluated =
+        server.json(&["evaluate", "--model", "tiny", "--dataset", "digits/val", "--limit", "20"]);
+    assert_eq!(evaluated["images"], 20);
+    assert!(evaluated["agreement"].is_number());
+
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+    let image = demo.join("datasets/digits/val/0/0000.png");
+    let notes = demo.join("README.md");
+    let images = [image.to_str().unwrap(), notes.to_str().unwrap()];
+    let output = server.run(&["classify", "--model", "tiny", "--json", images[0], images[1]]);
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("1 of 2 images failed"), "{}", stderr(&output));
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answers["images"][0]["labels"].as_array().unwrap().len(), 5);
+    assert!(answers["images"][1]["error"]["message"].is_string());
+
+    assert_eq!(server.json(&["models", "get", "tiny"])["model"]["state"], "ready");
+    assert_eq!(server.json(&["models", "unload", "tiny"])["state"], "stored");
+    assert_eq!(server.json(&["models", "load", "tiny"])["state"], "ready");
+    assert_eq!(server.json(&["models", "list"]).as_array().unwrap().len(), 1);
+    server.json(&["models", "delete", "tiny"]);
+    assert_eq!(server.run(&["models", "get", "tiny"]).status.code(), Some(FAILED));
+    let methods = server.json(&["methods", "--server", &server.url]);
+    let local = server.json(&["methods"]);
+    assert_eq!(methods, local);
+}
+
+#[test]
+fn a_refusal_names_field_and_reason() {
+    let server = Server::start();
+    let mut args = quantize("tiny", "minmax", "4");
+    args[2] = "nowhere";
+    let output = server.run(&args);
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("nowhere"), "{}", stderr(&output));
+    assert!(stderr(&output).contains("reason: "), "{}", stderr(&output));
+
+    let output = server.run(&[&quantize("No Id", "minmax", "4")[..], &["--json"]].concat());
+    let text = stderr(&output);
+    let error: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+    assert_eq!(error["error"]["code"], "INVALID_ARGUMENT");
+    assert_eq!(error["error"]["fields"][0]["field"], "model_id");
+}
+
+#[test]
+fn ctrl_c_leaves_the_job_and_says_how_to_cancel_it() {
+    let server = Server::start();
+    let mut client = server
+        .command(&quantize("slow", "ubb", "32"))
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(client.stderr.take().unwrap()).lines();
+    let first = lines.next().unwrap().unwrap();
+    let job = first.strip_prefix("job ").expect("the job's name").to_owned();
+    let interrupted = Command::new("kill").args(["-INT", &client.id().to_string()]).status();
+    assert!(interrupted.unwrap().success());
+    let rest: Vec<String> = lines.map(Result::unwrap).collect();
+    assert_eq!(client.wait().unwrap().code(), Some(FAILED));
+    let rest = rest.join("\n");
+    assert!(rest.contains(&format!("vitq jobs watch {job} --server {}", server.url)), "{rest}");
+
+    let state = server.json(&["jobs", "get", &job])["state"].clone();
+    assert!(state == "running" || state == "queued", "{state}");
+    server.json(&["jobs", "cancel", &job]);
+    let output = server.run(&["jobs", "wait", &job]);
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("CANCELLED"), "{}", stderr(&output));
+    assert_eq!(server.json(&["jobs", "get", &job])["state"], "cancelled");
+}
+
+#[test]
+fn detach_returns_the_job_at_once() {
+    let server = Server::start();
+    let args = quantize("later", "minmax", "4");
+    let started = server.json(&[&args[..], &["--detach"]].concat());
+    let job = started["operation"].as_str().unwrap();
+    let ended = server.json(&["jobs", "wait", job, "--timeout", "120"]);
+    assert_eq!(ended["state"], "succeeded");
+    let checked = server.json(&[&quantize("other", "ubb", "4")[..], &["--validate-only"]].concat());
+    assert_eq!(checked["valid"], true);
+    assert_eq!(server.json(&["models", "list"]).as_array().unwrap().len(), 1);
+}
