@@ -10,6 +10,9 @@ check() {
   "$@" || failures+=("$*")
 }
 
+# Tests run side by side: libtorch threads of their own would only fight for the cores.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 mkdir -p target
 log=target/test-output.txt
 rm -f target/test-summary.txt

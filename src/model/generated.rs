@@ -105,12 +105,10 @@ fn generate_parameter(parameter: &Parameter, seed: u64) -> Result<Tensor> {
 fn affine(name: &str, seed: u64, shape: &[i64], map: Affine) -> Vec<f32> {
     let stream = fnv1a(&format!("{seed}/{name}"));
     let mut values = vec![0f32; shape.iter().product::<i64>() as usize];
-    // Plain loops over long runs: an iterator per element costs more than the hash.
+    // Long runs: a parallel iterator per element costs more than the hash.
     values.par_chunks_mut(RUN).enumerate().for_each(|(run, values)| {
-        let mut index = (run * RUN) as u64;
-        for value in values {
+        for (index, value) in ((run * RUN) as u64..).zip(values) {
             *value = uniform(stream, index) * map.scale + map.offset;
-            index += 1;
         }
     });
     values
