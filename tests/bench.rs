@@ -1,5 +1,7 @@
 //! `bench`: rows are computed once, saved one by one, and reported. On the digits models.
 
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
