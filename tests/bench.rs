@@ -185,7 +185,8 @@ fn kept_artifacts_are_computed_again_when_they_are_gone() {
 
 #[test]
 fn an_unusable_matrix_is_refused_before_anything_is_computed() {
-    let changes: [(&str, fn(&mut Matrix)); 5] = [
+    type Change = fn(&mut Matrix);
+    let changes: [(&str, Change); 5] = [
         ("method", |matrix| matrix.methods.push("gptq".to_owned())),
         ("options.nope", |matrix| drop(matrix.options.insert("nope".into(), "1".into()))),
         ("calib", |matrix| matrix.calibration = None),
