@@ -1,6 +1,6 @@
 //! `bench`: rows are computed once, saved one by one, and reported. On the digits models.
 
-#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -185,7 +185,8 @@ fn kept_artifacts_are_computed_again_when_they_are_gone() {
 
 #[test]
 fn an_unusable_matrix_is_refused_before_anything_is_computed() {
-    let changes: [(&str, fn(&mut Matrix)); 5] = [
+    type Change = fn(&mut Matrix);
+    let changes: [(&str, Change); 5] = [
         ("method", |matrix| matrix.methods.push("gptq".to_owned())),
         ("options.nope", |matrix| drop(matrix.options.insert("nope".into(), "1".into()))),
         ("calib", |matrix| matrix.calibration = None),

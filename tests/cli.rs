@@ -1,6 +1,6 @@
 //! The commands that need no server, as processes: results, errors, exit codes.
 
-#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,5 +1,7 @@
 //! The client commands as processes, against a server process on a free port.
 
+#![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
+
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
