@@ -25,7 +25,7 @@ const FONT: &str = "sans-serif";
 /// Width of a model's column and heights of the parts, in pixels.
 const COLUMN: i32 = 150;
 const PANEL_HEIGHT: i32 = 260;
-const TITLE_HEIGHT: i32 = 34;
+const TITLE_HEIGHT: i32 = 48;
 const LEGEND_LINE: i32 = 22;
 const MARGIN_LEFT: i32 = 58;
 const MARGIN_RIGHT: i32 = 20;
@@ -115,7 +115,7 @@ impl Panel<'_> {
     fn frame(&self, root: &Area<'_>, bits: &str, checkpoints: &[&str]) -> Drawn {
         let (left, right) = (self.left + MARGIN_LEFT, self.left + self.width - MARGIN_RIGHT);
         let title = format!("{bits}: top-1 accuracy (%)");
-        text(root, &title, (left, TITLE_HEIGHT / 2), (15, HPos::Left), INK)?;
+        text(root, &title, (left, TITLE_HEIGHT / 3), (15, HPos::Left), INK)?;
         let (low, high) = self.range;
         let step = tick_step(high - low);
         let mut tick = low;
