@@ -2,6 +2,7 @@
 //! files, the same parameters, the same logits (demo/reference), and the float models themselves.
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+#![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
