@@ -200,6 +200,88 @@ fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
     }
 }
 
+/// Logits of a two-block model with random weights, calibrated on four images: few enough values
+/// that a rounding boundary is rarely met, so the rules show themselves.
+const SMALL_MODEL_FLOOR_DB: f64 = 60.0;
+
+#[test]
+fn ubb_equals_the_released_code_on_small_models() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/platform");
+    let index: Value =
+        serde_json::from_slice(&std::fs::read(folder.join("index.json")).unwrap()).unwrap();
+    let stored = tensors(&folder.join("goldens.safetensors"));
+    let models = index["cases"].as_array().unwrap().iter();
+    let models: Vec<_> =
+        models.filter(|case| case["case"].as_str().unwrap().starts_with("model_")).collect();
+    assert_eq!(models.len(), 2);
+    for case in models {
+        let name = case["case"].as_str().unwrap();
+        let get =
+            |key: &str| stored[case["tensors"][key]["name"].as_str().unwrap()].shallow_clone();
+        let given = &case["meta"]["config"];
+        let checkpoint = tempfile::tempdir().unwrap();
+        let weights: Vec<(String, Tensor)> = case["tensors"]
+            .as_object()
+            .unwrap()
+            .keys()
+            .filter_map(|key| Some((key.strip_prefix("weights.")?.to_owned(), get(key))))
+            .collect();
+        Tensor::write_safetensors(&weights, checkpoint.path().join("model.safetensors")).unwrap();
+        let side = &given["img_size"];
+        let config = serde_json::json!({
+            "architecture": "vit_tiny_patch16_224",
+            "num_classes": given["num_classes"],
+            "model_args": {
+                "img_size": side, "patch_size": given["patch_size"], "embed_dim": given["embed_dim"],
+                "depth": given["depth"], "num_heads": given["num_heads"],
+            },
+            "pretrained_cfg": {
+                "input_size": [3, side, side], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
+                "crop_pct": 0.9, "interpolation": "bicubic",
+            },
+        });
+        std::fs::write(checkpoint.path().join("config.json"), config.to_string()).unwrap();
+        let checkpoint = Checkpoint::open(checkpoint.path()).unwrap();
+        let bits = case["meta"]["n_bits"].as_u64().unwrap() as u32;
+        let images = CalibrationImages { images: get("calib_input"), digest: String::new() };
+        let request = request("ubb", bits, &[("variant", "released")]);
+        let artifact =
+            quantize(&checkpoint, &images, &request, Device::Cpu, &Unwatched).unwrap().artifact;
+        let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+        for phase in ["calib", "eval"] {
+            let logits = model.forward(&get(&format!("{phase}_input"))).unwrap();
+            let fidelity = sqnr_db(&get(&format!("{phase}_logits")), &logits).unwrap();
+            println!("{name} {phase}: {fidelity:.1} dB of the platform's logits");
+            assert!(fidelity >= SMALL_MODEL_FLOOR_DB, "{name} {phase}: {fidelity} dB");
+        }
+        let found = case["meta"]["found"].as_object().unwrap();
+        for (module, expected) in found {
+            let (path, quantizer) = module.rsplit_once('.').unwrap();
+            let operand = match quantizer {
+                "act_quantizer" => "input",
+                "A_quantizer" => "lhs",
+                _ => "rhs",
+            };
+            let entry = &artifact.header.sites[path][operand];
+            if !entry.kind.starts_with("ubb_") {
+                continue; // the softmax search is overwritten in the released code (Q4)
+            }
+            let same = |key: &str, theirs: &str| {
+                let (found, expected) = (entry.scalars[key], expected[theirs].as_f64().unwrap());
+                assert!(
+                    (found - expected).abs() < 1e-6,
+                    "{name} {module} {key}: {found} {expected}"
+                );
+            };
+            same("beta", "constraint");
+            same("threshold", "threshold");
+            if entry.scalars.contains_key("tau") {
+                same("tau", "threshold_");
+            }
+        }
+    }
+}
+
 #[test]
 fn storing_and_loading_gives_the_same_logits_bit_for_bit() {
     for name in ["digits-vit", "digits-swin"] {
