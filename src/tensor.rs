@@ -19,20 +19,72 @@ pub fn round_straight_through(x: &Tensor) -> Result<Tensor> {
 /// # Errors
 /// `Device` when libtorch refuses.
 pub fn quantile_range(rows: &Tensor, p: f64) -> Result<(Tensor, Tensor)> {
-    let (sorted, _) = rows.f_sort(-1, false)?;
-    let fraction = p.min(1.0 - p);
-    Ok((interpolate(&sorted, fraction)?, interpolate(&sorted, 1.0 - fraction)?))
+    Tails::new(rows, p)?.quantile_range(p)
 }
 
-/// Value at fraction `p` of sorted rows, interpolated as `torch.quantile` does: the position and
-/// the weight are float32, and the lerp runs from the lower neighbour.
-fn interpolate(sorted: &Tensor, p: f64) -> Result<Tensor> {
-    let last = sorted.size()[1] - 1;
-    let position = (p as f32) * (last as f32);
-    let below = position.floor();
-    let low = sorted.f_narrow(1, below as i64, 1)?;
-    let high = sorted.f_narrow(1, (position.ceil() as i64).min(last), 1)?;
-    Ok(low.f_lerp(&high, f64::from(position - below))?)
+/// The two sorted ends of each row: all that quantiles beyond a fraction need, for the price of a
+/// partial sort.
+#[derive(Debug)]
+pub struct Tails {
+    /// Smallest values, ascending, [n, k].
+    smallest: Tensor,
+    /// Largest values, descending, [n, k].
+    largest: Tensor,
+    /// Index of a row's last element.
+    last: i64,
+}
+
+impl Tails {
+    /// The ends of `rows` [n, m] up to the `p` and `1 − p` quantiles.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn new(rows: &Tensor, p: f64) -> Result<Self> {
+        let last = rows.size()[1] - 1;
+        let (low, high) = fractions(p);
+        let below = position(low, last).ceil() as i64 + 1;
+        let above = last - position(high, last).floor() as i64 + 1;
+        let count = below.max(above).min(last + 1);
+        let (smallest, _) = rows.f_topk(count, -1, false, true)?;
+        let (largest, _) = rows.f_topk(count, -1, true, true)?;
+        Ok(Self { smallest, largest, last })
+    }
+
+    /// The `p` and `1 − p` quantiles, (low, high), each [n, 1]; `p` no closer to the median than the
+    /// tails reach.
+    ///
+    /// # Errors
+    /// `Device` when the tails do not reach as far.
+    pub fn quantile_range(&self, p: f64) -> Result<(Tensor, Tensor)> {
+        let (low, high) = fractions(p);
+        let low = self.interpolate(low, |index| Ok(self.smallest.f_narrow(1, index, 1)?))?;
+        let high =
+            self.interpolate(high, |index| Ok(self.largest.f_narrow(1, self.last - index, 1)?))?;
+        Ok((low, high))
+    }
+
+    /// Value at a fraction of the sorted rows, the lerp running from the lower neighbour.
+    fn interpolate(&self, p: f64, at: impl Fn(i64) -> Result<Tensor>) -> Result<Tensor> {
+        let position = position(p, self.last);
+        let below = position.floor();
+        let high = at((position.ceil() as i64).min(self.last))?;
+        Ok(at(below as i64)?.f_lerp(&high, position - below)?)
+    }
+}
+
+/// The smaller and the larger of p and 1 − p.
+fn fractions(p: f64) -> (f64, f64) {
+    let low = p.min(1.0 - p);
+    (low, 1.0 - low)
+}
+
+/// Largest row whose indices are exact in float32.
+const MAX_FLOAT_INDEX: i64 = 1 << 24;
+
+/// Position of a fraction among 0..=last. `torch.quantile` computes it in float32 and refuses longer
+/// rows, for which released codes fall back to NumPy's float64.
+fn position(p: f64, last: i64) -> f64 {
+    if last < MAX_FLOAT_INDEX { f64::from((p as f32) * (last as f32)) } else { p * last as f64 }
 }
 
 /// 10·log10(Σx² / Σ(x − x̂)²) in dB; +∞ if equal.
@@ -80,6 +132,18 @@ mod tests {
         let (low, high) = quantile_range(&rows, 0.9).unwrap();
         assert!((low.double_value(&[0, 0]) - 0.4).abs() < 1e-6);
         assert!((high.double_value(&[0, 0]) - 3.6).abs() < 1e-6);
+    }
+
+    #[test]
+    fn tails_serve_every_fraction_beyond_theirs() {
+        let rows = Tensor::arange(2001, (Kind::Float, tch::Device::Cpu)).flip([0]).view([1, 2001]);
+        let tails = Tails::new(&rows, 0.99).unwrap();
+        for (p, low, high) in [(0.99, 20.0, 1980.0), (0.999, 2.0, 1998.0), (0.99975, 0.5, 1999.5)] {
+            let found = tails.quantile_range(p).unwrap();
+            assert!((found.0.double_value(&[0, 0]) - low).abs() < 2e-3, "{p}");
+            assert!((found.1.double_value(&[0, 0]) - high).abs() < 2e-3, "{p}");
+        }
+        assert!(tails.quantile_range(0.9).is_err());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 mod float;
 mod minmax;
 mod options;
+mod repq;
 mod ubb;
 
 use crate::calib::{CalibrationTask, Quantization};
@@ -39,7 +40,8 @@ pub struct MethodEntry {
 }
 
 /// Every method, in the order of catalogues and tables.
-pub const METHODS: &[&MethodEntry] = &[&float::METHOD, &minmax::METHOD, &ubb::METHOD];
+pub const METHODS: &[&MethodEntry] =
+    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD];
 
 /// The method of that id.
 ///

@@ -6,6 +6,7 @@ pub mod granularity;
 pub mod log2;
 pub mod plan;
 pub mod quantizer;
+pub mod search;
 pub mod tokens;
 pub mod uniform;
 

@@ -13,14 +13,17 @@ pub const KIND: &str = "uniform";
 /// Smallest scale of weights, from the platform's code (methods/ubb.md, section 1).
 pub const MIN_WEIGHT_SCALE: f64 = 1e-10;
 
-/// Static affine grid, per tensor or per channel. Zero points are integers and not clamped.
+/// Static affine grid, per tensor or per channel. Zero points are not clamped; a fractional one
+/// (RepQ-ViT as released) runs in float and has no integer form.
 #[derive(Debug)]
 pub struct Uniform {
     bits: BitWidth,
     /// float32, broadcastable to the operand.
     scale: Tensor,
-    /// float32 holding integers, same shape.
+    /// float32, same shape.
     zero_point: Tensor,
+    /// Whether every zero point is an integer.
+    integral: bool,
 }
 
 /// A range to spread a grid over.
@@ -78,7 +81,8 @@ impl Uniform {
         if usable.f_int64_value(&[])? == 0 {
             return Err(Error::invalid("calibration", "a quantization range is not finite"));
         }
-        Ok(Self { bits, scale, zero_point })
+        let integral = zero_point.f_equal(&zero_point.f_round()?)?;
+        Ok(Self { bits, scale, zero_point, integral })
     }
 
     /// Restores a stored grid.
@@ -97,7 +101,7 @@ impl Uniform {
         &self.scale
     }
 
-    /// float32 zero point (integers).
+    /// float32 zero point.
     pub fn zero_point(&self) -> &Tensor {
         &self.zero_point
     }
@@ -119,6 +123,9 @@ impl Quantizer for Uniform {
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        if !self.integral {
+            return Ok(None);
+        }
         // A per-tensor scale has shape [1]; a term's parameters have the operand's rank.
         let shape = |t: &Tensor| -> Result<Tensor> {
             let ones = vec![1i64; x.dim()];
@@ -215,6 +222,22 @@ mod tests {
         let q = Uniform::from_range(&Range::per_row(&w).unwrap(), BitWidth::EIGHT, 1e-10).unwrap();
         laws::terms_add_up(&q, &w);
         laws::state_round_trips(&q, &w);
+    }
+
+    #[test]
+    fn a_fractional_zero_point_has_no_integer_form() {
+        let x = laws::sample(&[3, 5, 8], 6);
+        let bits = BitWidth::new(4, "bits").unwrap();
+        let parameter = |value: f32| Tensor::from_slice(&[value]);
+        let q = Uniform::new(bits, parameter(0.1), parameter(7.25)).unwrap();
+        assert!(q.quantize(&x).unwrap().is_none());
+        laws::state_round_trips(&q, &x);
+        laws::images_are_independent(&q, &x, 1);
+        // Codes are clamped to 0..15 before the fraction is taken off again.
+        let low = q.fake_quantize(&parameter(-9.0)).unwrap().double_value(&[0]);
+        assert!((low + 0.725).abs() < 1e-6, "{low}");
+        let q = Uniform::new(bits, parameter(0.1), parameter(7.0)).unwrap();
+        laws::terms_add_up(&q, &x);
     }
 
     #[test]
