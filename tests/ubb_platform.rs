@@ -113,23 +113,32 @@ fn float_logits_equal_timms_on_real_images() {
     }
 }
 
-/// The reference ran on another processor. Its sums differ from ours in the last bit, a last bit
-/// moves a value across a rounding boundary here and there, and later layers see whole steps: two
-/// runs of the platform's own code on two processors differ as much. Where the logits are the
-/// platform's own processor's, an implementation of the same rules reaches 135 dB; across
-/// processors 38 dB (3 bits) to over 45 dB were seen.
-const LOGITS_FLOOR_DB: f64 = 30.0;
+/// Runs of the platform's own code, by the processor they ran on: file of logits, file of scalars.
+///
+/// Processors sum in different orders. A last bit moves a value across a rounding boundary here and
+/// there, one flipped log2 code changes a score by a factor of two, and later layers see whole
+/// steps: the platform differs from itself by 34 to 40 dB between these two.
+const REFERENCES: [(&str, &str, &str); 2] = [
+    ("AVX-512", "peer_logits.safetensors", "peer_params.json"),
+    ("AVX2", "platform_avx2_logits.safetensors", "platform_avx2_params.json"),
+];
 
-/// Statistics of activations whose standard deviation is of order one; for the same reason.
-const STATISTIC_TOLERANCE: f64 = 5e-3;
+/// Least fidelity to the nearer run on a processor of another kind, from that spread.
+const OTHER_PROCESSOR_FLOOR_DB: f64 = 30.0;
 
-/// Operands, of 42, whose searched scalars may differ: neighbouring grid points of equal worth.
-const MAX_OTHER_CHOICES: usize = 2;
+/// Least fidelity on the processor of the AVX2 run: the same sums, only the last bits of a logit.
+const SAME_PROCESSOR_FLOOR_DB: f64 = 100.0;
 
-/// Compares the scalars in an artifact's header with those that the platform found; returns how
-/// many operands were compared and how many have another grid point.
-fn compare_parameters(artifact: &Artifact, run: &str) -> (usize, usize) {
-    let reference = &reference("peer_params.json")["runs"][run];
+/// Operands, of 42, whose searched scalars may be another grid point on another processor; the
+/// platform itself differs in up to 4.
+const OTHER_PROCESSOR_CHOICES: usize = 6;
+
+/// Operands compared: per block qkv, q, k, v, proj, fc1, fc2.
+const OPERANDS: usize = 6 * 7;
+
+/// How many operands have other searched scalars than those in a file of the platform's.
+fn other_choices(artifact: &Artifact, file: &str, run: &str) -> usize {
+    let reference = &reference(file)["runs"][run];
     let (mut compared, mut other) = (0, 0);
     for (path, operands) in &artifact.header.sites {
         for (operand, entry) in operands {
@@ -141,55 +150,68 @@ fn compare_parameters(artifact: &Artifact, run: &str) -> (usize, usize) {
                 "lhs" => format!("model.{path}.A_quantizer"),
                 _ => format!("model.{path}.B_quantizer"),
             };
-            let distance = |key: &str, theirs: &str| {
-                let (found, expected) =
-                    (entry.scalars[key], reference[&name][theirs].as_f64().unwrap());
-                (found - expected).abs()
-            };
-            for (key, theirs) in [("kappa", "coeff"), ("mu", "mean")] {
-                assert!(distance(key, theirs) <= STATISTIC_TOLERANCE, "{run} {path} {key}");
-            }
             let mut searched = vec![("beta", "constraint"), ("threshold", "threshold")];
             if entry.scalars.contains_key("tau") {
                 searched.push(("tau", "threshold_"));
             }
-            if searched.iter().any(|(key, theirs)| distance(key, theirs) > 1e-6) {
-                println!("{run} {path} {operand}: another grid point, {:?}", entry.scalars);
-                other += 1;
-            }
+            let differs = |(key, theirs): &(&str, &str)| {
+                (entry.scalars[*key] - reference[&name][theirs].as_f64().unwrap()).abs() > 1e-6
+            };
+            other += usize::from(searched.iter().any(differs));
             compared += 1;
         }
     }
-    (compared, other)
+    assert_eq!(compared, OPERANDS);
+    other
+}
+
+/// Whether the processor is of the kind of the AVX2 run.
+fn is_avx2_only() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2") && !is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
 }
 
 #[test]
 fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
     let subject = subject("digits-vit");
-    let theirs = tensors(&demo("reference/peer_logits.safetensors"));
     let results = reference("peer_results.json");
     let images = calibration(&subject.checkpoint, "digits-vit/n32/seed0");
     for bits in [3, 4, 6] {
         let run = format!("digits-vit/platform/W{bits}A{bits}/seed0");
         let artifact =
             artifact(&subject, &images, &request("ubb", bits, &[("variant", "released")]));
-        let (compared, other) = compare_parameters(&artifact, &run);
-        assert_eq!(compared, 6 * 7, "per block: qkv, q, k, v, proj, fc1, fc2");
-        assert!(other <= MAX_OTHER_CHOICES, "{run}: {other} operands have other parameters");
         let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
         let logits = model.forward(&subject.images).unwrap();
-        let fidelity = sqnr_db(&theirs[&run], &logits).unwrap();
         let found = metrics(&subject, &logits);
-        let rows = results["results"].as_array().unwrap();
-        let row = rows.iter().find(|row| row["logits"] == run.as_str()).unwrap();
         println!(
-            "{run}: {other} other grid points, {fidelity:.1} dB of the platform's logits; \
-             top-1 {:.2}, agreement {:.2}, SQNR {:.2} dB",
+            "{run}: top-1 {:.2}, agreement {:.2}, SQNR {:.2} dB",
             found.top1(),
             found.agreement(),
             found.sqnr_db()
         );
-        assert!(fidelity >= LOGITS_FLOOR_DB, "{run}: {fidelity} dB");
+        let mut nearest = (f64::MIN, usize::MAX);
+        for (processor, logits_file, params_file) in REFERENCES {
+            let theirs = tensors(&demo("reference").join(logits_file));
+            let fidelity = sqnr_db(&theirs[&run], &logits).unwrap();
+            let other = other_choices(&artifact, params_file, &run);
+            println!(
+                "  {processor}: {fidelity:.1} dB of the platform's logits, {other} other grid points"
+            );
+            if fidelity > nearest.0 {
+                nearest = (fidelity, other);
+            }
+        }
+        let (fidelity, other) = nearest;
+        if is_avx2_only() {
+            assert!(fidelity >= SAME_PROCESSOR_FLOOR_DB, "{run}: {fidelity} dB");
+            assert_eq!(other, 0, "{run}: other parameters");
+        }
+        assert!(fidelity >= OTHER_PROCESSOR_FLOOR_DB, "{run}: {fidelity} dB");
+        assert!(other <= OTHER_PROCESSOR_CHOICES, "{run}: {other} operands have other parameters");
+        let rows = results["results"].as_array().unwrap();
+        let row = rows.iter().find(|row| row["logits"] == run.as_str()).unwrap();
         let near = |found: f64, key: &str, tolerance: f64| {
             let expected = row[key].as_f64().unwrap();
             assert!((found - expected).abs() <= tolerance, "{run} {key}: {found} {expected}");

@@ -4,7 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
 use crate::exec::Executor;
-use crate::nn::{Linear, Site};
+use crate::nn::{Linear, Role, Site};
 
 /// The float executor: what a checkpoint computes by itself.
 #[derive(Clone, Copy, Debug, Default)]
@@ -12,7 +12,7 @@ pub struct Float;
 
 impl Executor for Float {
     fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
-        linear(x, &op.weight, op.bias.as_ref(), op.site.windows)
+        linear(&op.site, x, &op.weight, op.bias.as_ref())
     }
 
     fn matmul(&mut self, _site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
@@ -26,6 +26,23 @@ impl Executor for Float {
 /// therefore multiplied by itself: same shape, same order, same bits whatever the batch. On a GPU
 /// one batched product is used, with one matrix per image.
 pub(super) fn linear(
+    site: &Site,
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
+    if let (Role::Embed, Some(bias)) = (site.role, bias) {
+        // The convolution that the stem is in timm starts its sums from the bias. Quantizers turn a
+        // last bit into a step now and then, so the order is kept.
+        let ones = x.f_narrow(-1, 0, 1)?.f_ones_like()?;
+        let x = Tensor::f_cat(&[&ones, x], -1)?;
+        let weight = Tensor::f_cat(&[&bias.f_unsqueeze(1)?, weight], 1)?;
+        return sum_in_order(&x, &weight, None, site.windows);
+    }
+    sum_in_order(x, weight, bias, site.windows)
+}
+
+fn sum_in_order(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,

@@ -45,7 +45,7 @@ impl Executor for Simulated<'_> {
             WeightSource::Quantize => self.quantized(&op.site, Operand::Rhs, &op.weight)?,
             WeightSource::Decoded => op.weight.shallow_clone(),
         };
-        float::linear(&x, &weight, op.bias.as_ref(), op.site.windows)
+        float::linear(&op.site, &x, &weight, op.bias.as_ref())
     }
 
     fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {

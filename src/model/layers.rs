@@ -55,6 +55,9 @@ impl PatchShape {
 }
 
 /// timm's patch embedding: a convolution whose stride is its kernel, as unfold + linear.
+///
+/// A patch is laid out (row, column, channel), the order in which libtorch's convolution sums, so
+/// that the linear gives timm's values to the bit.
 #[derive(Debug)]
 pub(super) struct PatchEmbed {
     proj: Linear,
@@ -68,7 +71,7 @@ impl PatchEmbed {
         let scope = builder.scope.at("proj");
         let PatchShape { patch, dim, .. } = shape;
         let kernel = scope.get("weight", &[dim, 3, patch, patch])?;
-        let weight = kernel.f_reshape([dim, 3 * patch * patch])?;
+        let weight = kernel.f_permute([0, 2, 3, 1])?.f_reshape([dim, 3 * patch * patch])?;
         let bias = scope.get_optional("bias", &[dim])?;
         Ok(Self { proj: Linear { site, weight, bias }, shape })
     }
@@ -84,7 +87,7 @@ impl PatchEmbed {
         let grid = self.shape.grid();
         let patches = images
             .f_reshape([n, 3, grid, patch, grid, patch])?
-            .f_permute([0, 2, 4, 1, 3, 5])?
+            .f_permute([0, 2, 4, 3, 5, 1])?
             .f_reshape([n, grid * grid, 3 * patch * patch])?;
         exec.linear(&self.proj, &patches)
     }
