@@ -5,6 +5,7 @@ mod minmax;
 mod options;
 mod repq;
 mod ubb;
+mod vitq;
 
 use crate::calib::{CalibrationTask, Quantization};
 use crate::error::{Error, Result};
@@ -41,7 +42,7 @@ pub struct MethodEntry {
 
 /// Every method, in the order of catalogues and tables.
 pub const METHODS: &[&MethodEntry] =
-    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD];
+    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &vitq::METHOD];
 
 /// The method of that id.
 ///

@@ -16,16 +16,34 @@ use crate::quant::QuantizerState;
 pub struct TokenLayout {
     /// Windows per image that are regrouped; 1: every window is an image of its own.
     windows: i64,
+    /// Whether every head has tokens of its own.
+    heads: Heads,
+}
+
+/// What the heads of an attention have in common.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Heads {
+    /// A token's parameters.
+    Merged,
+    /// Nothing: tokens are (head, free), features the reduced axis.
+    Apart,
 }
 
 impl TokenLayout {
     /// Every leading index (image, or window) by itself.
-    pub const PLAIN: Self = Self { windows: 1 };
+    pub const PLAIN: Self = Self { windows: 1, heads: Heads::Merged };
+
+    /// Every window, head and free index by itself.
+    pub const PER_HEAD: Self = Self { windows: 1, heads: Heads::Apart };
 
     /// Windows regrouped by quadrant; plain where the window grid has no quadrants (√nW odd).
     pub fn regrouped(windows: i64) -> Self {
         let side = side_of(windows);
-        if side * side == windows && side % 2 == 0 { Self { windows } } else { Self::PLAIN }
+        if side * side == windows && side % 2 == 0 {
+            Self { windows, ..Self::PLAIN }
+        } else {
+            Self::PLAIN
+        }
     }
 
     /// Reads a stored layout.
@@ -33,6 +51,9 @@ impl TokenLayout {
     /// # Errors
     /// `CorruptArtifact` when the state lacks it.
     pub fn restore(state: &QuantizerState) -> Result<Self> {
+        if state.scalars.contains_key("heads_apart") {
+            return Ok(Self::PER_HEAD);
+        }
         let windows = state.read_scalar("regrouped_windows")? as i64;
         let layout = Self::regrouped(windows);
         if layout.windows != windows {
@@ -46,7 +67,10 @@ impl TokenLayout {
 
     /// Adds the layout to a state.
     pub fn store(self, state: QuantizerState) -> QuantizerState {
-        state.scalar("regrouped_windows", self.windows as f64)
+        match self.heads {
+            Heads::Merged => state.scalar("regrouped_windows", self.windows as f64),
+            Heads::Apart => state.scalar("heads_apart", 1.0),
+        }
     }
 
     /// [images·windows, heads, free, reduce] → [images, tokens, features].
@@ -55,6 +79,9 @@ impl TokenLayout {
     /// `Device` when the shape does not fit.
     pub fn to_tokens(self, x: &Tensor) -> Result<Tensor> {
         let [rows, heads, free, reduce] = shape4(x)?;
+        if self.heads == Heads::Apart {
+            return Ok(x.f_reshape([rows, heads * free, reduce])?);
+        }
         if self.windows == 1 {
             return Ok(x.f_transpose(1, 2)?.f_reshape([rows, free, heads * reduce])?);
         }
@@ -70,6 +97,9 @@ impl TokenLayout {
     /// `Device` when the shape does not fit.
     pub fn from_tokens(self, tokens: &Tensor, like: &Tensor) -> Result<Tensor> {
         let [rows, heads, free, reduce] = shape4(like)?;
+        if self.heads == Heads::Apart {
+            return Ok(tokens.f_reshape([rows, heads, free, reduce])?);
+        }
         if self.windows == 1 {
             return Ok(tokens.f_reshape([rows, free, heads, reduce])?.f_transpose(1, 2)?);
         }
@@ -80,12 +110,15 @@ impl TokenLayout {
             .f_reshape([rows, heads, free, reduce])?)
     }
 
-    /// One value per token, [images, tokens, 1] → [images·windows, 1, free, 1].
+    /// One value per token, [images, tokens, 1] → [images·windows, 1 or heads, free, 1].
     ///
     /// # Errors
     /// `Device` when the shape does not fit.
     pub fn from_token_parameters(self, values: &Tensor, like: &Tensor) -> Result<Tensor> {
-        let [rows, _, free, _] = shape4(like)?;
+        let [rows, heads, free, _] = shape4(like)?;
+        if self.heads == Heads::Apart {
+            return Ok(values.f_reshape([rows, heads, free, 1])?);
+        }
         if self.windows == 1 {
             return Ok(values.f_reshape([rows, 1, free, 1])?);
         }
@@ -129,6 +162,19 @@ mod tests {
     fn a_single_window_is_untouched() {
         assert_eq!(TokenLayout::regrouped(1), TokenLayout::PLAIN);
         assert_eq!(TokenLayout::regrouped(9), TokenLayout::PLAIN);
+    }
+
+    #[test]
+    fn heads_apart_have_tokens_of_their_own() {
+        let x = sample(&[3, 2, 5, 4], 1);
+        let layout = TokenLayout::PER_HEAD;
+        let tokens = layout.to_tokens(&x).unwrap();
+        assert_eq!(tokens.size(), [3, 10, 4]);
+        assert!(layout.from_tokens(&tokens, &x).unwrap().equal(&x));
+        let maxima = layout.from_token_parameters(&tokens.amax([-1i64].as_slice(), true), &x);
+        assert!(maxima.unwrap().equal(&x.amax([-1i64].as_slice(), true)));
+        let stored = layout.store(QuantizerState::new("test", crate::quant::BitWidth::EIGHT));
+        assert_eq!(TokenLayout::restore(&stored).unwrap(), layout);
     }
 
     #[test]

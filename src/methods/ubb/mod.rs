@@ -102,11 +102,21 @@ impl Method for Ubb {
     }
 }
 
+/// Whether tokens differ in bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum TokenBits {
+    /// n−1, n or n+1 bits, n on average.
+    Mixed,
+    /// n bits each.
+    Equal,
+}
+
 /// The options, resolved for a model.
 #[derive(Clone, Copy, Debug)]
-struct Settings {
+pub(super) struct Settings {
     released: bool,
     groups: i64,
+    tokens: TokenBits,
     token0_priority: bool,
     regroup: bool,
     zero_code: ZeroCode,
@@ -125,6 +135,7 @@ impl Settings {
         Ok(Self {
             released,
             groups: options.int("groups")?,
+            tokens: TokenBits::Mixed,
             token0_priority,
             regroup: options.bool("swin_window_regroup")?,
             zero_code: if options.choice("zero_code")? == "last" {
@@ -138,14 +149,14 @@ impl Settings {
 
     /// Q2: at 8 bits n+1 would not fit a byte; only the released code mixes there.
     fn mixes(self, bits: BitWidth) -> bool {
-        self.released || bits < BitWidth::EIGHT
+        self.tokens == TokenBits::Mixed && (self.released || bits < BitWidth::EIGHT)
     }
 
     fn constants(self) -> ConstantRows {
         if self.released { ConstantRows::SmallestScale } else { ConstantRows::Exact }
     }
 
-    fn layout(self, site: &Site) -> TokenLayout {
+    pub(super) fn layout(self, site: &Site) -> TokenLayout {
         if self.regroup { TokenLayout::regrouped(site.windows) } else { TokenLayout::PLAIN }
     }
 }
@@ -205,13 +216,9 @@ impl Source<'_, '_> {
         x: &Tensor,
         bits: BitWidth,
     ) -> Result<Option<Box<dyn Quantizer>>> {
-        let (groups, channels) = (self.settings.groups, x.size().last().copied().unwrap_or(0));
-        if channels % groups != 0 {
-            let reason =
-                format!("{groups} groups do not divide the {channels} channels of {}", site.path);
-            return Err(Error::invalid("options.groups", reason));
-        }
-        let shift = if site.role == Role::Fc2 { Shift::PostGelu } else { Shift::None };
+        let groups = self.settings.groups;
+        self.settings.check_groups(site, x)?;
+        let shift = Shift::of(site.role);
         let task = self.log.task();
         let quantizer = self.settings.linear(x, bits, shift, &|| stop(task))?;
         if let Some(tau) = quantizer.rules.tau {
@@ -240,23 +247,67 @@ impl Source<'_, '_> {
 }
 
 /// `Cancelled` once the task was asked to stop.
-fn stop(task: &CalibrationTask<'_>) -> Result<()> {
+pub(super) fn stop(task: &CalibrationTask<'_>) -> Result<()> {
     if task.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// Whether a linear input's negatives are shifted (section 6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Shift {
+pub(super) enum Shift {
     None,
     PostGelu,
 }
 
+impl Shift {
+    /// Only fc2's input comes from a GELU.
+    pub(super) fn of(role: Role) -> Self {
+        if role == Role::Fc2 { Self::PostGelu } else { Self::None }
+    }
+}
+
 /// Asked between chunks of a search.
-type Stop<'a> = &'a dyn Fn() -> Result<()>;
+pub(super) type Stop<'a> = &'a dyn Fn() -> Result<()>;
 
 impl Settings {
+    /// The corrected rules with the defaults of every other option.
+    pub(super) fn corrected(groups: i64, tokens: TokenBits, has_class_token: bool) -> Self {
+        Self {
+            released: false,
+            groups,
+            tokens,
+            token0_priority: has_class_token,
+            regroup: true,
+            zero_code: ZeroCode::Extra,
+            weight_epsilon: 1e-4,
+        }
+    }
+
+    /// A quantizer of linear inputs that gives every token the same bits and so needs no search.
+    pub(super) fn equal_bits(self, bits: BitWidth) -> UbbLinear {
+        let allocation = Allocation { bits, mixed: false, token0_priority: false, min_swaps: 0 };
+        let rules = GridRules { tau: None, constants: self.constants() };
+        UbbLinear { allocation, scalars: Scalars::default(), groups: self.groups, rules }
+    }
+
+    /// Refuses a group count that does not divide the channels of x [.., channels].
+    pub(super) fn check_groups(self, site: &Site, x: &Tensor) -> Result<()> {
+        let (groups, channels) = (self.groups, x.size().last().copied().unwrap_or(0));
+        if channels % groups == 0 {
+            return Ok(());
+        }
+        let reason =
+            format!("{groups} groups do not divide the {channels} channels of {}", site.path);
+        Err(Error::invalid("options.groups", reason))
+    }
+
     /// Calibrates the quantizer of a linear input x [images, tokens, channels].
-    fn linear(self, x: &Tensor, bits: BitWidth, shift: Shift, stop: Stop<'_>) -> Result<UbbLinear> {
+    pub(super) fn linear(
+        self,
+        x: &Tensor,
+        bits: BitWidth,
+        shift: Shift,
+        stop: Stop<'_>,
+    ) -> Result<UbbLinear> {
         let allocation = Allocation {
             bits,
             mixed: self.mixes(bits),
@@ -282,7 +333,7 @@ impl Settings {
     }
 
     /// Calibrates the quantizer of q, k or vᵀ, x [images·windows, heads, free, reduce].
-    fn attention(
+    pub(super) fn attention(
         self,
         x: &Tensor,
         bits: BitWidth,

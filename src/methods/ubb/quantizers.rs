@@ -80,7 +80,7 @@ pub(super) fn shift_exponent(range: &Range, tau: f64) -> Result<Tensor> {
 
 /// Dynamic per token × channel group, with token-wise bits n−1, n, n+1.
 #[derive(Clone, Debug)]
-pub(super) struct UbbLinear {
+pub(in crate::methods) struct UbbLinear {
     pub(super) allocation: Allocation,
     pub(super) scalars: Scalars,
     pub(super) groups: i64,
@@ -168,7 +168,7 @@ impl Quantizer for UbbLinear {
 
 /// Dynamic per token, heads merged, with token-wise bits; windows regrouped as the layout says.
 #[derive(Clone, Debug)]
-pub(super) struct UbbAttention {
+pub(in crate::methods) struct UbbAttention {
     pub(super) allocation: Allocation,
     pub(super) scalars: Scalars,
     pub(super) layout: TokenLayout,

@@ -1,0 +1,327 @@
+//! Attention scores on a fitted codebook of 2^b levels.
+//!
+//! A row is divided by its largest score; the levels are integers 0..=255, so a product with the
+//! codes looked up is an 8-bit integer product. The 2^b levels of least weighted squared error are
+//! found exactly, by dynamic programming over a histogram. The scale of a row is not that of its
+//! largest score but the one with which the rounded scores sum to one again: an error that all
+//! values have in common then cancels in the product with v.
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Error, Result};
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+use crate::tensor::{to_vec_f32, to_vec_f64};
+
+/// Kind name in artifacts.
+pub(super) const KIND: &str = "score_codebook";
+
+/// Largest level.
+const TOP: usize = 255;
+
+/// Histogram bins between two neighbouring levels.
+const BINS_PER_LEVEL: usize = 16;
+
+/// What fixes the scale of a row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RowScale {
+    /// The rounded row sums to one, as softmax does.
+    Sum,
+    /// The largest score stays where it is.
+    Largest,
+}
+
+/// A static codebook for rows relative to their largest score.
+#[derive(Debug)]
+pub(super) struct ScoreCodebook {
+    bits: BitWidth,
+    row_scale: RowScale,
+    /// Ascending integers 0..=255, float32 [2^bits].
+    levels: Tensor,
+    /// Midpoints between levels, float32 [2^bits − 1].
+    borders: Tensor,
+}
+
+impl ScoreCodebook {
+    /// Fits the levels to `scores` [b, heads, queries, keys]; an error at a key counts by `weight`
+    /// [b, heads, 1, keys].
+    pub(super) fn fit(
+        scores: &Tensor,
+        weight: &Tensor,
+        bits: BitWidth,
+        row_scale: RowScale,
+    ) -> Result<Self> {
+        let largest = scores.f_amax([-1i64].as_slice(), true)?.f_clamp_min(f64::MIN_POSITIVE)?;
+        let bins = (TOP * BINS_PER_LEVEL) as f64;
+        let bin = scores.f_div(&largest)?.f_mul_scalar(bins)?.f_round()?.f_clamp(0.0, bins)?;
+        let mass = largest.f_square()?.f_mul(weight)?.f_expand_as(scores)?;
+        let histogram = bin
+            .f_to_kind(Kind::Int64)?
+            .f_flatten(0, -1)?
+            .f_bincount(Some(&mass.f_to_kind(Kind::Double)?.f_flatten(0, -1)?), bins as i64 + 1)?;
+        let levels = best_levels(&to_vec_f64(&histogram)?, 1 << bits.get());
+        Self::new(bits, row_scale, &Tensor::f_from_slice(&levels)?.f_to_device(scores.device())?)
+    }
+
+    fn new(bits: BitWidth, row_scale: RowScale, levels: &Tensor) -> Result<Self> {
+        let count = levels.size()[0];
+        let borders = levels
+            .f_narrow(0, 0, count - 1)?
+            .f_add(&levels.f_narrow(0, 1, count - 1)?)?
+            .f_mul_scalar(0.5)?;
+        Ok(Self { bits, row_scale, levels: levels.shallow_clone(), borders })
+    }
+
+    /// Restores a stored quantizer.
+    pub(super) fn restore(state: &QuantizerState) -> Result<Self> {
+        let bits = state.read_bits()?;
+        let row_scale =
+            if state.read_scalar("row_sum")? == 0.0 { RowScale::Largest } else { RowScale::Sum };
+        let levels = state.read_tensor("levels")?;
+        let values = to_vec_f32(&levels)?;
+        let valid = levels.size() == [1i64 << bits.get()]
+            && values.iter().all(|v| (0.0..=TOP as f32).contains(v) && v.fract() == 0.0)
+            && values.is_sorted()
+            && values.last().is_some_and(|last| *last > 0.0);
+        if !valid {
+            return Err(Error::corrupt("artifact", "the levels of a score codebook are unusable"));
+        }
+        Self::new(bits, row_scale, &levels)
+    }
+
+    /// Levels of the scores, and the scale of each row.
+    fn codes(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
+        let largest = x.f_amax([-1i64].as_slice(), true)?;
+        let relative = x.f_mul(&largest.f_reciprocal()?.f_mul_scalar(TOP as f64)?)?;
+        let index = relative.f_contiguous()?.f_bucketize(&self.borders, false, false)?;
+        let codes = self.levels.f_take(&index)?;
+        let scale = match self.row_scale {
+            // A sum of integers: exact, in any order.
+            RowScale::Sum => {
+                codes.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?.f_reciprocal()?
+            }
+            RowScale::Largest => largest.f_mul_scalar(1.0 / TOP as f64)?,
+        };
+        Ok((codes, scale))
+    }
+}
+
+impl Quantizer for ScoreCodebook {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        let (codes, scale) = self.codes(&x.f_detach()?)?;
+        let value = codes.f_mul(&scale)?;
+        // Straight through: the codebook has no slope of its own.
+        if x.requires_grad() { Ok(value.f_sub(x)?.f_detach()?.f_add(x)?) } else { Ok(value) }
+    }
+
+    fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
+        let (codes, scale) = self.codes(x)?;
+        Ok(Some(vec![IntTerm {
+            codes: codes.f_to_kind(Kind::Int)?,
+            zero_point: scale.f_zeros_like()?.f_to_kind(Kind::Int)?,
+            scale,
+        }]))
+    }
+
+    fn state(&self) -> QuantizerState {
+        let row_sum = f64::from(u8::from(self.row_scale == RowScale::Sum));
+        QuantizerState::new(KIND, self.bits)
+            .scalar("row_sum", row_sum)
+            .tensor("levels", &self.levels)
+    }
+}
+
+/// The `count` levels of least squared error for a histogram over 0..=TOP in steps of
+/// 1/[`BINS_PER_LEVEL`], when every bin goes to its nearest level.
+fn best_levels(histogram: &[f64], count: usize) -> Vec<f32> {
+    let cost = GapCosts::new(histogram);
+    let candidates = TOP + 1;
+    // least[j]: error of everything left of level j when it is the last of k levels chosen so far.
+    let mut least: Vec<f64> = (0..candidates).map(|j| cost.left_of(j)).collect();
+    let mut previous = Vec::with_capacity(count - 1);
+    for chosen in 1..count {
+        let mut next = vec![f64::INFINITY; candidates];
+        let mut from = vec![0usize; candidates];
+        for j in chosen..candidates {
+            for i in chosen - 1..j {
+                let error = least[i] + cost.between(i, j);
+                if error < next[j] {
+                    (next[j], from[j]) = (error, i);
+                }
+            }
+        }
+        least = next;
+        previous.push(from);
+    }
+    let total = |j: usize| least[j] + cost.right_of(j);
+    let mut level = (count - 1..candidates).min_by(|a, b| total(*a).total_cmp(&total(*b)));
+    let mut levels = Vec::with_capacity(count);
+    for from in previous.iter().rev() {
+        let Some(at) = level else { break };
+        levels.push(at as f32);
+        level = Some(from[at]);
+    }
+    levels.extend(level.map(|at| at as f32));
+    levels.reverse();
+    levels
+}
+
+/// Errors of the bins between two chosen levels, from running sums over the histogram.
+struct GapCosts {
+    /// Running sums of mass, mass·position and mass·position², position in levels.
+    sums: [Vec<f64>; 3],
+}
+
+impl GapCosts {
+    fn new(histogram: &[f64]) -> Self {
+        let mut sums = [vec![0.0], vec![0.0], vec![0.0]];
+        for (bin, mass) in histogram.iter().enumerate() {
+            let position = bin as f64 / BINS_PER_LEVEL as f64;
+            for (power, sum) in sums.iter_mut().enumerate() {
+                let last = sum[sum.len() - 1];
+                sum.push(last + mass * position.powi(power as i32));
+            }
+        }
+        Self { sums }
+    }
+
+    /// Error of the bins first..end when they go to `level`.
+    fn at(&self, level: usize, first: usize, end: usize) -> f64 {
+        let moment = |power: usize| self.sums[power][end] - self.sums[power][first];
+        let level = level as f64;
+        moment(2) - 2.0 * level * moment(1) + level * level * moment(0)
+    }
+
+    fn left_of(&self, level: usize) -> f64 {
+        self.at(level, 0, level * BINS_PER_LEVEL + 1)
+    }
+
+    fn right_of(&self, level: usize) -> f64 {
+        self.at(level, level * BINS_PER_LEVEL + 1, TOP * BINS_PER_LEVEL + 1)
+    }
+
+    /// The bins above level `i` up to level `j`; those up to the midpoint go to `i`.
+    fn between(&self, i: usize, j: usize) -> f64 {
+        let (first, end) = (i * BINS_PER_LEVEL + 1, j * BINS_PER_LEVEL + 1);
+        let middle = (i + j) * BINS_PER_LEVEL / 2 + 1;
+        self.at(i, first, middle) + self.at(j, middle, end)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quant::uniform::laws;
+
+    fn scores(shape: &[i64], seed: i64) -> Tensor {
+        (laws::sample(shape, seed) * 6.0).softmax(-1, Kind::Float)
+    }
+
+    fn fitted(bits: u32, row_scale: RowScale, x: &Tensor) -> ScoreCodebook {
+        let weight = x.narrow(2, 0, 1).ones_like();
+        let bits = BitWidth::new(bits, "bits").unwrap();
+        ScoreCodebook::fit(x, &weight, bits, row_scale).unwrap()
+    }
+
+    #[test]
+    fn laws_hold() {
+        let x = scores(&[3, 2, 7, 7], 5);
+        for bits in 3..=8 {
+            for row_scale in [RowScale::Sum, RowScale::Largest] {
+                let q = fitted(bits, row_scale, &x);
+                laws::terms_add_up(&q, &x);
+                laws::images_are_independent(&q, &x, 1);
+                laws::state_round_trips(&q, &x);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_sum_to_one_or_keep_their_largest_score() {
+        let x = scores(&[2, 2, 9, 9], 6);
+        let sums = fitted(3, RowScale::Sum, &x).fake_quantize(&x).unwrap().sum_dim_intlist(
+            [-1i64].as_slice(),
+            false,
+            Kind::Float,
+        );
+        assert!(sums.allclose(&sums.ones_like(), 1e-5, 0.0, false));
+        let wide = fitted(8, RowScale::Largest, &x).fake_quantize(&x).unwrap();
+        let largest = |t: &Tensor| t.amax([-1i64].as_slice(), false);
+        assert!(largest(&wide).allclose(&largest(&x), 1e-6, 0.0, false));
+    }
+
+    #[test]
+    fn the_levels_are_the_best_there_are() {
+        // Mass near 10 and 12, at 100, and a little at 200: three levels.
+        let mut histogram = vec![0.0; TOP * BINS_PER_LEVEL + 1];
+        for (position, mass) in [(10, 3.0), (12, 3.0), (100, 5.0), (200, 1.0)] {
+            histogram[position * BINS_PER_LEVEL] = mass;
+        }
+        assert_eq!(best_levels(&histogram, 3), [11.0, 100.0, 200.0]);
+        assert_eq!(best_levels(&histogram, 4), [10.0, 12.0, 100.0, 200.0]);
+        // Against every pair of levels.
+        let error = |levels: &[f32]| -> f64 {
+            let bins = histogram.iter().enumerate();
+            bins.map(|(bin, mass)| {
+                let x = bin as f64 / BINS_PER_LEVEL as f64;
+                let squares = levels.iter().map(|level| (x - f64::from(*level)).powi(2));
+                mass * squares.fold(f64::INFINITY, f64::min)
+            })
+            .sum()
+        };
+        let found = error(&best_levels(&histogram, 2));
+        for low in (0..TOP).step_by(3) {
+            for high in (low + 1..=TOP).step_by(3) {
+                assert!(error(&[low as f32, high as f32]) >= found - 1e-9, "{low} {high}");
+            }
+        }
+    }
+
+    #[test]
+    fn errors_count_by_the_keys_weight() {
+        // Scores of key 0 are all that counts, and they take two values of their rows' largest.
+        let x = Tensor::from_slice(&[0.5f32, 1.0, 0.2, 0.3, 1.0, 0.7]).view([1, 1, 2, 3]);
+        let weight = Tensor::from_slice(&[1.0f32, 0.0, 0.0]).view([1, 1, 1, 3]);
+        let bits = BitWidth::new(3, "bits").unwrap();
+        let q = ScoreCodebook::fit(&x, &weight, bits, RowScale::Largest).unwrap();
+        let error = (q.fake_quantize(&x).unwrap() - &x).abs().select(3, 0).max();
+        assert!(error.double_value(&[]) <= 0.5 / 255.0);
+    }
+
+    #[test]
+    fn more_bits_are_better_than_powers_of_two() {
+        let x = scores(&[2, 2, 16, 16], 7);
+        let log2 = crate::quant::log2::Log2Row::new(
+            BitWidth::new(4, "bits").unwrap(),
+            crate::quant::log2::ZeroCode::Extra,
+            crate::quant::tokens::TokenLayout::PLAIN,
+        );
+        let sqnr = |q: &dyn Quantizer| crate::tensor::sqnr_db(&x, &q.fake_quantize(&x).unwrap());
+        let mut last = sqnr(&log2).unwrap();
+        for bits in 4..=7 {
+            let found = sqnr(&fitted(bits, RowScale::Largest, &x)).unwrap();
+            assert!(found > last, "{bits}: {found} {last}");
+            last = found;
+        }
+    }
+
+    #[test]
+    fn unusable_levels_are_refused() {
+        let state = fitted(3, RowScale::Sum, &scores(&[1, 1, 4, 4], 1)).state();
+        for levels in [
+            vec![0.0f32; 8],
+            vec![0.0, 1.0, 2.0],
+            vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.5, 7.0],
+            vec![3.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0],
+            vec![0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 700.0],
+        ] {
+            let mut broken = QuantizerState::new(KIND, BitWidth::new(3, "bits").unwrap());
+            broken.scalars = state.scalars.clone();
+            broken.tensors.insert("levels".to_owned(), Tensor::from_slice(&levels));
+            assert!(matches!(crate::methods::restore(&broken), Err(Error::CorruptArtifact { .. })));
+        }
+    }
+}
