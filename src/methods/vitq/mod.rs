@@ -5,7 +5,7 @@
 //!
 //! - dynamic ranges per token × channel group and token-wise bits of mean n for linear inputs (ubb),
 //!   for q, k and v per head (ours);
-//! - a codebook for attention scores, fitted exactly, whose rows sum to one ([`scores`]);
+//! - a codebook for attention scores, fitted exactly ([`scores`]);
 //! - channels evened out in front of linear layers and of q·kᵀ ([`equalize`]);
 //! - weights corrected for the rounding of their inputs and rounded with error feedback
 //!   ([`compensate`]).
@@ -60,9 +60,9 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "row_scale",
-        help: "scale of a row of scores on the codebook: its sum or its largest value stays",
-        kind: OptionKind::Choice(&["sum", "largest"]),
-        default: "sum",
+        help: "scale of a row of scores on the codebook: of least error, or its largest score stays",
+        kind: OptionKind::Choice(&["least_squares", "largest"]),
+        default: "least_squares",
     },
     OptionSpec {
         name: "heads",
@@ -136,7 +136,7 @@ impl Settings {
             scores: match (options.choice("scores")?, options.choice("row_scale")?) {
                 ("log2", _) => Scores::Log2,
                 (_, "largest") => Scores::Codebook(RowScale::Largest),
-                _ => Scores::Codebook(RowScale::Sum),
+                _ => Scores::Codebook(RowScale::LeastSquares),
             },
             heads: match options.choice("heads")? {
                 "merged" => Heads::Merged,

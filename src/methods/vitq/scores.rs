@@ -2,9 +2,8 @@
 //!
 //! A row is divided by its largest score; the levels are integers 0..=255, so a product with the
 //! codes looked up is an 8-bit integer product. The 2^b levels of least weighted squared error are
-//! found exactly, by dynamic programming over a histogram. The scale of a row is not that of its
-//! largest score but the one with which the rounded scores sum to one again: an error that all
-//! values have in common then cancels in the product with v.
+//! found exactly, by dynamic programming over a histogram. Codes are chosen relative to the row's
+//! largest score; the scale of the row is then the one of least squared error for these codes.
 
 use tch::{Kind, Tensor};
 
@@ -24,8 +23,8 @@ const BINS_PER_LEVEL: usize = 16;
 /// What fixes the scale of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RowScale {
-    /// The rounded row sums to one, as softmax does.
-    Sum,
+    /// The rounded row has the least squared error.
+    LeastSquares,
     /// The largest score stays where it is.
     Largest,
 }
@@ -74,8 +73,11 @@ impl ScoreCodebook {
     /// Restores a stored quantizer.
     pub(super) fn restore(state: &QuantizerState) -> Result<Self> {
         let bits = state.read_bits()?;
-        let row_scale =
-            if state.read_scalar("row_sum")? == 0.0 { RowScale::Largest } else { RowScale::Sum };
+        let row_scale = if state.read_scalar("least_squares")? == 0.0 {
+            RowScale::Largest
+        } else {
+            RowScale::LeastSquares
+        };
         let levels = state.read_tensor("levels")?;
         let values = to_vec_f32(&levels)?;
         let valid = levels.size() == [1i64 << bits.get()]
@@ -95,9 +97,9 @@ impl ScoreCodebook {
         let index = relative.f_contiguous()?.f_bucketize(&self.borders, false, false)?;
         let codes = self.levels.f_take(&index)?;
         let scale = match self.row_scale {
-            // A sum of integers: exact, in any order.
-            RowScale::Sum => {
-                codes.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float)?.f_reciprocal()?
+            RowScale::LeastSquares => {
+                let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+                sum(&x.f_mul(&codes)?)?.f_div(&sum(&codes.f_square()?)?)?
             }
             RowScale::Largest => largest.f_mul_scalar(1.0 / TOP as f64)?,
         };
@@ -127,9 +129,9 @@ impl Quantizer for ScoreCodebook {
     }
 
     fn state(&self) -> QuantizerState {
-        let row_sum = f64::from(u8::from(self.row_scale == RowScale::Sum));
+        let least_squares = f64::from(u8::from(self.row_scale == RowScale::LeastSquares));
         QuantizerState::new(KIND, self.bits)
-            .scalar("row_sum", row_sum)
+            .scalar("least_squares", least_squares)
             .tensor("levels", &self.levels)
     }
 }
@@ -230,7 +232,7 @@ mod tests {
     fn laws_hold() {
         let x = scores(&[3, 2, 7, 7], 5);
         for bits in 3..=8 {
-            for row_scale in [RowScale::Sum, RowScale::Largest] {
+            for row_scale in [RowScale::LeastSquares, RowScale::Largest] {
                 let q = fitted(bits, row_scale, &x);
                 laws::terms_add_up(&q, &x);
                 laws::images_are_independent(&q, &x, 1);
@@ -240,17 +242,16 @@ mod tests {
     }
 
     #[test]
-    fn rows_sum_to_one_or_keep_their_largest_score() {
+    fn rows_have_the_scale_they_should() {
         let x = scores(&[2, 2, 9, 9], 6);
-        let sums = fitted(3, RowScale::Sum, &x).fake_quantize(&x).unwrap().sum_dim_intlist(
-            [-1i64].as_slice(),
-            false,
-            Kind::Float,
-        );
-        assert!(sums.allclose(&sums.ones_like(), 1e-5, 0.0, false));
         let wide = fitted(8, RowScale::Largest, &x).fake_quantize(&x).unwrap();
         let largest = |t: &Tensor| t.amax([-1i64].as_slice(), false);
         assert!(largest(&wide).allclose(&largest(&x), 1e-6, 0.0, false));
+        // The error of least squares is orthogonal to what is scaled.
+        let rounded = fitted(3, RowScale::LeastSquares, &x).fake_quantize(&x).unwrap();
+        let product =
+            ((&x - &rounded) * &rounded).sum_dim_intlist([-1i64].as_slice(), false, Kind::Float);
+        assert!(product.abs().max().double_value(&[]) < 1e-6);
     }
 
     #[test]
@@ -310,7 +311,7 @@ mod tests {
 
     #[test]
     fn unusable_levels_are_refused() {
-        let state = fitted(3, RowScale::Sum, &scores(&[1, 1, 4, 4], 1)).state();
+        let state = fitted(3, RowScale::LeastSquares, &scores(&[1, 1, 4, 4], 1)).state();
         for levels in [
             vec![0.0f32; 8],
             vec![0.0, 1.0, 2.0],
