@@ -26,7 +26,7 @@ use crate::tensor::quantile_range;
 
 use allocation::{Decision, allocate};
 use clusters::{Extent, cluster};
-use quantizer::{Bounds, GridRules, Grouped, Layout, OwnRange, Part, ZeroPoint};
+use quantizer::{Bounds, GridRules, Grouped, Layout, OwnRange, Part};
 use sensitivity::FloatForward;
 
 /// Group counts that the allocation chooses from.
@@ -80,15 +80,9 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "bounds",
-        help: "a grid spans the mean of its members' ranges, or all of them",
-        kind: OptionKind::Choice(&["mean", "max"]),
-        default: "mean",
-    },
-    OptionSpec {
-        name: "zero_point",
-        help: "zero points among the codes (the paper), or anywhere",
-        kind: OptionKind::Choice(&["clamped", "free"]),
-        default: "clamped",
+        help: "a grid spans all of its members' ranges, or their mean",
+        kind: OptionKind::Choice(&["max", "mean"]),
+        default: "max",
     },
     OptionSpec {
         name: "qkv",
@@ -152,7 +146,6 @@ struct Settings {
     allocation: bool,
     assignment: Assignment,
     bounds: Bounds,
-    zero_point: ZeroPoint,
     /// Whether q, k and v are grouped.
     grouped_qkv: bool,
     weight_epsilon: f64,
@@ -172,11 +165,6 @@ impl Settings {
             allocation: options.bool("allocation")? && assignment == Assignment::Groups,
             assignment,
             bounds: if is("bounds", "max")? { Bounds::Max } else { Bounds::Mean },
-            zero_point: if is("zero_point", "free")? {
-                ZeroPoint::Free
-            } else {
-                ZeroPoint::Clamped
-            },
             grouped_qkv: is("qkv", "group")?,
             weight_epsilon: options.float("weight_epsilon")?,
         };
@@ -224,8 +212,7 @@ impl GroupedOperand {
     /// The quantizer with that many groups.
     fn grouped(&self, count: i64, settings: Settings, device: Device) -> Result<Grouped> {
         let clusters = cluster(&self.extents, usize::try_from(count).unwrap_or(1));
-        let Settings { bounds, zero_point, .. } = settings;
-        let rules = GridRules { bits: self.bits, bounds, zero_point, device };
+        let rules = GridRules { bits: self.bits, bounds: settings.bounds, device };
         Grouped::new(self.layout, &clusters, rules)
     }
 }
@@ -260,8 +247,7 @@ impl TapSink for Observer<'_, '_> {
         };
         let layout = Layout { part, windows: site.windows };
         if self.settings.assignment == Assignment::UpperBound {
-            let zero_point = self.settings.zero_point;
-            self.plan.insert(site.id, operand, Box::new(OwnRange { bits, layout, zero_point }));
+            self.plan.insert(site.id, operand, Box::new(OwnRange { bits, layout }));
             return Ok(());
         }
         let extents = layout.extents(x)?;

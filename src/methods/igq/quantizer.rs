@@ -16,9 +16,6 @@ pub(super) const GROUPED_KIND: &str = "igq_groups";
 /// Kind name of [`OwnRange`] in artifacts.
 pub(super) const OWN_RANGE_KIND: &str = "igq_own_range";
 
-/// A range narrower than this share of its magnitude counts as constant: float32 cannot divide it.
-const NARROW: f64 = 1e-6;
-
 /// What of an operand is assigned to a grid as one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Part {
@@ -129,31 +126,15 @@ impl AssignedGrid {
     }
 }
 
-/// Where a zero point may lie.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum ZeroPoint {
-    /// Among the codes 0..2^b − 1, as the paper has it.
-    Clamped,
-    /// Anywhere: a range that lacks zero keeps its resolution.
-    Free,
-}
-
-/// Grids over ranges: s = (u − l)/L, z = round(−l/s). A constant's range is widened to hold zero, so
-/// that the constant is its other end.
-fn affine(range: &Range, bits: BitWidth, zero_point: ZeroPoint) -> Result<Affine> {
-    let magnitude = range.low.f_abs()?.f_maximum(&range.high.f_abs()?)?;
-    let width = range.high.f_sub(&range.low)?;
-    let wide = width.f_gt_tensor(&magnitude.f_mul_scalar(NARROW)?)?;
-    let low = range.low.f_where_self(&wide, &range.low.f_clamp_max(0.0)?)?;
-    let high = range.high.f_where_self(&wide, &range.high.f_clamp_min(0.0)?)?;
+/// Grids over ranges: s = (u − l)/L, z = round(−l/s). A range that lacks zero is widened to hold it, so
+/// that z lies among the codes 0..L; to clamp it afterwards would cut the range's far end off instead.
+fn affine(range: &Range, bits: BitWidth) -> Result<Affine> {
+    let (low, high) = (range.low.f_clamp_max(0.0)?, range.high.f_clamp_min(0.0)?);
     // Each end is divided by itself: their difference could exceed float32.
-    let (below, above) = (low.f_div_scalar(bits.max_code())?, high.f_div_scalar(bits.max_code())?);
-    let scale = above.f_sub(&below)?.f_clamp_min(MIN_SCALE)?;
-    let mut zero = low.f_neg()?.f_div(&scale)?.f_round()?;
-    if zero_point == ZeroPoint::Clamped {
-        zero = zero.f_clamp(0.0, bits.max_code())?;
-    }
-    Ok(Affine { scale, zero_point: zero })
+    let step = |end: &Tensor| end.f_div_scalar(bits.max_code());
+    let scale = step(&high)?.f_sub(&step(&low)?)?.f_clamp_min(MIN_SCALE)?;
+    let zero = low.f_neg()?.f_div(&scale)?.f_round()?;
+    Ok(Affine { scale, zero_point: zero.f_clamp(0.0, bits.max_code())? })
 }
 
 /// Which extent of a group its grid spans.
@@ -170,7 +151,6 @@ pub(super) enum Bounds {
 pub(super) struct GridRules {
     pub(super) bits: BitWidth,
     pub(super) bounds: Bounds,
-    pub(super) zero_point: ZeroPoint,
     pub(super) device: Device,
 }
 
@@ -197,11 +177,11 @@ impl Grouped {
             high: column(&|cluster| cluster.mean.high)?,
         };
         let grids = match rules.bounds {
-            Bounds::Mean => affine(&centres, rules.bits, rules.zero_point)?,
+            Bounds::Mean => affine(&centres, rules.bits)?,
             Bounds::Max => {
                 let low = column(&|cluster| cluster.hull.low)?;
                 let high = column(&|cluster| cluster.hull.high)?;
-                affine(&Range { low, high }, rules.bits, rules.zero_point)?
+                affine(&Range { low, high }, rules.bits)?
             }
         };
         Ok(Self { bits: rules.bits, layout, centres, grids })
@@ -281,20 +261,17 @@ impl Quantizer for Grouped {
 pub(super) struct OwnRange {
     pub(super) bits: BitWidth,
     pub(super) layout: Layout,
-    pub(super) zero_point: ZeroPoint,
 }
 
 impl OwnRange {
     /// Restores a stored quantizer.
     pub(super) fn restore(state: &QuantizerState) -> Result<Self> {
-        let clamped = state.read_scalar("zero_point_clamped")? != 0.0;
-        let zero_point = if clamped { ZeroPoint::Clamped } else { ZeroPoint::Free };
-        Ok(Self { bits: state.read_bits()?, layout: Layout::restore(state)?, zero_point })
+        Ok(Self { bits: state.read_bits()?, layout: Layout::restore(state)? })
     }
 
     fn grid(self, x: &Tensor) -> Result<AssignedGrid> {
         let x = self.layout.by_image(x)?;
-        let affine = affine(&self.layout.range(&x)?, self.bits, self.zero_point)?;
+        let affine = affine(&self.layout.range(&x)?, self.bits)?;
         AssignedGrid::new(x, affine, self.bits)
     }
 }
@@ -313,9 +290,6 @@ impl Quantizer for OwnRange {
     }
 
     fn state(&self) -> QuantizerState {
-        let clamped = f64::from(u8::from(self.zero_point == ZeroPoint::Clamped));
-        self.layout
-            .store(QuantizerState::new(OWN_RANGE_KIND, self.bits))
-            .scalar("zero_point_clamped", clamped)
+        self.layout.store(QuantizerState::new(OWN_RANGE_KIND, self.bits))
     }
 }

@@ -8,14 +8,14 @@ use super::*;
 use crate::quant::uniform::laws::{
     images_are_independent, sample, state_round_trips, terms_add_up,
 };
-use crate::tensor::{sqnr_db, to_vec_f32};
+use crate::tensor::to_vec_f32;
 
 fn bits(width: u32) -> BitWidth {
     BitWidth::new(width, "bits").unwrap()
 }
 
-fn rules(width: u32, zero_point: ZeroPoint) -> GridRules {
-    GridRules { bits: bits(width), bounds: Bounds::Mean, zero_point, device: Device::Cpu }
+fn rules(width: u32, bounds: Bounds) -> GridRules {
+    GridRules { bits: bits(width), bounds, device: Device::Cpu }
 }
 
 /// An operand of every part, two windows per image, five images.
@@ -42,14 +42,13 @@ fn grouped(layout: Layout, x: &Tensor, count: usize, rules: GridRules) -> Groupe
 fn laws_hold_for_every_part() {
     for (layout, x) in operands() {
         for width in 3..=8 {
-            for zero_point in [ZeroPoint::Clamped, ZeroPoint::Free] {
-                let own = OwnRange { bits: bits(width), layout, zero_point };
-                let groups = grouped(layout, &x, 4, rules(width, zero_point));
-                for quantizer in [&own as &dyn Quantizer, &groups] {
-                    terms_add_up(quantizer, &x);
-                    images_are_independent(quantizer, &x, 2);
-                    state_round_trips(quantizer, &x);
-                }
+            let own = OwnRange { bits: bits(width), layout };
+            let mean = grouped(layout, &x, 4, rules(width, Bounds::Mean));
+            let max = grouped(layout, &x, 4, rules(width, Bounds::Max));
+            for quantizer in [&own as &dyn Quantizer, &mean, &max] {
+                terms_add_up(quantizer, &x);
+                images_are_independent(quantizer, &x, 2);
+                state_round_trips(quantizer, &x);
             }
         }
     }
@@ -59,7 +58,7 @@ fn laws_hold_for_every_part() {
 fn the_upper_bound_is_a_grid_of_each_parts_minimum_and_maximum() {
     let x = sample(&[6, 5, 4], 4); // three images of two windows
     let layout = Layout { part: Part::Channels, windows: 2 };
-    let quantizer = OwnRange { bits: bits(4), layout, zero_point: ZeroPoint::Clamped };
+    let quantizer = OwnRange { bits: bits(4), layout };
     let found = quantizer.fake_quantize(&x).unwrap();
     for image in 0..3 {
         for channel in 0..4 {
@@ -85,7 +84,7 @@ fn each_channel_of_each_image_takes_the_nearest_grid() {
     let clusters = [extent(0.0, 1.0), extent(-4.0, 4.0), extent(-1.0, 1.0)]
         .map(|mean| clusters::Cluster { mean, hull: mean });
     let layout = Layout { part: Part::Channels, windows: 1 };
-    let q = Grouped::new(layout, &clusters, rules(4, ZeroPoint::Clamped)).unwrap();
+    let q = Grouped::new(layout, &clusters, rules(4, Bounds::Mean)).unwrap();
     // Tokens × channels: the second image's channels have other extents than the first's.
     let low = [[0.1f32, -0.9, -3.0, -0.5], [-5.0, 0.0, -0.4, -0.6]];
     let high = [[1.2f32, 0.8, 2.0, 1.0], [5.0, 0.0, 0.9, 1.0]];
@@ -110,22 +109,31 @@ fn each_channel_of_each_image_takes_the_nearest_grid() {
 fn windows_of_an_image_share_the_assignment() {
     let (layout, x) = operands().remove(0);
     let term =
-        grouped(layout, &x, 6, rules(4, ZeroPoint::Free)).quantize(&x).unwrap().unwrap().remove(0);
+        grouped(layout, &x, 6, rules(4, Bounds::Mean)).quantize(&x).unwrap().unwrap().remove(0);
     let scale = term.scale.view([5, 2, 24]);
     assert!(scale.select(1, 0).equal(&scale.select(1, 1)));
     assert!(!scale.get(0).equal(&scale.get(1)), "images differ");
 }
 
 #[test]
-fn a_free_zero_point_keeps_the_resolution_of_an_offset_range() {
+fn a_range_that_lacks_zero_is_widened_not_cut_off() {
     let x = sample(&[1, 40, 1], 6) * 0.1 + 5.0;
+    let own = OwnRange { bits: bits(4), layout: Layout { part: Part::Channels, windows: 1 } };
+    let term = own.quantize(&x).unwrap().unwrap().remove(0);
+    assert_eq!(term.zero_point.int64_value(&[0, 0, 0]), 0);
+    let worst = (own.fake_quantize(&x).unwrap() - &x).abs().max().double_value(&[]);
+    assert!(worst <= 0.5001 * term.scale.double_value(&[0, 0, 0]), "{worst}");
+}
+
+#[test]
+fn grids_span_the_members_or_their_mean() {
+    // Channels (0, 1) and (0, 3) in one group.
+    let x = Tensor::from_slice(&[0.0f32, 0.0, 1.0, 3.0]).view([1, 2, 2]);
     let layout = Layout { part: Part::Channels, windows: 1 };
-    let error = |zero_point| {
-        let own = OwnRange { bits: bits(4), layout, zero_point };
-        sqnr_db(&x, &own.fake_quantize(&x).unwrap()).unwrap()
-    };
-    assert!(error(ZeroPoint::Free) > 40.0);
-    assert!(error(ZeroPoint::Clamped) < 40.0);
+    for (bounds, high) in [(Bounds::Mean, 2.0), (Bounds::Max, 3.0)] {
+        let found = grouped(layout, &x, 1, rules(4, bounds)).fake_quantize(&x).unwrap();
+        assert!((found.max().double_value(&[]) - high).abs() < 1e-6);
+    }
 }
 
 #[test]
@@ -136,23 +144,21 @@ fn constants_are_exact_and_huge_values_finite() {
     let rows: Vec<f32> = (0..2).flat_map(|row| columns.map(|column| column[row])).collect();
     let x = Tensor::from_slice(&rows).view([1, 2, 4]);
     let layout = Layout { part: Part::Channels, windows: 1 };
-    for zero_point in [ZeroPoint::Clamped, ZeroPoint::Free] {
-        let own = OwnRange { bits: bits(4), layout, zero_point };
-        // Four groups for four channels: each is its own.
-        let groups = grouped(layout, &x, 4, rules(4, zero_point));
-        for quantizer in [&own as &dyn Quantizer, &groups] {
-            let found = quantizer.fake_quantize(&x).unwrap();
-            assert!(found.narrow(2, 0, 3).allclose(&x.narrow(2, 0, 3), 1e-6, 0.0, false));
-            assert_eq!(found.isfinite().all().int64_value(&[]), 1);
-            terms_add_up(quantizer, &x.narrow(2, 0, 3));
-        }
+    let own = OwnRange { bits: bits(4), layout };
+    // Four groups for four channels: each is its own.
+    let groups = grouped(layout, &x, 4, rules(4, Bounds::Mean));
+    for quantizer in [&own as &dyn Quantizer, &groups] {
+        let found = quantizer.fake_quantize(&x).unwrap();
+        assert!(found.narrow(2, 0, 3).allclose(&x.narrow(2, 0, 3), 1e-6, 0.0, false));
+        assert_eq!(found.isfinite().all().int64_value(&[]), 1);
+        terms_add_up(quantizer, &x.narrow(2, 0, 3));
     }
 }
 
 #[test]
 fn an_incomplete_state_is_corrupt() {
     let (layout, x) = operands().remove(0);
-    let quantizer = grouped(layout, &x, 4, rules(4, ZeroPoint::Free));
+    let quantizer = grouped(layout, &x, 4, rules(4, Bounds::Mean));
     let broken = |change: &dyn Fn(&mut crate::quant::QuantizerState)| {
         let mut state = quantizer.state();
         change(&mut state);
