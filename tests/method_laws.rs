@@ -25,11 +25,8 @@ use vitq::nn::{Operand, Site};
 use vitq::quant::{BitWidth, Quantizer};
 
 /// Options that keep the tests quick; entries of methods that are not registered are not used.
-const QUICK: &[(&str, &[(&str, &str)])] = &[
-    ("igq", &[("allocation", "false")]),
-    ("ias", &[("iterations", "2")]),
-    ("dopq", &[("iterations", "2")]),
-];
+const QUICK: &[(&str, &[(&str, &str)])] =
+    &[("ias", &[("iterations", "2")]), ("dopq", &[("iterations", "2")])];
 
 /// The smallest models that have everything: two blocks, several heads, shifted windows, a merging.
 fn models() -> [Checkpoint; 2] {
