@@ -94,7 +94,11 @@ fn position(p: f64, last: i64) -> f64 {
 pub fn sqnr_db(x: &Tensor, x_hat: &Tensor) -> Result<f64> {
     let energy =
         |t: &Tensor| -> Result<f64> { Ok(t.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?) };
-    Ok(10.0 * (energy(x)? / energy(&x.f_sub(x_hat)?)?).log10())
+    let noise = energy(&x.f_sub(x_hat)?)?;
+    if noise == 0.0 {
+        return Ok(f64::INFINITY); // even if x is all zeros: 0/0 would be NaN
+    }
+    Ok(10.0 * (energy(x)? / noise).log10())
 }
 
 /// The tensor's values as f32, row-major.
@@ -151,5 +155,7 @@ mod tests {
         let x = Tensor::from_slice(&[1.0f32, -1.0]);
         assert!((sqnr_db(&x, &(&x * 0.9)).unwrap() - 20.0).abs() < 1e-4);
         assert_eq!(sqnr_db(&x, &x).unwrap(), f64::INFINITY);
+        let zeros = x.zeros_like();
+        assert_eq!(sqnr_db(&zeros, &zeros).unwrap(), f64::INFINITY);
     }
 }

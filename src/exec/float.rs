@@ -15,8 +15,8 @@ impl Executor for Float {
         linear(&op.site, x, &op.weight, op.bias.as_ref())
     }
 
-    fn matmul(&mut self, _site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
-        matmul(lhs, rhs)
+    fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+        matmul(site, lhs, rhs)
     }
 }
 
@@ -80,11 +80,52 @@ fn sum_in_order(
 }
 
 /// `lhs · rhsᵀ` per image and head; every matrix of the batch is multiplied by itself.
-pub(super) fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
-    Ok(lhs.f_matmul(&rhs.f_transpose(-2, -1)?)?)
+///
+/// The operands are laid out in memory as the float forward has them (vᵀ is a view of v). With the
+/// strides of a quantizer's result, which may depend on the batch, the order of the sums would, too.
+pub(super) fn matmul(site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+    let transposed = if site.role == Role::ScoreValue {
+        rhs.f_transpose(-2, -1)?.f_contiguous()?
+    } else {
+        rhs.f_contiguous()?.f_transpose(-2, -1)?
+    };
+    Ok(lhs.f_contiguous()?.f_matmul(&transposed)?)
 }
 
 /// In-place output tensors carry no gradients, so training takes the plain product.
 fn needs_gradient(x: &Tensor, weight: &Tensor) -> bool {
     x.requires_grad() || weight.requires_grad()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::nn::SiteId;
+    use crate::quant::uniform::laws::sample;
+
+    #[test]
+    fn the_strides_of_an_operand_do_not_show_in_the_product() {
+        let site = |role| Site {
+            id: SiteId(0),
+            path: "attn".to_owned(),
+            role,
+            norm: None,
+            unit: 0,
+            windows: 1,
+        };
+        // Tokens before heads in memory, as a quantizer of tokens returns it.
+        let strided = |x: &Tensor| x.transpose(1, 2).contiguous().transpose(1, 2);
+        let (q, k) = (sample(&[4, 2, 10, 8], 1), sample(&[4, 2, 10, 8], 2));
+        let (scores, v) = (sample(&[4, 2, 10, 10], 3), sample(&[4, 2, 10, 8], 4));
+        for (role, lhs, rhs) in
+            [(Role::QueryKey, q, k), (Role::ScoreValue, scores, v.transpose(-2, -1))]
+        {
+            let all = matmul(&site(role), &lhs, &rhs).unwrap();
+            for image in 0..4 {
+                let alone = |x: &Tensor| strided(&x.narrow(0, image, 1));
+                let found = matmul(&site(role), &alone(&lhs), &alone(&rhs)).unwrap();
+                assert!(found.equal(&all.narrow(0, image, 1)), "{role:?} of image {image}");
+            }
+        }
+    }
 }
