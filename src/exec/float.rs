@@ -60,13 +60,11 @@ fn sum_in_order(
         let result = Tensor::f_empty([images, rows.size()[1], out], (Kind::Float, x.device()))?;
         let transposed = weight.f_tr()?;
         for image in 0..images {
-            let target = result.f_select(0, image)?;
-            let source = rows.f_select(0, image)?;
-            // Both return another handle of `target`.
-            let _filled = match bias {
-                Some(bias) => bias.f_addmm_out(&target, &source, &transposed)?,
-                None => source.f_mm_out(&target, &transposed)?,
-            };
+            let source = aligned(rows.f_select(0, image)?)?;
+            fill(&result.f_select(0, image)?, |target| match bias {
+                Some(bias) => Ok(bias.f_addmm_out(target, &source, &transposed)?),
+                None => Ok(source.f_mm_out(target, &transposed)?),
+            })?;
         }
         result
     } else {
@@ -79,7 +77,8 @@ fn sum_in_order(
     Ok(product.f_reshape(result_shape)?)
 }
 
-/// `lhs · rhsᵀ` per image and head; every matrix of the batch is multiplied by itself.
+/// `lhs · rhsᵀ` per head; on the CPU the heads (and windows) of one image at a time, since the order
+/// of a sum may depend on the number of matrices and on how threads share them.
 ///
 /// The operands are laid out in memory as the float forward has them (vᵀ is a view of v). With the
 /// strides of a quantizer's result, which may depend on the batch, the order of the sums would, too.
@@ -89,7 +88,53 @@ pub(super) fn matmul(site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> 
     } else {
         rhs.f_contiguous()?.f_transpose(-2, -1)?
     };
-    Ok(lhs.f_contiguous()?.f_matmul(&transposed)?)
+    let lhs = lhs.f_contiguous()?;
+    if lhs.device() != Device::Cpu || needs_gradient(&lhs, rhs) {
+        return Ok(lhs.f_matmul(&transposed)?);
+    }
+    let (b, heads, m, _) = lhs.size4()?;
+    let n = rhs.size()[2];
+    let result = Tensor::f_empty([b, heads, m, n], (Kind::Float, Device::Cpu))?;
+    for first in (0..b).step_by(usize::try_from(site.windows.max(1)).unwrap_or(1)) {
+        let part = |t: &Tensor| -> Result<Tensor> {
+            Ok(t.f_narrow(0, first, site.windows)?.f_flatten(0, 1)?)
+        };
+        let (left, right) = (aligned(part(&lhs)?)?, aligned(part(&transposed)?)?);
+        fill(&part(&result)?, |target| Ok(left.f_bmm_out(target, &right)?))?;
+    }
+    Ok(result)
+}
+
+/// Bytes to which libtorch aligns a buffer of its own.
+const ALIGNMENT: usize = 64;
+
+fn is_aligned(x: &Tensor) -> bool {
+    (x.data_ptr() as usize).is_multiple_of(ALIGNMENT)
+}
+
+/// `x`, or a copy of it at an aligned address: BLAS chooses its kernels by the address, too, and an
+/// image's address within a batch depends on its position.
+fn aligned(x: Tensor) -> Result<Tensor> {
+    if is_aligned(&x) {
+        return Ok(x);
+    }
+    let mut copy = Tensor::f_empty_strided(x.size(), x.stride(), (x.kind(), x.device()))?;
+    copy.f_copy_(&x)?;
+    Ok(copy)
+}
+
+/// Computes into `target`, by way of an aligned buffer where it has no such address itself.
+fn fill(target: &Tensor, compute: impl Fn(&Tensor) -> Result<Tensor>) -> Result<()> {
+    // The results are other handles of their targets.
+    if is_aligned(target) {
+        let _filled = compute(target)?;
+        return Ok(());
+    }
+    let buffer = target.f_empty_like()?;
+    let _filled = compute(&buffer)?;
+    let mut target = target.shallow_clone();
+    target.f_copy_(&buffer)?;
+    Ok(())
 }
 
 /// In-place output tensors carry no gradients, so training takes the plain product.
