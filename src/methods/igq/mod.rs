@@ -109,15 +109,15 @@ impl Method for Igq {
         let images = task.images.shallow_clone();
         let mut observer =
             Observer { task, settings, units, plan: QuantPlan::default(), operands: Vec::new() };
-        let float = FloatForward::run(&model, &images, &mut observer)?;
-        let Observer { mut plan, operands, .. } = observer;
         let counts = if settings.allocation {
+            let float = FloatForward::run(&model, &images, &mut observer)?;
             let search = Search { task, settings, model: &model, float: &float };
-            search.counts(&operands)?
+            search.counts(&observer.operands)?
         } else {
-            operands.iter().map(|operand| operand.groups).collect()
+            let _logits = model.forward(&mut Tap::new(&mut Float, &mut observer), &images)?;
+            observer.operands.iter().map(|operand| operand.groups).collect()
         };
-        drop(float);
+        let Observer { mut plan, operands, .. } = observer;
         for (operand, count) in operands.iter().zip(counts) {
             let quantizer = operand.grouped(count, settings, task.device)?;
             plan.insert(operand.site, operand.operand, Box::new(quantizer));
@@ -204,7 +204,7 @@ struct GroupedOperand {
     extents: Vec<Extent>,
     /// Groups without allocation.
     groups: i64,
-    /// Operations per image that one more group costs (in units of 32 bit operations).
+    /// 32-bit operations per image that one more group costs.
     cost: f64,
 }
 

@@ -14,7 +14,7 @@ pub(super) struct FloatForward {
     /// Input of every unit.
     inputs: Vec<Tensor>,
     /// Float logits [images, classes].
-    pub(super) logits: Tensor,
+    logits: Tensor,
 }
 
 impl FloatForward {
