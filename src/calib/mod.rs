@@ -2,6 +2,7 @@
 
 pub mod capture;
 pub mod progress;
+pub mod reconstruct;
 pub mod reparam;
 pub mod report;
 pub mod task;
