@@ -5,6 +5,7 @@ pub mod progress;
 pub mod reconstruct;
 pub mod reparam;
 pub mod report;
+pub mod static_grids;
 pub mod task;
 
 pub use progress::{Progress, ProgressUpdate};
