@@ -13,8 +13,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::nn::{Role, Site, WeightEdits, Weights};
-use crate::quant::{BitWidth, Quantizer};
 use crate::quant::uniform::{Range, Uniform};
+use crate::quant::{BitWidth, Quantizer};
 
 /// Smallest channel scale, as a share of the largest: a constant channel has none of its own.
 const MIN_SCALE_SHARE: f64 = 1e-8;

@@ -152,7 +152,8 @@ impl<'t, 'p> StaticGrids<'t, 'p> {
     }
 
     /// Moves the channel grids into LayerNorms and weights, and makes the inputs per tensor. The
-    /// rewritten weights are to be fitted again.
+    /// rewritten weights are to be fitted again. Next to a float weight there is no integer product
+    /// that needs a common grid, so the channel grids stay and no parameter is touched.
     ///
     /// # Errors
     /// As [`fold`].
@@ -161,6 +162,9 @@ impl<'t, 'p> StaticGrids<'t, 'p> {
         for (id, channels) in std::mem::take(&mut self.channels) {
             let site = self.sites.iter().find(|site| site.id == id);
             let site = site.ok_or_else(|| Error::internal("channel grids without a site"))?;
+            if self.log.task().weight_bits(site.role).is_none() {
+                continue;
+            }
             let common = channels.common(self.recipe.common_grid)?;
             edits.extend(fold(weights, site, &channels, &common)?);
             self.plan.insert(id, Operand::Lhs, Box::new(common));

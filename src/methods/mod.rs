@@ -1,6 +1,7 @@
 //! The methods, their typed options, and the registry. A new method is its file and one line.
 
 mod float;
+mod ias;
 mod minmax;
 mod options;
 mod repq;
@@ -41,7 +42,7 @@ pub struct MethodEntry {
 
 /// Every method, in the order of catalogues and tables.
 pub const METHODS: &[&MethodEntry] =
-    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD];
+    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &ias::METHOD];
 
 /// The method of that id.
 ///
