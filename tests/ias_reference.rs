@@ -1,5 +1,5 @@
 //! I&S-ViT against its authors' code on small models without optimization steps (tests/fixtures/ias),
-//! and learning on the trained digits models.
+//! and learning on the trained digits models, for `ias` and `dopq`.
 //!
 //! With the authors' 256 images and 100 iterations the comparison takes minutes; docs/methods.md says
 //! what it gave.
@@ -47,7 +47,7 @@ fn learning_brings_the_logits_closer_to_the_float_model() {
         let logits = load(&artifact).forward(&few).unwrap();
         metrics(&subject, &logits).sqnr_db()
     };
-    for method in ["ias"] {
+    for method in ["ias", "dopq"] {
         let (off, on) = (score(method, &[("learning", "off")]), score(method, &SHORT));
         println!("{method}: {off:.2} dB without learning, {on:.2} dB with a little");
         assert!(on > off + 0.3, "{method}: {off} {on}");
@@ -59,7 +59,7 @@ fn storing_and_loading_gives_the_same_logits_whatever_the_batch() {
     let subject = subject("digits-swin");
     let images = calibration(&subject.checkpoint, "digits-swin/n32/seed0");
     let few = CalibrationImages { images: images.images.narrow(0, 0, 4), ..images };
-    for method in ["ias"] {
+    for method in ["ias", "dopq"] {
         let request = request(method, 4, &[("iterations", "1"), ("batch", "2")]);
         let first = artifact(&subject.checkpoint, &few, &request);
         let bytes = first.to_bytes().unwrap();

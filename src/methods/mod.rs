@@ -1,5 +1,6 @@
 //! The methods, their typed options, and the registry. A new method is its file and one line.
 
+mod dopq;
 mod float;
 mod ias;
 mod minmax;
@@ -42,7 +43,7 @@ pub struct MethodEntry {
 
 /// Every method, in the order of catalogues and tables.
 pub const METHODS: &[&MethodEntry] =
-    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &ias::METHOD];
+    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &ias::METHOD, &dopq::METHOD];
 
 /// The method of that id.
 ///
