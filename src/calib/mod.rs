@@ -2,8 +2,10 @@
 
 pub mod capture;
 pub mod progress;
+pub mod reconstruct;
 pub mod reparam;
 pub mod report;
+pub mod static_grids;
 pub mod task;
 
 pub use progress::{Progress, ProgressUpdate};

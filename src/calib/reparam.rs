@@ -13,8 +13,8 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::nn::{Role, Site, WeightEdits, Weights};
-use crate::quant::BitWidth;
 use crate::quant::uniform::{Range, Uniform};
+use crate::quant::{BitWidth, Quantizer};
 
 /// Smallest channel scale, as a share of the largest: a constant channel has none of its own.
 const MIN_SCALE_SHARE: f64 = 1e-8;
@@ -58,20 +58,39 @@ impl ChannelGrids {
         Ok(self.varying.f_logical_not()?.f_sum(Kind::Int64)?.f_int64_value(&[])?)
     }
 
-    /// Means of scale and zero point over the varying channels, each float32 `[1]`; of all channels
-    /// if none varies.
+    /// The grid (δ̃, z̃), shape `[1]`, of the varying channels; of all channels if none varies.
     ///
     /// # Errors
     /// `Device` when libtorch refuses.
-    pub fn mean(&self) -> Result<(Tensor, Tensor)> {
+    pub fn common(&self, choice: CommonGrid) -> Result<Uniform> {
         let any = self.varying.f_any()?.f_int64_value(&[])? != 0;
-        let mean = |values: &Tensor| -> Result<Tensor> {
+        let middle = |values: &Tensor| -> Result<Tensor> {
             let values =
                 if any { values.f_masked_select(&self.varying)? } else { values.shallow_clone() };
-            Ok(values.f_mean(Kind::Float)?.f_view([1])?)
+            let middle = match choice {
+                CommonGrid::Mean | CommonGrid::FractionalMean => values.f_mean(Kind::Float)?,
+                CommonGrid::Median => values.f_median()?,
+            };
+            Ok(middle.f_view([1])?)
         };
-        Ok((mean(self.grids.scale())?, mean(self.grids.zero_point())?))
+        let (scale, zero_point) = (middle(self.grids.scale())?, middle(self.grids.zero_point())?);
+        let zero_point = match choice {
+            CommonGrid::Mean | CommonGrid::Median => zero_point.f_round()?,
+            CommonGrid::FractionalMean => zero_point,
+        };
+        Uniform::new(self.grids.bits(), scale, zero_point)
     }
+}
+
+/// How one grid is chosen for all channels. With an integer zero point the choice changes no code.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CommonGrid {
+    /// Mean scale, rounded mean zero point.
+    Mean,
+    /// Mean scale and mean zero point, a fraction: runs in float, has no integer form.
+    FractionalMean,
+    /// Medians (the lower of two): least mean absolute deviation from the channels'.
+    Median,
 }
 
 /// The new affine map of the site's LayerNorm and the new weight and bias of its linear layer, which
@@ -124,7 +143,6 @@ mod tests {
 
     use super::*;
     use crate::nn::{Operand, SiteId};
-    use crate::quant::Quantizer;
     use crate::quant::uniform::laws::sample;
 
     const CHANNELS: i64 = 12;
@@ -227,16 +245,16 @@ mod tests {
         let before = weights(None);
         let grids = channels(&normed(&x, &before));
         assert_eq!(grids.constant_channels().unwrap(), 1);
-        let (scale, zero_point) = grids.mean().unwrap();
-        assert!(scale.double_value(&[0]) > 0.0);
-        assert!(zero_point.abs().double_value(&[0]) <= 30.0, "{zero_point:?}");
+        for choice in [CommonGrid::Mean, CommonGrid::FractionalMean, CommonGrid::Median] {
+            let common = grids.common(choice).unwrap();
+            assert!(common.zero_point().abs().double_value(&[0]) <= 30.0, "{common:?}");
+        }
         let after = fold(&before, &site(), &grids, &commons()[0]).unwrap();
         assert!(after.values().all(|tensor| tensor.isfinite().all().int64_value(&[]) == 1));
         // All channels constant: still finite.
         let flat = Tensor::full([2, 3, CHANNELS], 1.5, (Kind::Float, Device::Cpu));
         let grids = channels(&flat);
-        let (scale, zero_point) = grids.mean().unwrap();
-        let common = Uniform::new(four(), scale, zero_point).unwrap();
+        let common = grids.common(CommonGrid::Mean).unwrap();
         let after = fold(&before, &site(), &grids, &common).unwrap();
         assert!(after.values().all(|tensor| tensor.isfinite().all().int64_value(&[]) == 1));
     }

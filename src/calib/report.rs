@@ -1,11 +1,13 @@
 //! The log of a calibration: quantization error per operand, reported as it is found.
 
+use std::collections::BTreeMap;
+
 use tch::Tensor;
 
 use crate::calib::progress::SiteSqnr;
 use crate::calib::task::{CalibrationReport, CalibrationTask, SiteReport};
 use crate::error::{Error, Result};
-use crate::nn::{Operand, Site};
+use crate::nn::{Operand, Site, SiteId};
 use crate::quant::Quantizer;
 use crate::tensor::sqnr_db;
 
@@ -14,15 +16,14 @@ pub struct SiteLog<'t, 'p> {
     task: &'t CalibrationTask<'p>,
     stage: &'static str,
     units: usize,
-    report: CalibrationReport,
+    sites: BTreeMap<(SiteId, Operand), SiteReport>,
+    warnings: Vec<String>,
 }
 
 impl<'t, 'p> SiteLog<'t, 'p> {
     /// A log of one stage over a model of `units` units.
     pub fn new(task: &'t CalibrationTask<'p>, stage: &'static str, units: usize) -> Self {
-        let report =
-            CalibrationReport { images: task.image_count(), ..CalibrationReport::default() };
-        Self { task, stage, units, report }
+        Self { task, stage, units, sites: BTreeMap::new(), warnings: Vec::new() }
     }
 
     /// The task that is logged.
@@ -30,7 +31,7 @@ impl<'t, 'p> SiteLog<'t, 'p> {
         self.task
     }
 
-    /// Notes the error of an operand and reports it.
+    /// Notes the error of an operand and reports it. A later note of the same operand replaces it.
     ///
     /// # Errors
     /// `Cancelled` when the client asked to stop.
@@ -38,7 +39,7 @@ impl<'t, 'p> SiteLog<'t, 'p> {
         let sqnr = sqnr_db(seen.x, seen.x_hat)?;
         let state = seen.quantizer.state();
         let operand = seen.site.operand_name(seen.operand).to_owned();
-        self.report.sites.push(SiteReport {
+        let report = SiteReport {
             path: seen.site.path.clone(),
             role: seen.site.role,
             operand: operand.clone(),
@@ -46,7 +47,8 @@ impl<'t, 'p> SiteLog<'t, 'p> {
             bits: state.bits,
             // JSON has no infinity: an exactly represented operand is capped at 200 dB.
             sqnr_db: sqnr.clamp(-200.0, 200.0),
-        });
+        };
+        self.sites.insert((seen.site.id, seen.operand), report);
         let site =
             SiteSqnr { path: seen.site.path.clone(), operand, sqnr_db: sqnr.clamp(-200.0, 200.0) };
         self.task.step_site(self.stage, seen.site.unit + 1, self.units, site)
@@ -55,12 +57,17 @@ impl<'t, 'p> SiteLog<'t, 'p> {
     /// Adds a remark for the user.
     pub fn warn(&mut self, remark: String) {
         tracing::warn!(remark);
-        self.report.warnings.push(remark);
+        self.warnings.push(remark);
     }
 
-    /// The finished report.
+    /// The finished report, sites in forward order.
     pub fn finish(self) -> CalibrationReport {
-        self.report
+        let images = self.task.image_count();
+        CalibrationReport {
+            images,
+            sites: self.sites.into_values().collect(),
+            warnings: self.warnings,
+        }
     }
 }
 

@@ -1,6 +1,8 @@
 //! The methods, their typed options, and the registry. A new method is its file and one line.
 
+mod dopq;
 mod float;
+mod ias;
 mod igq;
 mod minmax;
 mod options;
@@ -42,8 +44,16 @@ pub struct MethodEntry {
 }
 
 /// Every method, in the order of catalogues and tables.
-pub const METHODS: &[&MethodEntry] =
-    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &igq::METHOD, &vitq::METHOD];
+pub const METHODS: &[&MethodEntry] = &[
+    &float::METHOD,
+    &minmax::METHOD,
+    &ubb::METHOD,
+    &repq::METHOD,
+    &igq::METHOD,
+    &ias::METHOD,
+    &dopq::METHOD,
+    &vitq::METHOD,
+];
 
 /// The method of that id.
 ///

@@ -7,7 +7,7 @@ use tch::Tensor;
 use crate::error::{Error, Result};
 use crate::exec::Executor;
 use crate::model::{NewSite, SiteTable};
-use crate::nn::{Linear, Role, Scope, Site, gelu};
+use crate::nn::{Derived, Linear, Role, Scope, Site, gelu};
 
 /// Makes the sites of one unit: `scope` is the unit's place in the checkpoint.
 pub(super) struct UnitBuilder<'t, 's> {
@@ -60,7 +60,10 @@ impl PatchShape {
 /// that the linear gives timm's values to the bit.
 #[derive(Debug)]
 pub(super) struct PatchEmbed {
-    proj: Linear,
+    site: Arc<Site>,
+    /// The kernel as a matrix [dim, patch² · 3].
+    weight: Derived,
+    bias: Option<Tensor>,
     shape: PatchShape,
 }
 
@@ -71,9 +74,10 @@ impl PatchEmbed {
         let scope = builder.scope.at("proj");
         let PatchShape { patch, dim, .. } = shape;
         let kernel = scope.get("weight", &[dim, 3, patch, patch])?;
-        let weight = kernel.f_permute([0, 2, 3, 1])?.f_reshape([dim, 3 * patch * patch])?;
-        let bias = scope.get_optional("bias", &[dim])?;
-        Ok(Self { proj: Linear { site, weight, bias }, shape })
+        let weight = Derived::new(kernel, |kernel| {
+            Ok(kernel.f_permute([0, 2, 3, 1])?.f_reshape([kernel.size()[0], -1])?)
+        })?;
+        Ok(Self { site, weight, bias: scope.get_optional("bias", &[dim])?, shape })
     }
 
     /// images [n, 3, h, w] → tokens [n, grid², dim].
@@ -89,7 +93,12 @@ impl PatchEmbed {
             .f_reshape([n, 3, grid, patch, grid, patch])?
             .f_permute([0, 2, 4, 3, 5, 1])?
             .f_reshape([n, grid * grid, 3 * patch * patch])?;
-        exec.linear(&self.proj, &patches)
+        let proj = Linear {
+            site: Arc::clone(&self.site),
+            weight: self.weight.get()?,
+            bias: self.bias.as_ref().map(Tensor::shallow_clone),
+        };
+        exec.linear(&proj, &patches)
     }
 
     fn wrong_input(&self, size: &[i64]) -> Error {

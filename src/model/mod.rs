@@ -27,6 +27,12 @@ pub trait Unit: Send {
     /// Module path of the unit: `patch_embed`, `blocks.3`, `layers.0.downsample`, `head`.
     fn path(&self) -> &str;
 
+    /// Full names of the learned tables that the unit adds to attention scores: trainable parameters
+    /// beside its linear layers.
+    fn score_tables(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Maps the previous unit's output (the image batch [n, 3, h, w] for the first) to its own.
     ///
     /// # Errors

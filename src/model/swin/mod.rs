@@ -15,12 +15,14 @@ use crate::error::Result;
 use crate::exec::Executor;
 use crate::model::layers::{AttentionSites, Mlp, PatchEmbed, UnitBuilder};
 use crate::model::{FamilyEntry, IMAGENET_NORMALIZATION, ModelSpec, SiteTable, Unit, Variant};
-use crate::nn::{LayerNorm, Linear, Role, Weights, mean_of_tokens};
+use crate::nn::{Derived, LayerNorm, Linear, Role, Weights, mean_of_tokens};
 
 use args::{Stage, SwinArgs};
 use window::{Windows, relative_bias};
 
 const EPS: f64 = 1e-5;
+/// timm's name of the relative position bias, below an attention.
+const SCORE_TABLE: &str = "relative_position_bias_table";
 
 const TINY: &str = r#"{"img_size":224,"patch_size":4,"in_chans":3,"embed_dim":96,
     "depths":[2,2,6,2],"num_heads":[3,6,12,24],"window_size":7,"mlp_ratio":4.0,"qkv_bias":true,
@@ -160,7 +162,7 @@ struct Block {
     norm1: LayerNorm,
     attention: AttentionSites,
     /// Relative position bias [1, heads, window², window²].
-    bias: Tensor,
+    bias: Derived,
     norm2: LayerNorm,
     mlp: Mlp,
 }
@@ -170,13 +172,13 @@ impl Block {
         builder.windows = windows.per_image();
         let scope = builder.scope.clone();
         let rows = (2 * stage.window - 1).pow(2);
-        let table = scope.at("attn").get("relative_position_bias_table", &[rows, stage.heads])?;
+        let table = scope.at("attn").get(SCORE_TABLE, &[rows, stage.heads])?;
         Ok(Self {
             path: scope.here().to_owned(),
             windows: windows.to_device(table.device())?,
             norm1: LayerNorm::load(&scope.at("norm1"), stage.dim, EPS)?,
             attention: AttentionSites::load(builder, stage.dim, stage.heads)?,
-            bias: relative_bias(&table, stage.window)?,
+            bias: Derived::new(table, relative_bias)?,
             norm2: LayerNorm::load(&scope.at("norm2"), stage.dim, EPS)?,
             mlp: Mlp::load(builder, stage.dim, stage.hidden)?,
         })
@@ -188,12 +190,16 @@ impl Unit for Block {
         &self.path
     }
 
+    fn score_tables(&self) -> Vec<String> {
+        vec![format!("{}.attn.{SCORE_TABLE}", self.path)]
+    }
+
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
         let windows = self.windows.split(&self.norm1.forward(x)?)?; // [n·windows, window², dim]
         let [q, k, v] = self.attention.project_in(exec, &windows)?;
         // timm scales q before the product, so a quantizer of q sees it scaled.
         let q = q.f_mul_scalar(self.attention.scale())?;
-        let scores = self.attention.scores(exec, &q, &k)?.f_add(&self.bias)?;
+        let scores = self.attention.scores(exec, &q, &k)?.f_add(&self.bias.get()?)?;
         let scores = self.windows.mask(&scores)?;
         let mixed = self.attention.project_out(exec, &scores, &v)?;
         let x = x.f_add(&self.windows.join(&mixed)?)?;

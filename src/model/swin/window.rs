@@ -109,7 +109,9 @@ impl Windows {
 
 /// Looks up the bias of every pair of tokens in `table` [(2·window − 1)², heads] by their distance:
 /// [1, heads, window², window²].
-pub(super) fn relative_bias(table: &Tensor, window: i64) -> Result<Tensor> {
+pub(super) fn relative_bias(table: &Tensor) -> Result<Tensor> {
+    let (rows, heads) = table.size2()?;
+    let window = (rows.isqrt() + 1) / 2;
     let tokens = window * window;
     let index: Vec<i64> = (0..tokens * tokens)
         .map(|pair| {
@@ -120,7 +122,6 @@ pub(super) fn relative_bias(table: &Tensor, window: i64) -> Result<Tensor> {
         })
         .collect();
     let index = Tensor::f_from_slice(&index)?.f_to(table.device())?;
-    let heads = table.size()[1];
     Ok(table
         .f_index_select(0, &index)?
         .f_reshape([tokens, tokens, heads])?
@@ -173,7 +174,7 @@ mod tests {
     #[test]
     fn the_bias_depends_on_the_distance_only() {
         let table = Tensor::arange(9, (Kind::Float, Device::Cpu)).reshape([9, 1]);
-        let bias = relative_bias(&table, 2).unwrap();
+        let bias = relative_bias(&table).unwrap();
         assert_eq!(bias.size(), [1, 1, 4, 4]);
         // Same place: the table's centre. One row down, seen from one row up: rows = -1.
         assert_eq!(bias.double_value(&[0, 0, 2, 2]), 4.0);
