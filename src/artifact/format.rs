@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::calib::CalibrationReport;
 use crate::calib::task::QuantizeSpec;
+use crate::digest::hex;
 use crate::error::{Error, Result};
 use crate::model::ModelSpec;
 use crate::quant::quantizer::QuantizerHeader;
@@ -184,11 +185,6 @@ fn digest(version: &str, header: &str, tensors: &BTreeMap<String, RawTensor>) ->
         part(&tensor.data);
     }
     hex(&hasher.finalize())
-}
-
-/// Lower-case hexadecimal text.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -5,16 +5,15 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
 
-use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-use crate::artifact::format::hex;
 use crate::bench::matrix::{ArtifactPolicy, Cell, FLOAT_METHOD, Matrix};
 use crate::bench::results::{FLOAT_BITS, Results, Row, RowKey, write_atomically};
 use crate::bench::validation::{self, Validation};
 use crate::calib::Progress;
 use crate::calib::task::{QuantizeSpec, StemHeadPolicy};
 use crate::device;
+use crate::digest::sha256_hex;
 use crate::engine::evaluator::Metrics;
 use crate::engine::pipeline::{self, CalibrationImages};
 use crate::engine::{FloatModel, QuantizedModel};
@@ -339,7 +338,7 @@ impl Runner<'_> {
     fn keep_artifact(&self, key: &RowKey, bytes: &[u8]) -> Result<String> {
         let folder = self.folder.join("artifacts");
         std::fs::create_dir_all(&folder).map_err(|source| Error::io(&folder, source))?;
-        let digest = hex(&Sha256::digest(bytes));
+        let digest = sha256_hex(bytes);
         let (checkpoint, method, bits) = (&key.checkpoint, &key.method, key.bits());
         let name = format!("{checkpoint}-{method}-{bits}-{}.safetensors", &digest[..8]);
         write_atomically(&folder.join(&name), bytes)?;

@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
-use crate::artifact::format::hex;
 use crate::artifact::{Artifact, Header};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes};
+use crate::digest::sha256_hex;
 use crate::error::Error;
 
 #[derive(Debug, clap::Args)]
@@ -26,7 +25,7 @@ impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
         let content = std::fs::read(&self.file).map_err(|e| Error::io(&self.file, e))?;
         let artifact = Artifact::from_bytes(&self.file.display().to_string(), &content)?;
-        let digest = hex(&Sha256::digest(&content));
+        let digest = sha256_hex(&content);
         if self.verify {
             verify(&self.file, &artifact, &content, &digest)?;
         }
