@@ -80,7 +80,11 @@ fn sum_in_order(
 }
 
 /// `lhs · rhsᵀ` per image and head; every matrix of the batch is multiplied by itself.
+///
+/// Heads that lie side by side in memory would be copied apart in a batch and used in place in a
+/// single image, and BLAS sums small matrices by their layout: here they are always apart.
 pub(super) fn matmul(lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+    let (lhs, rhs) = (lhs.f_contiguous()?, rhs.f_contiguous()?);
     Ok(lhs.f_matmul(&rhs.f_transpose(-2, -1)?)?)
 }
 
