@@ -11,10 +11,10 @@ use vitq::bench::matrix::{ArtifactPolicy, CalibrationChoice, Matrix, Selection};
 use vitq::bench::runner::{Outcome, Position};
 use vitq::bench::{Observer, Row, RowKey, Summary, report, run};
 use vitq::calib::task::StemHeadPolicy;
-use vitq::calib::{Progress, ProgressUpdate};
+use vitq::calib::{Progress, ProgressUpdate, RoleBits};
 use vitq::error::Error;
 use vitq::exec::Backend;
-use vitq::quant::BitWidth;
+use vitq::quant::Precision;
 
 /// Enough images for every class, few enough for a test.
 const IMAGES: usize = 20;
@@ -24,7 +24,7 @@ fn demo(path: &str) -> PathBuf {
 }
 
 fn matrix() -> Matrix {
-    let bits = |bits| BitWidth::new(bits, "bits").unwrap();
+    let bits = |bits| Precision::new(bits, "bits").unwrap();
     Matrix {
         checkpoints: vec![demo("checkpoints/digits-vit")],
         calibration: Some(CalibrationChoice {
@@ -35,6 +35,7 @@ fn matrix() -> Matrix {
         limit: Some(IMAGES),
         methods: vec!["float".to_owned(), "minmax".to_owned()],
         bits: vec![(bits(4), bits(4)), (bits(8), bits(8))],
+        role_bits: RoleBits::default(),
         stem_heads: vec![StemHeadPolicy::Float],
         options: BTreeMap::new(),
         seeds: vec![0],

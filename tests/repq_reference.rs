@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tch::{Device, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::data::{Dataset, DecodeLimits, load_pixels};
 use vitq::engine::QuantizedModel;
 use vitq::engine::evaluator::Metrics;
@@ -38,10 +38,11 @@ fn request(bits: u32, variant: &str) -> QuantizeSpec {
     QuantizeSpec {
         method: "repq".to_owned(),
         options: BTreeMap::from([("variant".to_owned(), variant.to_owned())]),
-        weight_bits: bits,
-        activation_bits: bits,
+        weight_bits: bits.into(),
+        activation_bits: bits.into(),
         stem_head: StemHeadPolicy::Same,
         seed: 0,
+        role_bits: RoleBits::default(),
     }
 }
 

@@ -190,9 +190,9 @@ fn digest(version: &str, header: &str, tensors: &BTreeMap<String, RawTensor>) ->
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calib::StemHeadPolicy;
+    use crate::calib::{RoleBits, StemHeadPolicy};
     use crate::model::{Interpolation, Preprocessing};
-    use crate::quant::BitWidth;
+    use crate::quant::{BitWidth, Precision};
 
     fn artifact() -> Artifact {
         let preprocessing = Preprocessing {
@@ -213,10 +213,11 @@ mod tests {
         let request = QuantizeSpec {
             method: "minmax".to_owned(),
             options: BTreeMap::new(),
-            weight_bits: BitWidth::EIGHT,
-            activation_bits: BitWidth::EIGHT,
+            weight_bits: BitWidth::EIGHT.into(),
+            activation_bits: Precision::Float,
             stem_head: StemHeadPolicy::Float,
             seed: 7,
+            role_bits: RoleBits::default(),
         };
         let header = Header {
             model,

@@ -226,8 +226,8 @@ fn tick_step(span: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::FLOAT_BITS;
     use crate::bench::results::tests::row;
+    use crate::quant::bits::FLOAT_BITS;
 
     #[test]
     fn the_plot_names_panels_models_methods_and_values() {

@@ -40,6 +40,7 @@ const COLUMNS: &[Column] = &[
     ("artifact_bytes", |row| row.artifact_bytes.to_string()),
     ("resident_bytes", |row| row.resident_bytes.to_string()),
     ("stem_head", |row| row.key.stem_head.clone()),
+    ("role_bits", |row| row.key.role_bits.clone()),
     ("options", |row| {
         let options = row.key.options.iter().map(|(name, value)| format!("{name}={value}"));
         options.collect::<Vec<_>>().join(";")
@@ -201,7 +202,7 @@ fn same_cost(a: &Row, b: &Row) -> bool {
     let (a, b) = (&a.key, &b.key);
     (&a.checkpoint, &a.method, &a.options, a.bits(), &a.executor, &a.device, a.batch_size)
         == (&b.checkpoint, &b.method, &b.options, b.bits(), &b.executor, &b.device, b.batch_size)
-        && a.stem_head == b.stem_head
+        && (&a.stem_head, &a.role_bits) == (&b.stem_head, &b.role_bits)
 }
 
 /// What a reader must know to compare the numbers.
@@ -246,8 +247,8 @@ fn optional(value: Option<impl ToString>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::FLOAT_BITS;
     use crate::bench::results::tests::row;
+    use crate::quant::bits::FLOAT_BITS;
 
     #[test]
     fn the_table_has_a_column_a_model_and_averages_seeds() {
@@ -284,6 +285,18 @@ mod tests {
         let text = markdown(&[row("vit", "ubb", 4, 0, 95.0), other]);
         assert!(text.contains("| ubb | 4/4 | float | **95.00** |"), "{text}");
         assert!(text.contains("| ubb | 4/4 | int8 | 90.00 |"), "{text}");
+    }
+
+    #[test]
+    fn mixed_plans_are_lines_of_their_own() {
+        let mut exception = row("vit", "ubb", 4, 0, 96.0);
+        exception.key.role_bits = "fc2=8/8 reduction=8/8".to_owned();
+        let mut weights_only = row("vit", "ubb", 4, 0, 97.0);
+        weights_only.key.activation_bits = FLOAT_BITS;
+        let text = markdown(&[row("vit", "ubb", 4, 0, 95.0), exception, weights_only]);
+        assert!(text.contains("| ubb | 4/4 | 95.00 |"), "{text}");
+        assert!(text.contains("| ubb (fc2=8/8, reduction=8/8) | 4/4 | **96.00** |"), "{text}");
+        assert!(text.contains("| ubb | 4/32 | 97.00 |"), "{text}");
     }
 
     #[test]

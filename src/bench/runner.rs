@@ -7,8 +7,8 @@ use std::time::Instant;
 
 use tch::{Device, Tensor};
 
-use crate::bench::matrix::{ArtifactPolicy, Cell, FLOAT_METHOD, Matrix};
-use crate::bench::results::{FLOAT_BITS, Results, Row, RowKey, write_atomically};
+use crate::bench::matrix::{ArtifactPolicy, Cell, Matrix};
+use crate::bench::results::{FLOAT_METHOD, Results, Row, RowKey, write_atomically};
 use crate::bench::validation::{self, Validation};
 use crate::calib::Progress;
 use crate::calib::task::{QuantizeSpec, StemHeadPolicy};
@@ -20,6 +20,7 @@ use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::model::Checkpoint;
+use crate::quant::bits::FLOAT_BITS;
 
 /// Speed is measured over whole passes until they took this long together.
 const MIN_TIMED_SECONDS: f64 = 1.0;
@@ -128,6 +129,7 @@ impl Subject<'_> {
             device: device::name(device),
             seed: None,
             stem_head: StemHeadPolicy::Float.name().to_owned(),
+            role_bits: String::new(),
             options: BTreeMap::new(),
             batch_size,
             calibration_images: 0,
@@ -146,6 +148,7 @@ impl Subject<'_> {
             executor: executor.name().to_owned(),
             seed: Some(spec.seed),
             stem_head: spec.stem_head.name().to_owned(),
+            role_bits: spec.role_bits.to_string(),
             options: spec.options.clone(),
             calibration_images: usize::try_from(calibration.images.size()[0]).unwrap_or(0),
             calibration_digest: Some(calibration.digest.clone()),

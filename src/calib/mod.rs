@@ -4,10 +4,12 @@ pub mod capture;
 pub mod progress;
 pub mod reparam;
 pub mod report;
+pub mod role_bits;
 pub mod task;
 
 pub use progress::{Progress, ProgressUpdate};
 pub use report::SiteLog;
+pub use role_bits::RoleBits;
 pub use task::{
     CalibrationReport, CalibrationTask, Quantization, QuantizeSpec, SiteReport, StemHeadPolicy,
 };

@@ -74,17 +74,20 @@ fn text(artifact: &Artifact, size: usize, digest: &str, verified: bool) -> Strin
     let Header { model, request, calibration, source_digest, source_bytes, sites, .. } =
         &artifact.header;
     let options = request.options.iter().map(|(name, value)| format!(" {name}={value}"));
+    let exceptions = request.role_bits.to_string();
+    let exceptions = exceptions.split_whitespace().map(|text| format!(", {text}"));
     let share = 100.0 * size as f64 / (*source_bytes).max(1) as f64;
     let mut lines = vec![
         format!("digest       {digest}{}", if verified { " (verified)" } else { "" }),
         format!("model        {}, {} classes", model.architecture, model.num_classes),
         format!(
-            "method       {}{} w{}a{}, stem and head {}, seed {}",
+            "method       {}{} w{}a{}, stem and head {}{}, seed {}",
             request.method,
             options.collect::<String>(),
-            request.weight_bits,
-            request.activation_bits,
+            request.weight_bits.get(),
+            request.activation_bits.get(),
             request.stem_head.name(),
+            exceptions.collect::<String>(),
             request.seed
         ),
         format!("calibration  {} images, sha256 {}", calibration.images, calibration.digest),

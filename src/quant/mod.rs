@@ -10,7 +10,7 @@ pub mod search;
 pub mod tokens;
 pub mod uniform;
 
-pub use bits::BitWidth;
+pub use bits::{BitWidth, Precision};
 pub use granularity::Granularity;
 pub use plan::QuantPlan;
 pub use quantizer::{IntTerm, Quantizer, QuantizerState};

@@ -161,7 +161,7 @@ impl QuantizerSource for Source<'_, '_> {
     }
 
     fn quantized(&mut self, seen: &Seen<'_>) -> Result<()> {
-        if is_foldable(seen.site) && seen.operand == Operand::Rhs {
+        if seen.operand == Operand::Rhs && self.rewrites(seen.site) {
             return self.rewrite(seen.site, seen.quantizer.bits());
         }
         self.log.record(seen)
@@ -169,6 +169,16 @@ impl QuantizerSource for Source<'_, '_> {
 }
 
 impl Source<'_, '_> {
+    /// Whether channel grids move from the site's input into its weight. A float input has none to
+    /// move; next to a float weight there is no integer product that needs a common grid, so the
+    /// channel grids stay (the codes are the same) and the float parameters are not touched.
+    fn rewrites(&self, site: &Site) -> bool {
+        let task = self.log.task();
+        is_foldable(site)
+            && task.activation_bits(site.role).is_some()
+            && task.weight_bits(site.role).is_some()
+    }
+
     /// One grid per channel, of batch and tokens; kept for the rewrite.
     fn per_channel(&mut self, site: &Site, x: &Tensor, bits: BitWidth) -> Result<Uniform> {
         let channels = x.size().last().copied().unwrap_or(1);
