@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bench::bit_cost::BitCost;
 use crate::error::{Error, Result};
 
 /// Method id of the unquantized checkpoint.
@@ -98,6 +99,13 @@ pub struct Row {
     pub artifact_bytes: u64,
     /// Bytes of parameters held on the device while running; for float, of the checkpoint's weights.
     pub resident_bytes: u64,
+    /// Largest resident memory of the process during the calibration in bytes; absent for float and
+    /// where the system does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration_peak_bytes: Option<u64>,
+    /// Effective bits and bit operations; absent from rows of versions before they were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bit_cost: Option<BitCost>,
     /// File name under `artifacts/`, when artifacts were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact: Option<String>,
@@ -206,6 +214,14 @@ pub(super) mod tests {
             images_per_second: 120.0,
             artifact_bytes: 1_000_000,
             resident_bytes: 2_000_000,
+            calibration_peak_bytes: (!float).then_some(300_000_000),
+            bit_cost: (!float).then_some(BitCost {
+                weight_bits: 4.25,
+                activation_bits: 4.5,
+                metadata_bits: 0.125,
+                gbops: 1.5,
+                overhead_percent: 3.25,
+            }),
             artifact: None,
         }
     }
