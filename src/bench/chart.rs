@@ -28,7 +28,7 @@ const BAND: RGBColor = RGBColor(246, 246, 246);
 /// Sizes in pixels: a panel's plot, what is above and below it, and its sides.
 const PLOT_HEIGHT: i32 = 240;
 const ABOVE: i32 = 40;
-const BELOW: i32 = 48;
+const BELOW: i32 = 56;
 const MARGIN_LEFT: i32 = 58;
 const MARGIN_RIGHT: i32 = 20;
 /// Least width of a model's column, and the width that each mark adds.
@@ -203,15 +203,15 @@ impl Panel<'_> {
         Ok(())
     }
 
-    /// The float accuracy as a dashed line across each model's column.
+    /// The float accuracy as a dashed line across each model's column, its value below the name.
     fn float(&self, root: &Area<'_>, line: &Line<'_>) -> Drawn {
         for (column, rows) in line.cells.iter().enumerate() {
             let Some(mean) = mean_and_spread(&top1(rows)).map(|(mean, _)| mean) else { continue };
             let y = self.y(mean);
             let (from, to) = (self.x(column, 0.04), self.x(column, 0.96));
             dashes(root, (from, to), y)?;
-            let place = (to, y - 9);
-            text(root, &format!("float {mean:.2}"), place, (11, Side::Right), INK)?;
+            let below = (self.x(column, 0.5), self.top + ABOVE + PLOT_HEIGHT + 34);
+            text(root, &format!("float {mean:.2}"), below, (11, Side::Center), INK)?;
         }
         Ok(())
     }

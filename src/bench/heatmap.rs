@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::nn::{Operand, Role};
 
 /// SQNR at the two ends of the colour scale, in dB; values beyond have the colour of the end.
-const RANGE_DB: (f64, f64) = (0.0, 50.0);
+const RANGE_DB: (f64, f64) = (0.0, 40.0);
 /// The colour scale from low to high: even steps of viridis, readable in print and for the
 /// colour-blind.
 const SCALE: [(f64, f64, f64); 6] = [
@@ -137,8 +137,8 @@ impl Map<'_> {
             root.draw(&Rectangle::new(bar, color(share).filled()))?;
         }
         let (low, high) = RANGE_DB;
-        for tick in 0..=5 {
-            let share = f64::from(tick) / 5.0;
+        for tick in 0..=4 {
+            let share = f64::from(tick) / 4.0;
             let x = left + (share * f64::from(width)).round() as i32;
             let value = format!("{:.0}", low + share * (high - low));
             text(root, &value, (x, top + height + 10), (12, Side::Center), INK)?;

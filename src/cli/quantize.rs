@@ -83,7 +83,7 @@ struct BitArgs {
     #[arg(long, value_name = "N", value_parser = args::precision, requires = "weight_bits")]
     activation_bits: Option<Precision>,
     /// Quantize the weights alone: activations stay float.
-    #[arg(long, requires = "bits")]
+    #[arg(long, requires = "bits", conflicts_with_all = ["weight_bits", "activation_bits"])]
     weights_only: bool,
     /// Bits of one kind of product, before all else: WEIGHTS/ACTIVATIONS, each 3 to 8 or float, or
     /// for query_key and score_value ACTIVATIONS alone; repeatable. `reduction=8/8`, `fc2=4/float`.
