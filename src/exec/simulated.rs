@@ -51,6 +51,6 @@ impl Executor for Simulated<'_> {
     fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
         let lhs = self.quantized(site, Operand::Lhs, lhs)?;
         let rhs = self.quantized(site, Operand::Rhs, rhs)?;
-        float::matmul(&lhs, &rhs)
+        float::matmul(site, &lhs, &rhs)
     }
 }
