@@ -2,7 +2,7 @@
 //!
 //! The map, each line using only the lines above it:
 //! - [`error`]: one error type, by the caller's situation
-//! - [`tensor`]: small tensor helpers
+//! - [`tensor`], [`digest`]: small tensor helpers; sha256 as text
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, taps
@@ -24,6 +24,7 @@ pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod digest;
 pub mod engine;
 pub mod error;
 pub mod exec;

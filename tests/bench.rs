@@ -11,10 +11,10 @@ use vitq::bench::matrix::{ArtifactPolicy, CalibrationChoice, Matrix, Selection};
 use vitq::bench::runner::{Outcome, Position};
 use vitq::bench::{Observer, Row, RowKey, Summary, report, run};
 use vitq::calib::task::StemHeadPolicy;
-use vitq::calib::{Progress, ProgressUpdate};
+use vitq::calib::{Progress, ProgressUpdate, RoleBits};
 use vitq::error::Error;
 use vitq::exec::Backend;
-use vitq::quant::BitWidth;
+use vitq::quant::Precision;
 
 /// Enough images for every class, few enough for a test.
 const IMAGES: usize = 20;
@@ -24,7 +24,7 @@ fn demo(path: &str) -> PathBuf {
 }
 
 fn matrix() -> Matrix {
-    let bits = |bits| BitWidth::new(bits, "bits").unwrap();
+    let bits = |bits| Precision::new(bits, "bits").unwrap();
     Matrix {
         checkpoints: vec![demo("checkpoints/digits-vit")],
         calibration: Some(CalibrationChoice {
@@ -35,6 +35,7 @@ fn matrix() -> Matrix {
         limit: Some(IMAGES),
         methods: vec!["float".to_owned(), "minmax".to_owned()],
         bits: vec![(bits(4), bits(4)), (bits(8), bits(8))],
+        role_bits: RoleBits::default(),
         stem_heads: vec![StemHeadPolicy::Float],
         options: BTreeMap::new(),
         seeds: vec![0],
@@ -117,7 +118,9 @@ fn a_changed_question_is_a_new_row() {
         Matrix { methods: vec!["minmax".to_owned()], bits: vec![matrix.bits[bits]], ..matrix }
     };
     run(&only(1), out.path(), &Recorder::default()).unwrap();
-    let changes: [fn(&mut Matrix); 4] = [
+    let changes: [fn(&mut Matrix); 6] = [
+        |matrix| matrix.bits = vec![(matrix.bits[0].0, Precision::Float)],
+        |matrix| matrix.role_bits.insert_text("fc2=4/8").unwrap(),
         |matrix| matrix.limit = Some(IMAGES - 10),
         |matrix| matrix.seeds = vec![1],
         |matrix| matrix.stem_heads = vec![StemHeadPolicy::Int8],
@@ -142,7 +145,18 @@ fn rows_hold_what_was_measured() {
         assert_eq!((row.key.calibration_images, row.key.validation_images), (4, IMAGES));
         assert!(row.calibration_seconds > 0.0 && row.images_per_second > 0.0);
         assert!(row.artifact_bytes < float.artifact_bytes);
+        assert_eq!(row.calibration_peak_bytes.is_some(), cfg!(target_os = "linux"));
     }
+    // Stem and head stay float, all else has the nominal bits; nothing is found at run time.
+    let cost = |row: &Row| row.bit_cost.unwrap();
+    assert_eq!((cost(float).weight_bits, cost(float).activation_bits), (32.0, 32.0));
+    for (row, bits) in [(w4, 4.0), (w8, 8.0)] {
+        let found = cost(row);
+        assert!(found.weight_bits > bits && found.weight_bits < bits + 0.5, "{found:?}");
+        assert!(found.activation_bits > bits && found.activation_bits < bits + 0.5, "{found:?}");
+        assert_eq!((found.metadata_bits, found.overhead_percent), (0.0, 0.0));
+    }
+    assert!(cost(w4).gbops < cost(w8).gbops && cost(w8).gbops < cost(float).gbops / 10.0);
     assert!(w8.sqnr_db > w4.sqnr_db, "{:?} {:?}", w8.sqnr_db, w4.sqnr_db);
     assert!(w4.artifact_bytes < w8.artifact_bytes);
 
@@ -177,6 +191,8 @@ fn kept_artifacts_are_computed_again_when_they_are_gone() {
     let file = out.path().join("artifacts").join(results.rows()[0].artifact.as_ref().unwrap());
     let bytes = std::fs::read(&file).unwrap();
     assert_eq!(bytes.len() as u64, results.rows()[0].artifact_bytes);
+    let map = std::fs::read_to_string(file.with_extension("svg")).unwrap();
+    assert!(map.contains("digits-vit, minmax w8a8") && map.contains("blocks.5"), "{map}");
     std::fs::remove_file(&file).unwrap();
     let (_, summary) = run(&matrix, out.path(), &Recorder::default()).unwrap();
     assert_eq!(summary, Summary { computed: 1, kept: 0 });

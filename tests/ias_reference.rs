@@ -9,7 +9,7 @@
 
 mod reference;
 
-use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::engine::pipeline::CalibrationImages;
 use vitq::quant::BitWidth;
 
@@ -20,10 +20,11 @@ fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
     QuantizeSpec {
         method: method.to_owned(),
         options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        weight_bits: bits,
-        activation_bits: bits,
+        weight_bits: bits.into(),
+        activation_bits: bits.into(),
         stem_head: StemHeadPolicy::Same,
         seed: 0,
+        role_bits: RoleBits::default(),
     }
 }
 

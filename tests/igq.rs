@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use tch::{Device, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::data::{Dataset, DecodeLimits, Sample, load_pixels};
 use vitq::engine::evaluator::Metrics;
 use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
@@ -58,10 +58,11 @@ fn request(method: &str, options: &[(&str, &str)]) -> QuantizeSpec {
     QuantizeSpec {
         method: method.to_owned(),
         options: options.collect(),
-        weight_bits: bits,
-        activation_bits: bits,
+        weight_bits: bits.into(),
+        activation_bits: bits.into(),
         stem_head: StemHeadPolicy::Float,
         seed: 0,
+        role_bits: RoleBits::default(),
     }
 }
 

@@ -10,10 +10,10 @@ use proptest::prelude::*;
 use tch::{Device, Kind, Tensor};
 use vitq::artifact::Artifact;
 use vitq::artifact::content::Source;
-use vitq::bench::matrix::FLOAT_METHOD;
+use vitq::bench::results::FLOAT_METHOD;
 use vitq::calib::progress::Unwatched;
 use vitq::calib::{
-    CalibrationTask, Progress, ProgressUpdate, Quantization, QuantizeSpec, StemHeadPolicy,
+    CalibrationTask, Progress, ProgressUpdate, Quantization, QuantizeSpec, RoleBits, StemHeadPolicy,
 };
 use vitq::engine::QuantizedModel;
 use vitq::error::{Error, Result};
@@ -55,10 +55,11 @@ fn request(method: &MethodEntry, weight_bits: u32, activation_bits: u32) -> Quan
     QuantizeSpec {
         method: method.id.to_owned(),
         options: options.map(|(name, value)| ((*name).into(), (*value).into())).collect(),
-        weight_bits: bits(weight_bits),
-        activation_bits: bits(activation_bits),
+        weight_bits: bits(weight_bits).into(),
+        activation_bits: bits(activation_bits).into(),
         stem_head: StemHeadPolicy::Same,
         seed: 7,
+        role_bits: RoleBits::default(),
     }
 }
 

@@ -9,7 +9,7 @@ mod reference;
 use std::collections::BTreeMap;
 
 use vitq::artifact::Artifact;
-use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::engine::pipeline::CalibrationImages;
 use vitq::quant::BitWidth;
 use vitq::tensor::sqnr_db;
@@ -23,10 +23,11 @@ fn request(bits: u32, variant: &str) -> QuantizeSpec {
     QuantizeSpec {
         method: "repq".to_owned(),
         options: BTreeMap::from([("variant".to_owned(), variant.to_owned())]),
-        weight_bits: bits,
-        activation_bits: bits,
+        weight_bits: bits.into(),
+        activation_bits: bits.into(),
         stem_head: StemHeadPolicy::Same,
         seed: 0,
+        role_bits: RoleBits::default(),
     }
 }
 
@@ -36,13 +37,30 @@ fn repq_equals_the_released_code_on_small_models() {
     assert_eq!(count, 4);
 }
 
-/// The reference ran on another processor: its sums differ in the last bit, which moves a value
-/// across a rounding boundary here and there, and later layers see whole steps of their coarse
-/// grids. Parity proper is held by the small models. Measured against the reference, and between
-/// our own runs when all parameters get relative noise of 1e-7 (worst of five):
-/// ViT 3 bits 21.7 and 17.7 dB, 4 bits 24.2 and 25.3, 6 bits 39.3 and 34.6, 8 bits 31.5;
-/// Swin 3 bits 13.1 and 14.7 dB, 4 bits 21.9 and 21.4, 6 bits 33.0 and 29.8. With the stem's sums in
-/// another order Swin gave 13.2, 25.2 and 29.4 dB: the spread of the same noise.
+/// Runs of the authors' code by the processor they ran on.
+///
+/// Processors sum in different orders. A last bit moves a value across a rounding boundary here and
+/// there, and later layers see whole steps of their coarse grids, so the authors' code differs from
+/// itself between these two as much as from any other correct one: ViT 21.8, 24.2, 31.0 and 35.0 dB
+/// at 3, 4, 6 and 8 bits, Swin 13.2, 25.2 and 29.4 dB at 3, 4 and 6 bits (Swin at 3 bits: top-1
+/// 92.00 there, 90.89 here).
+const REFERENCES: [(&str, &str); 2] = [
+    ("AVX-512", "demo/reference/peer_logits.safetensors"),
+    ("AVX2", "demo/reference/repq_avx2_logits.safetensors"),
+];
+
+/// Least fidelity on the processor of the AVX2 run: the same sums, only the last bits of a logit.
+const SAME_PROCESSOR_FLOOR_DB: f64 = 100.0;
+
+/// Whether the processor is of the kind of the AVX2 run.
+fn is_avx2_only() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2") && !is_x86_feature_detected!("avx512f");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Least fidelity to the nearer run on a processor of another kind, from that spread.
 const LOGITS_FLOOR_DB: [(u32, f64); 4] = [(3, 10.0), (4, 18.0), (6, 25.0), (8, 25.0)];
 
 /// Percentage points of top-1 and agreement: at 3 bits a few of the 450 images lie on the border.
@@ -52,7 +70,6 @@ fn accuracy_tolerance(bits: u32) -> f64 {
 
 fn compare_with_the_authors(name: &str, widths: &[u32]) {
     let subject = subject(name);
-    let theirs = tensors("demo/reference/peer_logits.safetensors");
     let results = json_file("demo/reference/peer_results.json");
     let images = calibration(&subject.checkpoint, &format!("{name}/n32/seed0"));
     for bits in widths {
@@ -61,11 +78,9 @@ fn compare_with_the_authors(name: &str, widths: &[u32]) {
         let row = rows.iter().find(|row| row["logits"] == run.as_str()).unwrap();
         let artifact = artifact(&subject.checkpoint, &images, &request(*bits, "released"));
         let logits = load(&artifact).forward(&subject.images).unwrap();
-        let fidelity = sqnr_db(&theirs[&run], &logits).unwrap();
         let found = metrics(&subject, &logits);
         println!(
-            "{run}: {fidelity:.1} dB of the authors' logits; top-1 {:.2} ({}), \
-             agreement {:.2} ({}), SQNR {:.2} ({}) dB",
+            "{run}: top-1 {:.2} ({}), agreement {:.2} ({}), SQNR {:.2} ({}) dB",
             found.top1(),
             row["top1"],
             found.agreement(),
@@ -73,8 +88,15 @@ fn compare_with_the_authors(name: &str, widths: &[u32]) {
             found.sqnr_db(),
             row["logits_sqnr_db"]
         );
+        let mut nearest = f64::MIN;
+        for (processor, file) in REFERENCES {
+            let fidelity = sqnr_db(&tensors(file)[&run], &logits).unwrap();
+            println!("  {processor}: {fidelity:.1} dB of the authors' logits");
+            nearest = nearest.max(fidelity);
+        }
         let (_, floor) = LOGITS_FLOOR_DB.iter().find(|(width, _)| width == bits).unwrap();
-        assert!(fidelity >= *floor, "{run}: {fidelity} dB");
+        let floor = if is_avx2_only() { SAME_PROCESSOR_FLOOR_DB } else { *floor };
+        assert!(nearest >= floor, "{run}: {nearest} dB");
         let at_least = |found: f64, key: &str, tolerance: f64| {
             let expected = row[key].as_f64().unwrap();
             assert!(found >= expected - tolerance, "{run} {key}: {found} {expected}");

@@ -11,7 +11,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::data::{Dataset, DecodeLimits, load_pixels};
 use vitq::engine::evaluator::Metrics;
 use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
@@ -72,10 +72,11 @@ fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
     QuantizeSpec {
         method: method.to_owned(),
         options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        weight_bits: bits,
-        activation_bits: bits,
+        weight_bits: bits.into(),
+        activation_bits: bits.into(),
         stem_head: StemHeadPolicy::Float,
         seed: 0,
+        role_bits: RoleBits::default(),
     }
 }
 

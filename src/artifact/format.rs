@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 
 use crate::calib::CalibrationReport;
 use crate::calib::task::QuantizeSpec;
+use crate::digest::hex;
 use crate::error::{Error, Result};
 use crate::model::ModelSpec;
 use crate::quant::quantizer::QuantizerHeader;
@@ -186,17 +187,12 @@ fn digest(version: &str, header: &str, tensors: &BTreeMap<String, RawTensor>) ->
     hex(&hasher.finalize())
 }
 
-/// Lower-case hexadecimal text.
-pub fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::calib::StemHeadPolicy;
+    use crate::calib::{RoleBits, StemHeadPolicy};
     use crate::model::{Interpolation, Preprocessing};
-    use crate::quant::BitWidth;
+    use crate::quant::{BitWidth, Precision};
 
     fn artifact() -> Artifact {
         let preprocessing = Preprocessing {
@@ -217,10 +213,11 @@ mod tests {
         let request = QuantizeSpec {
             method: "minmax".to_owned(),
             options: BTreeMap::new(),
-            weight_bits: BitWidth::EIGHT,
-            activation_bits: BitWidth::EIGHT,
+            weight_bits: BitWidth::EIGHT.into(),
+            activation_bits: Precision::Float,
             stem_head: StemHeadPolicy::Float,
             seed: 7,
+            role_bits: RoleBits::default(),
         };
         let header = Header {
             model,

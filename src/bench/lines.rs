@@ -127,13 +127,16 @@ pub(super) fn mean_and_spread(values: &[f64]) -> Option<(f64, Option<f64>)> {
     Some((mean, (values.len() > 1).then(|| (squares / (count - 1.0)).sqrt())))
 }
 
-/// Method id, and in brackets the options that were given.
+/// Method id, and in brackets the options and the bits of single roles that were given.
 pub(super) fn method_label(key: &RowKey) -> String {
-    if key.options.is_empty() {
-        return key.method.clone();
-    }
     let options = key.options.iter().map(|(name, value)| format!("{name}={value}"));
-    format!("{} ({})", key.method, options.collect::<Vec<_>>().join(", "))
+    let parts: Vec<String> =
+        options.chain(key.role_bits.split_whitespace().map(str::to_owned)).collect();
+    if parts.is_empty() {
+        key.method.clone()
+    } else {
+        format!("{} ({})", key.method, parts.join(", "))
+    }
 }
 
 /// Details with several values, and the others as `name: value`.
@@ -161,8 +164,8 @@ fn same_line(a: &RowKey, b: &RowKey) -> bool {
         .filter(|detail| detail.applies_to_float || !a.is_float())
         .all(|detail| (detail.of)(a) == (detail.of)(b));
     details
-        && (&a.method, &a.options, a.weight_bits, a.activation_bits)
-            == (&b.method, &b.options, b.weight_bits, b.activation_bits)
+        && (&a.method, &a.options, &a.role_bits, a.weight_bits, a.activation_bits)
+            == (&b.method, &b.options, &b.role_bits, b.weight_bits, b.activation_bits)
 }
 
 fn same_but_batch(a: &RowKey, b: &RowKey) -> bool {

@@ -6,6 +6,8 @@ use std::rc::Rc;
 
 use tch::Device;
 
+use crate::bench::results::FLOAT_METHOD;
+use crate::calib::RoleBits;
 use crate::calib::task::{QuantizeSpec, StemHeadPolicy};
 use crate::data::{Dataset, DecodeLimits, Sample, load_pixels};
 use crate::engine::pipeline::{self, CalibrationImages};
@@ -13,10 +15,8 @@ use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::methods;
 use crate::model::Checkpoint;
-use crate::quant::BitWidth;
+use crate::quant::Precision;
 
-/// Method id of the unquantized checkpoint.
-pub const FLOAT_METHOD: &str = "float";
 /// Seed of the images that a `limit` selects: a limit means the same images in every run.
 const LIMIT_SEED: u64 = 0;
 
@@ -34,7 +34,9 @@ pub struct Matrix {
     /// Method ids; `float` is the checkpoint itself and has no further combinations.
     pub methods: Vec<String>,
     /// Weight and activation bits.
-    pub bits: Vec<(BitWidth, BitWidth)>,
+    pub bits: Vec<(Precision, Precision)>,
+    /// Exceptions by role, the same in every cell.
+    pub role_bits: RoleBits,
     /// Treatments of stem and head.
     pub stem_heads: Vec<StemHeadPolicy>,
     /// Options; each goes to the methods that have one of that name.
@@ -111,6 +113,7 @@ impl Matrix {
                             activation_bits: *activation_bits,
                             stem_head: *stem_head,
                             seed: *seed,
+                            role_bits: self.role_bits.clone(),
                         };
                         pipeline::validate(&spec)?;
                         cells.push(Cell::Quantized(spec));

@@ -3,14 +3,20 @@
 //! - [`results`]: rows, their keys, the result file
 //! - [`validation`]: the labelled images a run scores
 //! - [`matrix`]: what to run; [`runner`]: running it
-//! - [`report`]: CSV and Markdown tables; [`chart`]: the SVG plot
+//! - [`bit_cost`]: effective bits and bit operations; [`memory`]: the peak of a calibration
+//! - [`report`]: CSV and Markdown tables; [`chart`]: the accuracy plot; [`heatmap`]: SQNR by site
 
+pub mod bit_cost;
 pub mod chart;
+mod drawing;
+pub mod heatmap;
 mod lines;
 pub mod matrix;
+pub mod memory;
 pub mod report;
 pub mod results;
 pub mod runner;
+mod subject;
 pub mod validation;
 
 pub use matrix::Matrix;

@@ -5,6 +5,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
+use crate::bench::bit_cost::BitCost;
 use crate::bench::chart;
 use crate::bench::lines::{Line, Lines, mean_and_spread};
 use crate::bench::results::{Row, write_atomically};
@@ -39,7 +40,14 @@ const COLUMNS: &[Column] = &[
     ("images_per_second", |row| row.images_per_second.to_string()),
     ("artifact_bytes", |row| row.artifact_bytes.to_string()),
     ("resident_bytes", |row| row.resident_bytes.to_string()),
+    ("calibration_peak_bytes", |row| optional(row.calibration_peak_bytes)),
+    ("effective_weight_bits", |row| optional(row.bit_cost.map(|cost| cost.weight_bits))),
+    ("effective_activation_bits", |row| optional(row.bit_cost.map(|cost| cost.activation_bits))),
+    ("metadata_bits", |row| optional(row.bit_cost.map(|cost| cost.metadata_bits))),
+    ("gbops", |row| optional(row.bit_cost.map(|cost| cost.gbops))),
+    ("overhead_percent", |row| optional(row.bit_cost.map(|cost| cost.overhead_percent))),
     ("stem_head", |row| row.key.stem_head.clone()),
+    ("role_bits", |row| row.key.role_bits.clone()),
     ("options", |row| {
         let options = row.key.options.iter().map(|(name, value)| format!("{name}={value}"));
         options.collect::<Vec<_>>().join(";")
@@ -80,6 +88,10 @@ pub fn markdown(rows: &[Row]) -> String {
             push_section(&mut text, title, &table);
         }
     }
+    let precision = precision_table(&lines);
+    if !precision.is_empty() {
+        push_section(&mut text, "Effective bits and bit operations", &precision);
+    }
     push_section(&mut text, "Cost", &cost_table(rows));
     text.push_str(&notes(&lines));
     text
@@ -112,13 +124,7 @@ fn quality_table(lines: &Lines<'_>, value: Value) -> String {
     header.extend(lines.checkpoints.iter().map(|name| (*name).to_owned()));
     let mut table = table_header(&header, 1);
     for (line, cells) in &shown {
-        let mut fields = if line.key.is_float() {
-            vec!["Full precision".to_owned(), "32/32".to_owned()]
-        } else {
-            let (weights, activations) = (line.key.weight_bits, line.key.activation_bits);
-            vec![line.method.clone(), format!("{weights}/{activations}")]
-        };
-        fields.extend(line.details.iter().cloned());
+        let mut fields = line_name(line);
         for (column, cell) in cells.iter().enumerate() {
             let rivals = shown.iter().filter(|(other, _)| other.key.bits() == line.key.bits());
             let best =
@@ -153,6 +159,59 @@ impl Cell {
     }
 }
 
+/// One line per method, bit width and model: what the bits really are, and what they cost.
+fn precision_table(lines: &Lines<'_>) -> String {
+    let mut header = vec!["Method".to_owned(), "Bits (W/A)".to_owned()];
+    header.extend(lines.differing.iter().map(|name| (*name).to_owned()));
+    header.extend(
+        [
+            "Model",
+            "Weight bits",
+            "Activation bits",
+            "Run-time parameters (bits per activation)",
+            "GBOPs per image",
+            "of which not products (%)",
+        ]
+        .map(str::to_owned),
+    );
+    let words = 3 + lines.differing.len();
+    let mut table = String::new();
+    for line in &lines.lines {
+        for (column, rows) in line.cells.iter().enumerate() {
+            let costs: Vec<BitCost> = rows.iter().filter_map(|row| row.bit_cost).collect();
+            if costs.is_empty() {
+                continue;
+            }
+            let mean = |value: fn(&BitCost) -> f64| {
+                costs.iter().map(value).sum::<f64>() / costs.len() as f64
+            };
+            let mut fields = line_name(line);
+            fields.extend([
+                lines.checkpoints[column].to_owned(),
+                format!("{:.2}", mean(|cost| cost.weight_bits)),
+                format!("{:.2}", mean(|cost| cost.activation_bits)),
+                format!("{:.2}", mean(|cost| cost.metadata_bits)),
+                format!("{:.3}", mean(|cost| cost.gbops)),
+                format!("{:.1}", mean(|cost| cost.overhead_percent)),
+            ]);
+            table.push_str(&table_line(&fields));
+        }
+    }
+    if table.is_empty() { table } else { table_header(&header, words) + &table }
+}
+
+/// Method, bits and details of a line.
+fn line_name(line: &Line<'_>) -> Vec<String> {
+    let mut fields = if line.key.is_float() {
+        vec!["Full precision".to_owned(), "32/32".to_owned()]
+    } else {
+        let (weights, activations) = (line.key.weight_bits, line.key.activation_bits);
+        vec![line.method.clone(), format!("{weights}/{activations}")]
+    };
+    fields.extend(line.details.iter().cloned());
+    fields
+}
+
 /// One line per row but for the seeds: calibration time, speed, size.
 fn cost_table(rows: &[Row]) -> String {
     let header = [
@@ -163,6 +222,7 @@ fn cost_table(rows: &[Row]) -> String {
         "Device",
         "Batch",
         "Calibration (s)",
+        "Peak memory (MB)",
         "Images/s",
         "Size (kB)",
         "Resident (kB)",
@@ -181,6 +241,7 @@ fn cost_table(rows: &[Row]) -> String {
         };
         let key = &group[0].key;
         let calibration = mean(|row| row.calibration_seconds);
+        let peak = group.iter().filter_map(|row| row.calibration_peak_bytes).max();
         table.push_str(&table_line(&[
             crate::bench::lines::method_label(key),
             key.bits(),
@@ -189,6 +250,7 @@ fn cost_table(rows: &[Row]) -> String {
             key.device.clone(),
             key.batch_size.to_string(),
             if key.is_float() { "–".to_owned() } else { format!("{calibration:.2}") },
+            peak.map_or("–".to_owned(), |bytes| format!("{:.0}", bytes as f64 / 1e6)),
             format!("{:.1}", mean(|row| row.images_per_second)),
             format!("{:.0}", mean(|row| row.artifact_bytes as f64) / 1e3),
             format!("{:.0}", mean(|row| row.resident_bytes as f64) / 1e3),
@@ -201,7 +263,7 @@ fn same_cost(a: &Row, b: &Row) -> bool {
     let (a, b) = (&a.key, &b.key);
     (&a.checkpoint, &a.method, &a.options, a.bits(), &a.executor, &a.device, a.batch_size)
         == (&b.checkpoint, &b.method, &b.options, b.bits(), &b.executor, &b.device, b.batch_size)
-        && a.stem_head == b.stem_head
+        && (&a.stem_head, &a.role_bits) == (&b.stem_head, &b.role_bits)
 }
 
 /// What a reader must know to compare the numbers.
@@ -246,8 +308,8 @@ fn optional(value: Option<impl ToString>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bench::results::FLOAT_BITS;
     use crate::bench::results::tests::row;
+    use crate::quant::bits::FLOAT_BITS;
 
     #[test]
     fn the_table_has_a_column_a_model_and_averages_seeds() {
@@ -284,6 +346,30 @@ mod tests {
         let text = markdown(&[row("vit", "ubb", 4, 0, 95.0), other]);
         assert!(text.contains("| ubb | 4/4 | float | **95.00** |"), "{text}");
         assert!(text.contains("| ubb | 4/4 | int8 | 90.00 |"), "{text}");
+    }
+
+    #[test]
+    fn mixed_plans_are_lines_of_their_own() {
+        let mut exception = row("vit", "ubb", 4, 0, 96.0);
+        exception.key.role_bits = "fc2=8/8 reduction=8/8".to_owned();
+        let mut weights_only = row("vit", "ubb", 4, 0, 97.0);
+        weights_only.key.activation_bits = FLOAT_BITS;
+        let text = markdown(&[row("vit", "ubb", 4, 0, 95.0), exception, weights_only]);
+        assert!(text.contains("| ubb | 4/4 | 95.00 |"), "{text}");
+        assert!(text.contains("| ubb (fc2=8/8, reduction=8/8) | 4/4 | **96.00** |"), "{text}");
+        assert!(text.contains("| ubb | 4/32 | 97.00 |"), "{text}");
+    }
+
+    #[test]
+    fn effective_bits_are_a_table_of_their_own_where_they_are_known() {
+        let mut unknown = row("swin", "ubb", 4, 0, 95.0);
+        unknown.bit_cost = None;
+        let rows = [row("vit", "ubb", 4, 0, 95.0), row("vit", "ubb", 4, 1, 95.0), unknown];
+        let text = markdown(&rows);
+        let line = "| ubb | 4/4 | vit | 4.25 | 4.50 | 0.12 | 1.500 | 3.2 |";
+        assert!(text.contains(line), "{text}");
+        assert_eq!(text.matches("| swin | 4.25").count(), 0, "{text}");
+        assert!(!markdown(&rows[2..]).contains("Effective bits"), "nothing known, no table");
     }
 
     #[test]

@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bench::bit_cost::BitCost;
 use crate::error::{Error, Result};
 
-/// Bit width reported for float rows.
-pub const FLOAT_BITS: u8 = 32;
+/// Method id of the unquantized checkpoint.
+pub const FLOAT_METHOD: &str = "float";
 
 /// What decides a row's numbers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -21,9 +22,9 @@ pub struct RowKey {
     pub checkpoint: String,
     /// Method id; `float` for the checkpoint itself.
     pub method: String,
-    /// Bits of the weights; 32 for float.
+    /// Bits of the weights; 32 if they are float.
     pub weight_bits: u8,
-    /// Bits of the activations; 32 for float.
+    /// Bits of the activations; 32 if they are float.
     pub activation_bits: u8,
     /// Arithmetic of the forward: `float`, `simulated`.
     pub executor: String,
@@ -33,6 +34,9 @@ pub struct RowKey {
     pub seed: Option<u64>,
     /// Treatment of stem and head: `float`, `int8`, `same`.
     pub stem_head: String,
+    /// Bits of single roles (`reduction=8/8`), separated by spaces; empty without any.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub role_bits: String,
     /// Method options that were given, by name.
     pub options: BTreeMap<String, String>,
     /// Images per forward (changes the speed, never the logits).
@@ -60,10 +64,10 @@ impl RowKey {
 
     /// Whether the row is the checkpoint itself.
     pub fn is_float(&self) -> bool {
-        self.weight_bits == FLOAT_BITS && self.activation_bits == FLOAT_BITS
+        self.method == FLOAT_METHOD
     }
 
-    /// Short form of the bit widths: `w4a4`; `float` for the checkpoint itself.
+    /// Short form of the bit widths: `w4a4`, `w4a32`; `float` for the checkpoint itself.
     pub fn bits(&self) -> String {
         if self.is_float() {
             "float".to_owned()
@@ -95,6 +99,13 @@ pub struct Row {
     pub artifact_bytes: u64,
     /// Bytes of parameters held on the device while running; for float, of the checkpoint's weights.
     pub resident_bytes: u64,
+    /// Largest resident memory of the process during the calibration in bytes; absent for float and
+    /// where the system does not tell.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub calibration_peak_bytes: Option<u64>,
+    /// Effective bits and bit operations; absent from rows of versions before they were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bit_cost: Option<BitCost>,
     /// File name under `artifacts/`, when artifacts were kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub artifact: Option<String>,
@@ -170,6 +181,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::quant::bits::FLOAT_BITS;
 
     /// A row of the digits with the fields that reports look at.
     pub(crate) fn row(checkpoint: &str, method: &str, bits: u8, seed: u64, top1: f64) -> Row {
@@ -184,6 +196,7 @@ pub(super) mod tests {
                 device: "cpu".to_owned(),
                 seed: (!float).then_some(seed),
                 stem_head: "float".to_owned(),
+                role_bits: String::new(),
                 options: BTreeMap::new(),
                 batch_size: 32,
                 calibration_images: if float { 0 } else { 32 },
@@ -201,6 +214,14 @@ pub(super) mod tests {
             images_per_second: 120.0,
             artifact_bytes: 1_000_000,
             resident_bytes: 2_000_000,
+            calibration_peak_bytes: (!float).then_some(300_000_000),
+            bit_cost: (!float).then_some(BitCost {
+                weight_bits: 4.25,
+                activation_bits: 4.5,
+                metadata_bits: 0.125,
+                gbops: 1.5,
+                overhead_percent: 3.25,
+            }),
             artifact: None,
         }
     }
@@ -220,6 +241,7 @@ pub(super) mod tests {
             |key: &mut RowKey| key.validation_images = 40,
             |key: &mut RowKey| key.seed = Some(1),
             |key: &mut RowKey| key.vitq_version = "2.0.0".to_owned(),
+            |key: &mut RowKey| key.role_bits = "fc2=8/8".to_owned(),
             |key: &mut RowKey| drop(key.options.insert("groups".to_owned(), "4".to_owned())),
         ] {
             let mut key = rows[1].key.clone();

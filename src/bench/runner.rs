@@ -1,29 +1,25 @@
 //! The runner: every combination once, each saved as soon as it is known.
 
-use std::collections::BTreeMap;
 use std::path::Path;
-use std::rc::Rc;
-use std::time::Instant;
 
-use sha2::{Digest, Sha256};
-use tch::{Device, Tensor};
+use tch::Device;
 
-use crate::artifact::format::hex;
-use crate::bench::matrix::{ArtifactPolicy, Cell, FLOAT_METHOD, Matrix};
-use crate::bench::results::{FLOAT_BITS, Results, Row, RowKey, write_atomically};
+use crate::bench::bit_cost::{BitCost, bit_cost};
+use crate::bench::matrix::{ArtifactPolicy, Cell, Matrix};
+use crate::bench::memory::watch_peak;
+use crate::bench::results::{Results, Row, RowKey, write_atomically};
+use crate::bench::subject::{Scored, Subject};
 use crate::bench::validation::{self, Validation};
 use crate::calib::Progress;
-use crate::calib::task::{QuantizeSpec, StemHeadPolicy};
-use crate::device;
+use crate::calib::task::QuantizeSpec;
+use crate::digest::sha256_hex;
 use crate::engine::evaluator::Metrics;
-use crate::engine::pipeline::{self, CalibrationImages};
+use crate::engine::pipeline;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::model::Checkpoint;
-
-/// Speed is measured over whole passes until they took this long together.
-const MIN_TIMED_SECONDS: f64 = 1.0;
+use crate::quant::QuantPlan;
 
 /// Watches a run.
 pub trait Observer: Progress {
@@ -61,13 +57,6 @@ pub struct Summary {
     pub kept: usize,
 }
 
-/// Logits of all validation images and how fast they came.
-#[derive(Debug)]
-struct Scored {
-    logits: Vec<f32>, // [images, classes]
-    images_per_second: f64,
-}
-
 /// Runs what `results.json` in `folder` lacks, saving after every row.
 ///
 /// # Errors
@@ -102,106 +91,6 @@ pub fn run(matrix: &Matrix, folder: &Path, observer: &dyn Observer) -> Result<(R
     Ok((runner.results, runner.summary))
 }
 
-/// A checkpoint and all the images it meets.
-struct Subject<'a> {
-    name: String,
-    checkpoint: Checkpoint,
-    validation: Validation<'a>,
-    validation_digest: &'a str,
-    calibrations: BTreeMap<u64, Rc<CalibrationImages>>,
-}
-
-impl Subject<'_> {
-    /// The key of a row.
-    fn key(
-        &self,
-        cell: &Cell,
-        device: Device,
-        executor: Backend,
-        batch_size: usize,
-    ) -> Result<RowKey> {
-        let float = RowKey {
-            checkpoint: self.name.clone(),
-            method: FLOAT_METHOD.to_owned(),
-            weight_bits: FLOAT_BITS,
-            activation_bits: FLOAT_BITS,
-            executor: Backend::Float.name().to_owned(),
-            device: device::name(device),
-            seed: None,
-            stem_head: StemHeadPolicy::Float.name().to_owned(),
-            options: BTreeMap::new(),
-            batch_size,
-            calibration_images: 0,
-            calibration_digest: None,
-            checkpoint_digest: self.checkpoint.digest.clone(),
-            validation_images: self.validation.len(),
-            validation_digest: self.validation_digest.to_owned(),
-            vitq_version: env!("CARGO_PKG_VERSION").to_owned(),
-        };
-        let Cell::Quantized(spec) = cell else { return Ok(float) };
-        let calibration = self.calibration(spec.seed)?;
-        Ok(RowKey {
-            method: spec.method.clone(),
-            weight_bits: spec.weight_bits.get(),
-            activation_bits: spec.activation_bits.get(),
-            executor: executor.name().to_owned(),
-            seed: Some(spec.seed),
-            stem_head: spec.stem_head.name().to_owned(),
-            options: spec.options.clone(),
-            calibration_images: usize::try_from(calibration.images.size()[0]).unwrap_or(0),
-            calibration_digest: Some(calibration.digest.clone()),
-            ..float
-        })
-    }
-
-    fn calibration(&self, seed: u64) -> Result<&CalibrationImages> {
-        let images = self.calibrations.get(&seed);
-        images.map(Rc::as_ref).ok_or_else(|| Error::internal("a seed has no calibration images"))
-    }
-
-    /// All logits, and the speed of the forward without decoding and transfer of the images.
-    fn score(
-        &self,
-        device: Device,
-        batch_size: usize,
-        forward: impl Fn(&Tensor) -> Result<Tensor>,
-    ) -> Result<Scored> {
-        let _inference = tch::no_grad_guard();
-        let mut scored: Option<Scored> = None;
-        let (mut seconds, mut images) = (0.0, 0);
-        while scored.is_none() || (seconds < MIN_TIMED_SECONDS && self.validation.is_resident()) {
-            let mut logits = Vec::new();
-            self.validation.for_each_batch(batch_size, device, |batch, pixels| {
-                if scored.is_none() && batch.start == 0 {
-                    let _warm_up = forward(pixels)?; // allocators, kernel selection
-                }
-                let start = Instant::now();
-                // The copy waits for the device, so that asynchronous work is timed in full.
-                let values = forward(pixels)?.f_to_device(Device::Cpu)?;
-                seconds += start.elapsed().as_secs_f64();
-                images += batch.len();
-                logits.extend(Vec::<f32>::try_from(values.f_flatten(0, -1)?)?);
-                Ok(())
-            })?;
-            scored = scored.or(Some(Scored { logits, images_per_second: 0.0 }));
-        }
-        let mut scored = scored.ok_or_else(|| Error::internal("no pass was made"))?;
-        scored.images_per_second = images as f64 / seconds;
-        Ok(scored)
-    }
-
-    /// Accuracy of logits, and their distance from the float model's.
-    fn metrics(&self, logits: &[f32], float: &[f32]) -> Metrics {
-        let classes = logits.len() / self.validation.len();
-        let mut metrics = Metrics::default();
-        let images = logits.chunks_exact(classes).zip(float.chunks_exact(classes));
-        for (image, (logits, float)) in images.enumerate() {
-            metrics.add(logits, self.validation.class(image), Some(float));
-        }
-        metrics
-    }
-}
-
 /// The state of a run.
 struct Runner<'a> {
     matrix: &'a Matrix,
@@ -215,8 +104,10 @@ struct Runner<'a> {
 /// What a row costs, beside its accuracy and speed.
 struct Cost {
     calibration_seconds: f64,
+    calibration_peak_bytes: Option<u64>,
     artifact_bytes: u64,
     resident_bytes: u64,
+    bit_cost: BitCost,
     artifact: Option<String>,
 }
 
@@ -246,13 +137,16 @@ impl Runner<'_> {
                 continue;
             }
             self.observer.started(&key, self.position());
-            let scored = float_scored(subject, device, *batch_size)?;
+            let model = FloatModel::load(&subject.checkpoint, device)?;
+            let scored = float_scored(subject, &model, *batch_size)?;
             let float = reference.get_or_insert_with(|| scored.logits.clone());
             let metrics = subject.metrics(&scored.logits, float);
             let cost = Cost {
                 calibration_seconds: 0.0,
+                calibration_peak_bytes: None,
                 artifact_bytes: subject.checkpoint.bytes,
                 resident_bytes: subject.checkpoint.bytes,
+                bit_cost: bit_cost(model.model(), &QuantPlan::default(), Backend::Float, device)?,
                 artifact: None,
             };
             self.insert(row(key, &metrics, &scored, cost))?;
@@ -282,15 +176,21 @@ impl Runner<'_> {
         let float = match reference {
             Some(float) => float,
             None => {
-                reference.insert(float_scored(subject, device, self.matrix.batch_sizes[0])?.logits)
+                let model = FloatModel::load(&subject.checkpoint, device)?;
+                reference.insert(float_scored(subject, &model, self.matrix.batch_sizes[0])?.logits)
             }
         };
         let calibration = subject.calibration(spec.seed)?;
+        let watch = watch_peak();
         let quantized =
             pipeline::quantize(&subject.checkpoint, calibration, spec, device, self.observer)?;
+        let calibration_peak_bytes = watch.and_then(|watch| watch.peak_bytes());
         let bytes = quantized.artifact.to_bytes()?;
         let artifact = match self.matrix.artifacts {
-            ArtifactPolicy::Keep => Some(self.keep_artifact(first, &bytes)?),
+            ArtifactPolicy::Keep => {
+                let map = subject.heatmap(first, &quantized.artifact)?;
+                Some(self.keep_artifact(first, &bytes, &map)?)
+            }
             ArtifactPolicy::Discard => None,
         };
         for (executor, batch_size, key) in missing {
@@ -299,8 +199,10 @@ impl Runner<'_> {
             let metrics = subject.metrics(&scored.logits, float);
             let cost = Cost {
                 calibration_seconds: quantized.calibration_seconds,
+                calibration_peak_bytes,
                 artifact_bytes: bytes.len() as u64,
                 resident_bytes: model.resident_bytes(),
+                bit_cost: bit_cost(model.model(), model.plan(), executor, device)?,
                 artifact: artifact.clone(),
             };
             self.insert(row(key, &metrics, &scored, cost))?;
@@ -335,21 +237,23 @@ impl Runner<'_> {
         Position { row: self.summary.computed + self.summary.kept + 1, rows: self.rows }
     }
 
-    /// Writes an artifact under a name that tells what it is; returns the name.
-    fn keep_artifact(&self, key: &RowKey, bytes: &[u8]) -> Result<String> {
+    /// Writes an artifact, and beside it a map of its errors, under a name that tells what it is;
+    /// returns the artifact's name.
+    fn keep_artifact(&self, key: &RowKey, bytes: &[u8], map: &str) -> Result<String> {
         let folder = self.folder.join("artifacts");
         std::fs::create_dir_all(&folder).map_err(|source| Error::io(&folder, source))?;
-        let digest = hex(&Sha256::digest(bytes));
+        let digest = sha256_hex(bytes);
         let (checkpoint, method, bits) = (&key.checkpoint, &key.method, key.bits());
-        let name = format!("{checkpoint}-{method}-{bits}-{}.safetensors", &digest[..8]);
+        let stem = format!("{checkpoint}-{method}-{bits}-{}", &digest[..8]);
+        write_atomically(&folder.join(format!("{stem}.svg")), map.as_bytes())?;
+        let name = format!("{stem}.safetensors");
         write_atomically(&folder.join(&name), bytes)?;
         Ok(name)
     }
 }
 
-fn float_scored(subject: &Subject<'_>, device: Device, batch_size: usize) -> Result<Scored> {
-    let model = FloatModel::load(&subject.checkpoint, device)?;
-    subject.score(device, batch_size, |images| model.forward(images))
+fn float_scored(subject: &Subject<'_>, model: &FloatModel, batch_size: usize) -> Result<Scored> {
+    subject.score(model.device(), batch_size, |images| model.forward(images))
 }
 
 fn row(key: RowKey, metrics: &Metrics, scored: &Scored, cost: Cost) -> Row {
@@ -364,6 +268,8 @@ fn row(key: RowKey, metrics: &Metrics, scored: &Scored, cost: Cost) -> Row {
         images_per_second: scored.images_per_second,
         artifact_bytes: cost.artifact_bytes,
         resident_bytes: cost.resident_bytes,
+        calibration_peak_bytes: cost.calibration_peak_bytes,
+        bit_cost: Some(cost.bit_cost),
         artifact: cost.artifact,
     }
 }

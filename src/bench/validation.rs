@@ -3,11 +3,10 @@
 use std::ops::Range;
 
 use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use tch::{Device, Tensor};
 
-use crate::artifact::format::hex;
 use crate::data::{DecodeLimits, Sample, load_pixels};
+use crate::digest::sha256_hex;
 use crate::engine::pipeline::image_batch;
 use crate::error::{Error, Result};
 use crate::model::Preprocessing;
@@ -27,10 +26,10 @@ pub fn digest(samples: &[Sample]) -> Result<String> {
         .map(|sample| {
             let bytes =
                 std::fs::read(&sample.path).map_err(|source| Error::io(&sample.path, source))?;
-            Ok(format!("{}\n{}\n{}\n", sample.name, sample.class, hex(&Sha256::digest(bytes))))
+            Ok(format!("{}\n{}\n{}\n", sample.name, sample.class, sha256_hex(&bytes)))
         })
         .collect::<Result<Vec<_>>>()?;
-    Ok(hex(&Sha256::digest(parts.concat())))
+    Ok(sha256_hex(parts.concat().as_bytes()))
 }
 
 /// Validation images as one model wants them.

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use tch::Device;
 
+use crate::calib::RoleBits;
 use crate::calib::task::StemHeadPolicy;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::methods;
-use crate::quant::BitWidth;
+use crate::quant::{BitWidth, Precision};
 
 /// A method id.
 pub(super) fn method(text: &str) -> Result<String> {
@@ -20,6 +21,20 @@ pub(super) fn method(text: &str) -> Result<String> {
 pub(super) fn bit_width(text: &str) -> Result<BitWidth> {
     let bits = text.parse().map_err(|_| Error::invalid("bits", "not a whole number"))?;
     BitWidth::new(bits, "bits")
+}
+
+/// A bit width from 3 to 8, or `float`.
+pub(super) fn precision(text: &str) -> Result<Precision> {
+    Precision::parse(text, "bits")
+}
+
+/// Exceptions by role, as `reduction=8/8`; a role given twice is a mistake.
+pub(super) fn role_bits(texts: &[String]) -> Result<RoleBits> {
+    let mut bits = RoleBits::default();
+    for text in texts {
+        bits.insert_text(text)?;
+    }
+    Ok(bits)
 }
 
 /// A treatment of stem and head.

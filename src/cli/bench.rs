@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde_json::json;
 
-use crate::bench::matrix::{ArtifactPolicy, CalibrationChoice, FLOAT_METHOD, Matrix, Selection};
+use crate::bench::matrix::{ArtifactPolicy, CalibrationChoice, Matrix, Selection};
+use crate::bench::results::FLOAT_METHOD;
 use crate::bench::runner::{Outcome, Position};
 use crate::bench::{Observer, Row, RowKey, Summary, report, run};
 use crate::calib::task::StemHeadPolicy;
@@ -14,7 +15,7 @@ use crate::cli::failure::Failure;
 use crate::cli::output::Output;
 use crate::cli::progress::{Display, Step};
 use crate::exec::Backend;
-use crate::quant::BitWidth;
+use crate::quant::{BitWidth, Precision};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -34,12 +35,19 @@ pub(super) struct Args {
     #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = args::bit_width,
         conflicts_with_all = ["weight_bits", "activation_bits"])]
     bits: Vec<BitWidth>,
-    /// Bits of the weights, with each of --activation-bits.
-    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = args::bit_width, requires = "activation_bits")]
-    weight_bits: Vec<BitWidth>,
-    /// Bits of the activations.
-    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = args::bit_width, requires = "weight_bits")]
-    activation_bits: Vec<BitWidth>,
+    /// Bits of the weights, or float, with each of --activation-bits.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = args::precision, requires = "activation_bits")]
+    weight_bits: Vec<Precision>,
+    /// Bits of the activations, or float.
+    #[arg(long, value_name = "N,…", value_delimiter = ',', value_parser = args::precision, requires = "weight_bits")]
+    activation_bits: Vec<Precision>,
+    /// Quantize the weights alone, with each of --bits: activations stay float.
+    #[arg(long, requires = "bits", conflicts_with_all = ["weight_bits", "activation_bits"])]
+    weights_only: bool,
+    /// Bits of one kind of product, before all else: WEIGHTS/ACTIVATIONS, each 3 to 8 or float, or
+    /// for query_key and score_value ACTIVATIONS alone; repeatable. `reduction=8/8`, `fc2=4/float`.
+    #[arg(long = "role-bits", value_name = "ROLE=W/A")]
+    role_bits: Vec<String>,
     /// Number of calibration images, drawn by the seed.
     #[arg(long, value_name = "N", default_value = "32", value_parser = args::positive)]
     calib_images: usize,
@@ -98,8 +106,10 @@ impl Args {
 
     fn matrix(self) -> Result<Matrix, Failure> {
         let needs_bits = self.methods.iter().any(|method| method != FLOAT_METHOD);
-        let bits: Vec<(BitWidth, BitWidth)> = if self.weight_bits.is_empty() {
-            self.bits.iter().map(|bits| (*bits, *bits)).collect()
+        let bits: Vec<(Precision, Precision)> = if self.weight_bits.is_empty() {
+            let widths = self.bits.iter().map(|bits| Precision::Bits(*bits));
+            let activations = |bits| if self.weights_only { Precision::Float } else { bits };
+            widths.map(|bits| (bits, activations(bits))).collect()
         } else {
             let pairs = self.weight_bits.iter();
             pairs.flat_map(|w| self.activation_bits.iter().map(|a| (*w, *a))).collect()
@@ -123,6 +133,7 @@ impl Args {
             limit: self.limit,
             methods: self.methods,
             bits,
+            role_bits: args::role_bits(&self.role_bits)?,
             stem_heads: self.stem_head,
             options: args::unique(self.options, "option")?,
             seeds: self.seeds,
@@ -183,7 +194,8 @@ impl Observer for Watcher {
 fn key_text(key: &RowKey) -> String {
     let mut parts = vec![key.checkpoint.clone(), key.method.clone()];
     if let Some(seed) = key.seed {
-        parts.push(format!("{} {}, seed {seed}", key.bits(), key.executor));
+        let exceptions = format!("{} {}", key.bits(), key.role_bits);
+        parts.push(format!("{} {}, seed {seed}", exceptions.trim_end(), key.executor));
     }
     format!("{} on {}, batch {}", parts.join(" "), key.device, key.batch_size)
 }

@@ -4,12 +4,11 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
-use sha2::{Digest, Sha256};
 
-use crate::artifact::format::hex;
 use crate::artifact::{Artifact, Header};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes};
+use crate::digest::sha256_hex;
 use crate::error::Error;
 
 #[derive(Debug, clap::Args)]
@@ -26,7 +25,7 @@ impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
         let content = std::fs::read(&self.file).map_err(|e| Error::io(&self.file, e))?;
         let artifact = Artifact::from_bytes(&self.file.display().to_string(), &content)?;
-        let digest = hex(&Sha256::digest(&content));
+        let digest = sha256_hex(&content);
         if self.verify {
             verify(&self.file, &artifact, &content, &digest)?;
         }
@@ -75,17 +74,20 @@ fn text(artifact: &Artifact, size: usize, digest: &str, verified: bool) -> Strin
     let Header { model, request, calibration, source_digest, source_bytes, sites, .. } =
         &artifact.header;
     let options = request.options.iter().map(|(name, value)| format!(" {name}={value}"));
+    let exceptions = request.role_bits.to_string();
+    let exceptions = exceptions.split_whitespace().map(|text| format!(", {text}"));
     let share = 100.0 * size as f64 / (*source_bytes).max(1) as f64;
     let mut lines = vec![
         format!("digest       {digest}{}", if verified { " (verified)" } else { "" }),
         format!("model        {}, {} classes", model.architecture, model.num_classes),
         format!(
-            "method       {}{} w{}a{}, stem and head {}, seed {}",
+            "method       {}{} w{}a{}, stem and head {}{}, seed {}",
             request.method,
             options.collect::<String>(),
-            request.weight_bits,
-            request.activation_bits,
+            request.weight_bits.get(),
+            request.activation_bits.get(),
             request.stem_head.name(),
+            exceptions.collect::<String>(),
             request.seed
         ),
         format!("calibration  {} images, sha256 {}", calibration.images, calibration.digest),

@@ -12,8 +12,8 @@ use crate::cli::output::Output;
 use crate::cli::render;
 use crate::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use crate::grpc::proto::quantize_request::Calibration;
-use crate::grpc::proto::{CalibrationDataset, QuantizeRequest, StemHead};
-use crate::quant::BitWidth;
+use crate::grpc::proto::{CalibrationDataset, QuantizeRequest, RoleBits, StemHead};
+use crate::quant::{BitWidth, Precision};
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
@@ -76,12 +76,29 @@ struct BitArgs {
         conflicts_with_all = ["weight_bits", "activation_bits"],
         required_unless_present_all = ["weight_bits", "activation_bits"])]
     bits: Option<BitWidth>,
-    /// Bits of the weights.
-    #[arg(long, value_name = "N", value_parser = args::bit_width, requires = "activation_bits")]
-    weight_bits: Option<BitWidth>,
-    /// Bits of the activations.
-    #[arg(long, value_name = "N", value_parser = args::bit_width, requires = "weight_bits")]
-    activation_bits: Option<BitWidth>,
+    /// Bits of the weights, or float.
+    #[arg(long, value_name = "N", value_parser = args::precision, requires = "activation_bits")]
+    weight_bits: Option<Precision>,
+    /// Bits of the activations, or float.
+    #[arg(long, value_name = "N", value_parser = args::precision, requires = "weight_bits")]
+    activation_bits: Option<Precision>,
+    /// Quantize the weights alone: activations stay float.
+    #[arg(long, requires = "bits", conflicts_with_all = ["weight_bits", "activation_bits"])]
+    weights_only: bool,
+    /// Bits of one kind of product, before all else: WEIGHTS/ACTIVATIONS, each 3 to 8 or float, or
+    /// for query_key and score_value ACTIVATIONS alone; repeatable. `reduction=8/8`, `fc2=4/float`.
+    #[arg(long = "role-bits", value_name = "ROLE=W/A")]
+    role_bits: Vec<String>,
+}
+
+impl BitArgs {
+    /// Bits of weights and activations.
+    fn widths(&self) -> (Precision, Precision) {
+        // clap has made sure that both are given one way or the other
+        let both = self.bits.map_or(Precision::Float, Precision::Bits);
+        let activations = if self.weights_only { Precision::Float } else { both };
+        (self.weight_bits.unwrap_or(both), self.activation_bits.unwrap_or(activations))
+    }
 }
 
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -127,8 +144,8 @@ impl Args {
         if let Some(groups) = self.groups {
             options.insert("groups".to_owned(), groups.to_string());
         }
-        let weight_bits = bits(self.bits.bits.or(self.bits.weight_bits));
-        let activation_bits = bits(self.bits.bits.or(self.bits.activation_bits));
+        let (weight_bits, activation_bits) = self.bits.widths();
+        let role_bits = args::role_bits(&self.bits.role_bits)?;
         let files = self.calib_files.as_deref().map(args::list_file).transpose()?;
         let dataset = CalibrationDataset {
             name: self.calib_dataset,
@@ -136,7 +153,8 @@ impl Args {
             files: files.unwrap_or_default(),
         };
         let model_id = self.name.unwrap_or_else(|| {
-            default_id(&self.checkpoint, &self.method, weight_bits, activation_bits)
+            let bits = format!("w{}a{}", weight_bits.get(), activation_bits.get());
+            default_id(&[&self.checkpoint, &self.method, &bits, &role_bits.to_string()])
         });
         let stem_head = match self.stem_head {
             StemHeadChoice::Float => StemHead::Float,
@@ -147,8 +165,8 @@ impl Args {
             checkpoint: self.checkpoint,
             method: self.method,
             options,
-            weight_bits,
-            activation_bits,
+            weight_bits: weight_bits.into(),
+            activation_bits: activation_bits.into(),
             stem_head: stem_head.into(),
             seed: self.seed,
             model_id,
@@ -156,19 +174,18 @@ impl Args {
             load_after: self.load,
             request_id: self.request_id,
             validate_only: self.validate_only,
+            role_bits: role_bits.iter().map(RoleBits::from).collect(),
             calibration: Some(Calibration::Dataset(dataset)),
         })
     }
 }
 
-fn bits(width: Option<BitWidth>) -> u32 {
-    width.map_or(0, |width| width.get().into())
-}
-
-/// `digits-vit-ubb-w4a4`, with what an id must not hold replaced by hyphens.
-fn default_id(checkpoint: &str, method: &str, weight_bits: u32, activation_bits: u32) -> String {
+/// `digits-vit-ubb-w4a4` of a checkpoint's path, method, bits and exceptions, with what an id must
+/// not hold replaced by hyphens.
+fn default_id(parts: &[&str; 4]) -> String {
+    let [checkpoint, rest @ ..] = parts;
     let name = checkpoint.rsplit('/').next().unwrap_or(checkpoint);
-    let text = format!("{name}-{method}-w{weight_bits}a{activation_bits}").to_lowercase();
+    let text = format!("{name}-{}", rest.join("-")).to_lowercase();
     let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' };
     text.chars().map(allowed).collect::<String>().trim_matches('-').to_owned()
 }
@@ -179,7 +196,8 @@ mod tests {
 
     #[test]
     fn the_default_id_tells_checkpoint_method_and_bits() {
-        assert_eq!(default_id("digits-vit", "ubb", 4, 4), "digits-vit-ubb-w4a4");
-        assert_eq!(default_id("_a/ViT_Tiny.p16", "ubb", 4, 8), "vit-tiny-p16-ubb-w4a8");
+        assert_eq!(default_id(&["digits-vit", "ubb", "w4a4", ""]), "digits-vit-ubb-w4a4");
+        let id = default_id(&["_a/ViT_Tiny.p16", "ubb", "w4a32", "reduction=8/8 head=8/float"]);
+        assert_eq!(id, "vit-tiny-p16-ubb-w4a32-reduction-8-8-head-8-float");
     }
 }

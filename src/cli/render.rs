@@ -6,9 +6,12 @@ use crate::cli::failure::{inner_status, status_json, status_text};
 use crate::cli::output;
 use crate::grpc::proto::{
     CalibrationReport, EvaluateResult, EvaluationMetrics, JobMetadata, JobState, Label, Model,
-    QuantizeResult, SiteReport, StemHead, model,
+    QuantizeResult, RoleBits, SiteReport, StemHead, model,
 };
+use crate::quant::bits::FLOAT_BITS;
 
+/// The bit width that stands for float.
+const FLOAT: u32 = FLOAT_BITS as u32;
 /// Worst operands that a text report names.
 const WORST_SITES: usize = 3;
 
@@ -28,6 +31,22 @@ pub(super) fn time(timestamp: Option<&prost_types::Timestamp>) -> String {
 /// The bit widths in short: `w4a4`.
 pub(super) fn bits(model: &Model) -> String {
     format!("w{}a{}", model.weight_bits, model.activation_bits)
+}
+
+/// Exceptions from the bit widths as flags spell them: `, reduction=8/8`.
+fn role_bits(model: &Model) -> String {
+    let precision = |bits| match bits {
+        FLOAT => "float".to_owned(),
+        bits => bits.to_string(),
+    };
+    let entry = |entry: &RoleBits| {
+        let activations = precision(entry.activation_bits);
+        match entry.weight_bits {
+            0 => format!(", {}={activations}", entry.role),
+            weights => format!(", {}={}/{activations}", entry.role, precision(weights)),
+        }
+    };
+    model.role_bits.iter().map(entry).collect()
 }
 
 /// `stored`, `loading`, `ready`, `failed`.
@@ -72,11 +91,12 @@ pub(super) fn model_text(model: &Model) -> String {
         format!("  architecture {}", model.architecture),
         format!("  input        {0}x{0} pixels, {1} classes", model.image_size, model.num_classes),
         format!(
-            "  method       {}{} {}, stem and head {}",
+            "  method       {}{} {}, stem and head {}{}",
             model.method,
             options.collect::<String>(),
             bits(model),
-            stem_head(model)
+            stem_head(model),
+            role_bits(model)
         ),
         format!(
             "  calibration  {} images, seed {}, from {}",
@@ -112,6 +132,11 @@ pub(super) fn model_json(model: &Model) -> Value {
         "weight_bits": model.weight_bits,
         "activation_bits": model.activation_bits,
         "stem_head": stem_head(model),
+        "role_bits": model.role_bits.iter().map(|entry| json!({
+            "role": entry.role,
+            "weight_bits": entry.weight_bits,
+            "activation_bits": entry.activation_bits,
+        })).collect::<Vec<_>>(),
         "seed": model.seed,
         "checkpoint": model.checkpoint,
         "source_digest": model.source_digest,

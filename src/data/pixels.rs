@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::preprocess::{checked_size, preprocess_into};
 use super::{DecodeLimits, Sample, decode};
+use crate::digest::hex;
 use crate::error::{Error, Result};
 use crate::model::Preprocessing;
 
@@ -30,7 +31,7 @@ impl Pixels {
             let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
             hash.update(bytes);
         }
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&hash.finalize())
     }
 }
 

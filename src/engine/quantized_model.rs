@@ -54,6 +54,16 @@ impl QuantizedModel {
         }
     }
 
+    /// The architecture over the decoded weights.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The restored quantizers.
+    pub fn plan(&self) -> &QuantPlan {
+        &self.plan
+    }
+
     /// Bytes of parameters held on the device.
     pub fn resident_bytes(&self) -> u64 {
         self.resident_bytes
@@ -89,6 +99,16 @@ impl FloatModel {
     pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         self.model.forward(&mut Float, &images.f_to_device(self.device)?)
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// The architecture over its weights.
+    pub fn model(&self) -> &Model {
+        &self.model
     }
 
     /// What the model is.

@@ -22,9 +22,9 @@ impl Executor for Float {
 
 /// `x · weightᵀ + bias` with x [images·windows, .., in].
 ///
-/// A BLAS product may sum in another order when its row count changes. On the CPU each image is
-/// therefore multiplied by itself: same shape, same order, same bits whatever the batch. On a GPU
-/// one batched product is used, with one matrix per image.
+/// A BLAS product may sum in another order when its row count or its alignment changes. On the CPU
+/// each image is therefore multiplied by itself: same shape, same place, same bits whatever the
+/// batch. On a GPU one batched product is used, with one matrix per image.
 pub(super) fn linear(
     site: &Site,
     x: &Tensor,
@@ -148,16 +148,46 @@ mod tests {
     use crate::nn::SiteId;
     use crate::quant::uniform::laws::sample;
 
+    fn site(windows: i64) -> Site {
+        let (path, norm) = ("matmul1".to_owned(), None);
+        Site { id: SiteId(0), path, role: Role::QueryKey, norm, unit: 0, windows }
+    }
+
+    #[test]
+    fn a_batch_gives_what_each_image_gives_whatever_the_layout() {
+        for (windows, heads, tokens, width) in
+            [(1, 3, 5, 16), (1, 5, 10, 8), (4, 3, 7, 5), (1, 1, 3, 3)]
+        {
+            let site = site(windows);
+            // Heads side by side in memory, as a quantizer of tokens leaves them, and apart.
+            let beside = |seed| {
+                sample(&[4 * windows, tokens, heads, width], seed).transpose(1, 2) // [.., h, t, w]
+            };
+            for (lhs, rhs) in
+                [(beside(1), beside(2)), (beside(1).contiguous(), beside(2).contiguous())]
+            {
+                let together = matmul(&site, &lhs, &rhs).unwrap();
+                for image in 0..4 {
+                    let alone = |x: &Tensor| x.narrow(0, image * windows, windows).copy();
+                    let expected = matmul(&site, &alone(&lhs), &alone(&rhs)).unwrap();
+                    assert!(together.narrow(0, image * windows, windows).equal(&expected));
+                }
+            }
+            let x = sample(&[4 * windows, tokens, width], 3);
+            let weight = sample(&[tokens + 2, width], 4);
+            let bias = sample(&[tokens + 2], 5);
+            let together = linear(&site, &x, &weight, Some(&bias)).unwrap();
+            for image in 0..4 {
+                let alone = x.narrow(0, image * windows, windows).copy();
+                let expected = linear(&site, &alone, &weight, Some(&bias)).unwrap();
+                assert!(together.narrow(0, image * windows, windows).equal(&expected));
+            }
+        }
+    }
+
     #[test]
     fn the_strides_of_an_operand_do_not_show_in_the_product() {
-        let site = |role| Site {
-            id: SiteId(0),
-            path: "attn".to_owned(),
-            role,
-            norm: None,
-            unit: 0,
-            windows: 1,
-        };
+        let site = |role| Site { role, ..site(1) };
         // Tokens before heads in memory, as a quantizer of tokens returns it.
         let strided = |x: &Tensor| x.transpose(1, 2).contiguous().transpose(1, 2);
         let (q, k) = (sample(&[4, 2, 10, 8], 1), sample(&[4, 2, 10, 8], 2));

@@ -5,8 +5,11 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use super::proto;
+use crate::calib::role_bits::{RoleBits, RolePrecision};
 use crate::calib::task::StemHeadPolicy;
 use crate::error::{Error, Result};
+use crate::nn::Role;
+use crate::quant::Precision;
 
 /// A duration; one too long for protobuf becomes the longest.
 pub(super) fn duration(value: Duration) -> prost_types::Duration {
@@ -50,6 +53,42 @@ pub(super) fn stem_head(policy: StemHeadPolicy) -> proto::StemHead {
         StemHeadPolicy::Float => proto::StemHead::Float,
         StemHeadPolicy::Int8 => proto::StemHead::Int8,
         StemHeadPolicy::Same => proto::StemHead::Same,
+    }
+}
+
+/// Exceptions by role from the wire.
+///
+/// # Errors
+/// `InvalidArgument` on the field of the entry at fault: `role_bits[0].weight_bits`.
+pub(super) fn role_bits_from(entries: Vec<proto::RoleBits>) -> Result<RoleBits> {
+    let mut bits = RoleBits::default();
+    for (index, entry) in entries.into_iter().enumerate() {
+        let proto::RoleBits { role, weight_bits, activation_bits } = entry;
+        let field = |name: &str| format!("role_bits[{index}].{name}");
+        let role = Role::parse(&role, &field("role"))?;
+        let weights = match weight_bits {
+            0 if role.is_matmul() => None,
+            bits => Some(Precision::new(bits, &field("weight_bits"))?),
+        };
+        if weights.is_some() && role.is_matmul() {
+            let reason = format!("{} has no weights: must be 0", role.name());
+            return Err(Error::invalid(field("weight_bits"), reason));
+        }
+        let activations = Precision::new(activation_bits, &field("activation_bits"))?;
+        bits.insert(role, weights, activations, &field("role"))?;
+    }
+    Ok(bits)
+}
+
+/// An exception for the wire.
+impl From<(Role, RolePrecision)> for proto::RoleBits {
+    fn from((role, precision): (Role, RolePrecision)) -> Self {
+        let RolePrecision { weights, activations } = precision;
+        Self {
+            role: role.name().to_owned(),
+            weight_bits: if role.is_matmul() { 0 } else { weights.into() },
+            activation_bits: activations.into(),
+        }
     }
 }
 

@@ -3,7 +3,6 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use serde::Serialize;
 use tonic::{Request, Response, Status};
 
 use super::fields::{count, stem_head, timestamp};
@@ -109,8 +108,15 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         source_bytes,
         report: _,
     } = &**record;
-    let QuantizeSpec { method, options, weight_bits, activation_bits, stem_head: policy, seed } =
-        request;
+    let QuantizeSpec {
+        method,
+        options,
+        weight_bits,
+        activation_bits,
+        stem_head: policy,
+        seed,
+        role_bits,
+    } = request;
     let mut message = proto::Model {
         id: id.clone(),
         state: State::Stored.into(),
@@ -120,8 +126,8 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         num_classes: count(model.num_classes),
         method: method.clone(),
         options: options.clone(),
-        weight_bits: weight_bits.get().into(),
-        activation_bits: activation_bits.get().into(),
+        weight_bits: (*weight_bits).into(),
+        activation_bits: (*activation_bits).into(),
         stem_head: stem_head(*policy).into(),
         seed: *seed,
         checkpoint: checkpoint.clone(),
@@ -136,6 +142,7 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         labels: labels.clone(),
         create_time: Timestamp::from_millisecond(*created_ms).ok().map(timestamp),
         error: None,
+        role_bits: role_bits.iter().map(proto::RoleBits::from).collect(),
     };
     match state {
         ModelState::Stored => {}
@@ -168,16 +175,10 @@ fn site(site: &SiteReport) -> proto::SiteReport {
     let SiteReport { path, role, operand, kind, bits, sqnr_db } = site;
     proto::SiteReport {
         path: path.clone(),
-        role: name(role),
+        role: role.name().to_owned(),
         operand: operand.clone(),
         kind: kind.clone(),
         bits: (*bits).into(),
         sqnr_db: *sqnr_db,
     }
-}
-
-/// The name that an enum has in artifacts.
-fn name<T: Serialize>(value: &T) -> String {
-    let json = serde_json::to_value(value).ok();
-    json.as_ref().and_then(|json| json.as_str()).unwrap_or_default().to_owned()
 }

@@ -1,6 +1,6 @@
 //! Pages of lists: sizes as clients ask for them, and opaque tokens.
 
-use crate::artifact::format::hex;
+use crate::digest::hex;
 use crate::error::{Error, Result};
 
 /// Entries of a page when the client does not say.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::events::{self, EventSource, Messages};
-use super::fields::{request_id, seconds, stem_head_from, timestamp};
+use super::fields::{request_id, role_bits_from, seconds, stem_head_from, timestamp};
 use super::models;
 use super::proto::quantization_service_server::QuantizationService;
 use super::proto::{
@@ -19,7 +19,7 @@ use crate::engine::jobs::{
 };
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
-use crate::quant::BitWidth;
+use crate::quant::Precision;
 
 /// Most labels of a model, and the longest key or value in bytes.
 const MAX_LABELS: (usize, usize) = (64, 256);
@@ -78,6 +78,7 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
         load_after,
         request_id: id,
         validate_only: _,
+        role_bits,
         calibration,
     } = request;
     let (most, longest) = MAX_LABELS;
@@ -88,10 +89,11 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
     let spec = QuantizeSpec {
         method,
         options,
-        weight_bits: BitWidth::new(weight_bits, "weight_bits")?,
-        activation_bits: BitWidth::new(activation_bits, "activation_bits")?,
+        weight_bits: Precision::new(weight_bits, "weight_bits")?,
+        activation_bits: Precision::new(activation_bits, "activation_bits")?,
         stem_head: stem_head_from(stem_head)?,
         seed,
+        role_bits: role_bits_from(role_bits)?,
     };
     let job = QuantizeJob {
         model: ModelId::parse(&model_id, "model_id")?,

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// Index of a site within its model, in forward order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SiteId(pub u32);
@@ -31,6 +33,45 @@ pub enum Role {
 }
 
 impl Role {
+    /// Every role, in the order of a forward.
+    pub const ALL: [Self; 9] = [
+        Self::Embed,
+        Self::Qkv,
+        Self::QueryKey,
+        Self::ScoreValue,
+        Self::Proj,
+        Self::Fc1,
+        Self::Fc2,
+        Self::Reduction,
+        Self::Head,
+    ];
+
+    /// The name in requests, artifacts and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Embed => "embed",
+            Self::Qkv => "qkv",
+            Self::QueryKey => "query_key",
+            Self::ScoreValue => "score_value",
+            Self::Proj => "proj",
+            Self::Fc1 => "fc1",
+            Self::Fc2 => "fc2",
+            Self::Reduction => "reduction",
+            Self::Head => "head",
+        }
+    }
+
+    /// The role of that name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `field`, naming the known roles.
+    pub fn parse(text: &str, field: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|role| role.name() == text).ok_or_else(|| {
+            let known = Self::ALL.map(Self::name).join(", ");
+            Error::invalid(field, format!("unknown role `{text}`, known are {known}"))
+        })
+    }
+
     /// Whether the site is an activation-activation product (no weight).
     pub fn is_matmul(self) -> bool {
         matches!(self, Self::QueryKey | Self::ScoreValue)
@@ -78,5 +119,20 @@ impl Site {
             (true, Operand::Lhs) => "lhs",
             (true, Operand::Rhs) => "rhs",
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_role_has_one_name_everywhere() {
+        for role in Role::ALL {
+            assert_eq!(serde_json::to_value(role).unwrap(), role.name());
+            assert_eq!(Role::parse(role.name(), "role").unwrap(), role);
+        }
+        let error = Role::parse("attn", "role").unwrap_err();
+        assert!(error.to_string().contains("score_value"), "{error}");
     }
 }

@@ -3,6 +3,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::quant::cost::{OperandCost, RANGE_BITS, elements, rows};
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
@@ -117,6 +118,15 @@ impl Quantizer for DynamicToken {
 
     fn state(&self) -> QuantizerState {
         QuantizerState::new(KIND, self.bits)
+    }
+
+    /// A grid per row, found by two comparisons per element.
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        OperandCost {
+            metadata_bits: RANGE_BITS * rows(shape),
+            operations: 2.0 * elements(shape),
+            ..OperandCost::of_grid(self.bits)
+        }
     }
 }
 

@@ -4,6 +4,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
@@ -24,6 +25,16 @@ pub enum ZeroCode {
     Extra,
     /// The last of 2^b codes means zero: fits b bits.
     Last,
+}
+
+impl ZeroCode {
+    /// The static cost of 2^b codes, or one more.
+    pub fn cost(self, bits: BitWidth) -> OperandCost {
+        match self {
+            Self::Extra => OperandCost::with_extra_symbol(bits),
+            Self::Last => OperandCost::of_grid(bits),
+        }
+    }
 }
 
 /// Which rows share a maximum: rows over all heads, regrouped windows .
@@ -114,6 +125,15 @@ impl Quantizer for Log2Row {
     fn state(&self) -> QuantizerState {
         let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
         self.layout.store(QuantizerState::new(KIND, self.bits).scalar("zero_code_last", last))
+    }
+
+    /// A float32 maximum per token, found by one comparison per element.
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        OperandCost {
+            metadata_bits: SCALE_BITS * self.layout.token_count(shape),
+            operations: elements(shape),
+            ..self.zero_code.cost(self.bits)
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! Quantizers: mappings of reals onto finite grids, their granularity, search and plans.
 
 pub mod bits;
+pub mod cost;
 pub mod dynamic;
 pub mod granularity;
 pub mod log2;
@@ -10,7 +11,8 @@ pub mod search;
 pub mod tokens;
 pub mod uniform;
 
-pub use bits::BitWidth;
+pub use bits::{BitWidth, Precision};
+pub use cost::OperandCost;
 pub use granularity::Granularity;
 pub use plan::QuantPlan;
 pub use quantizer::{IntTerm, Quantizer, QuantizerState};

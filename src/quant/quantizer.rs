@@ -8,6 +8,7 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::quant::BitWidth;
+use crate::quant::cost::OperandCost;
 use crate::quant::dynamic::{self, DynamicToken};
 use crate::quant::log2::{self, Log2Row};
 use crate::quant::uniform::{self, Uniform};
@@ -32,6 +33,12 @@ pub trait Quantizer: Debug + Send {
 
     /// What an artifact keeps of this quantizer.
     fn state(&self) -> QuantizerState;
+
+    /// What the operand of one image, of that shape, costs in this form. The default is right for
+    /// static grids of 2^bits codes with one scale along the summed axis.
+    fn cost(&self, _shape: &[i64]) -> OperandCost {
+        OperandCost::of_grid(self.bits())
+    }
 }
 
 /// One integer term: `scale · (codes − zero_point)`.

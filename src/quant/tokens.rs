@@ -110,6 +110,16 @@ impl TokenLayout {
             .f_reshape([rows, heads, free, reduce])?)
     }
 
+    /// Tokens of one image's operand of that shape.
+    pub fn token_count(self, shape: &[i64]) -> f64 {
+        let &[rows, _, free, _] = shape else { return crate::quant::cost::rows(shape) };
+        if self.heads == Heads::Apart {
+            return crate::quant::cost::rows(shape);
+        }
+        let windows = if self.windows == 1 { rows } else { 4 * (rows / self.windows) };
+        (windows * free) as f64
+    }
+
     /// One value per token, [images, tokens, 1] → [images·windows, 1 or heads, free, 1].
     ///
     /// # Errors
@@ -155,6 +165,8 @@ mod tests {
             assert!(layout.from_tokens(&tokens, &x).unwrap().equal(&x));
             let expected = if windows == 1 || windows == 9 { 5 } else { 20 };
             assert_eq!(tokens.size()[1], expected);
+            let counted = layout.token_count(&x.size());
+            assert_eq!(counted, (tokens.size()[0] * expected) as f64);
         }
     }
 

@@ -126,10 +126,11 @@ impl Quantizer for Uniform {
         if !self.integral {
             return Ok(None);
         }
-        // A per-tensor scale has shape [1]; a term's parameters have the operand's rank.
+        // A scale per tensor [1] or channel [channels]; a term's parameters have the operand's rank.
         let shape = |t: &Tensor| -> Result<Tensor> {
-            let ones = vec![1i64; x.dim()];
-            Ok(if t.numel() == 1 { t.f_view(ones.as_slice())? } else { t.shallow_clone() })
+            let mut shape = vec![1i64; x.dim().saturating_sub(t.dim())];
+            shape.extend(t.size());
+            Ok(t.f_view(shape.as_slice())?)
         };
         Ok(Some(vec![IntTerm {
             codes: self.codes(x)?.f_to_kind(Kind::Int)?,
@@ -218,6 +219,15 @@ mod tests {
             let worst = (&once - &x).abs().max().double_value(&[]);
             assert!(worst <= 0.5001 * q.scale().double_value(&[0]) + 1e-6, "{worst}");
         }
+        // One grid per channel, shape [16]: the integer terms have the operand's rank all the same.
+        let channels = x.reshape([-1, 16]).transpose(0, 1);
+        let range = Range::per_row(&channels).unwrap();
+        let range = Range { low: range.low.view([-1]), high: range.high.view([-1]) };
+        let q = Uniform::from_range(&range, BitWidth::EIGHT, 1e-10).unwrap();
+        laws::terms_add_up(&q, &x);
+        laws::images_are_independent(&q, &x, 1);
+        laws::state_round_trips(&q, &x);
+        assert_eq!(q.quantize(&x).unwrap().unwrap()[0].scale.size(), [1, 1, 16]);
         let w = laws::sample(&[7, 12], 2);
         let q = Uniform::from_range(&Range::per_row(&w).unwrap(), BitWidth::EIGHT, 1e-10).unwrap();
         laws::terms_add_up(&q, &w);

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 use tonic::Code;
 use vitq::grpc::proto::quantize_request::Calibration;
-use vitq::grpc::proto::{CalibrationDataset, CalibrationImages, Image, QuantizeRequest};
+use vitq::grpc::proto::{CalibrationDataset, CalibrationImages, Image, QuantizeRequest, RoleBits};
 
 use crate::server::{Setup, TestServer, demo, details, digit, drawn, failure, quick, refusal};
 
@@ -33,6 +33,12 @@ async fn unusable_requests_name_the_field() {
         Some(Calibration::Dataset(CalibrationDataset { name, count, files }))
     };
     let calibrated = |calibration| QuantizeRequest { calibration, ..quick("m") };
+    let exception = |role: &str, weight_bits, activation_bits| {
+        let entry = RoleBits { role: role.to_owned(), weight_bits, activation_bits };
+        QuantizeRequest { role_bits: vec![entry], ..quick("m") }
+    };
+    let mut twice = exception("fc2", 4, 4);
+    twice.role_bits.extend(exception("fc2", 8, 8).role_bits);
     let bad = Code::InvalidArgument;
     for (request, code, field) in [
         (with(|r| r.method = "magic".into()), bad, "method"),
@@ -41,6 +47,12 @@ async fn unusable_requests_name_the_field() {
         (with(|r| r.activation_bits = 9), bad, "activation_bits"),
         (with(|r| r.weight_bits = 0), bad, "weight_bits"),
         (with(|r| r.stem_head = 77), bad, "stem_head"),
+        (exception("attn", 4, 4), bad, "role_bits[0].role"),
+        (exception("", 4, 4), bad, "role_bits[0].role"),
+        (exception("fc2", 0, 4), bad, "role_bits[0].weight_bits"),
+        (exception("fc2", 4, 16), bad, "role_bits[0].activation_bits"),
+        (exception("query_key", 4, 4), bad, "role_bits[0].weight_bits"),
+        (twice, bad, "role_bits[1].role"),
         (with(|r| r.model_id = "Not An Id".into()), bad, "model_id"),
         (with(|r| r.model_id = "../../etc/passwd".into()), bad, "model_id"),
         (with(|r| r.checkpoint = "absent".into()), Code::NotFound, ""),

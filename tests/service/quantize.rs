@@ -13,10 +13,10 @@ use vitq::grpc::proto::quantize_event::Event;
 use vitq::grpc::proto::quantize_request::Calibration;
 use vitq::grpc::proto::{
     CalibrationDataset, CalibrationImages, Image, JobMetadata, JobState, QuantizeRequest,
-    QuantizeResult, WatchRequest,
+    QuantizeResult, RoleBits, WatchRequest,
 };
 
-use crate::server::{TestServer, demo, drawn, quick, refusal, result, slow};
+use crate::server::{TestServer, demo, digit, drawn, quick, refusal, result, slow};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_numbered_and_end_with_the_model_and_its_report() {
@@ -84,6 +84,64 @@ async fn the_same_images_give_the_same_artifact_however_they_come() {
         digests.push(model.digest);
     }
     assert!(digests.iter().all(|digest| *digest == digests[0]), "{digests:?}");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn weights_alone_and_single_roles_can_have_bits_of_their_own() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let entry = |role: &str, weight_bits, activation_bits| RoleBits {
+        role: role.to_owned(),
+        weight_bits,
+        activation_bits,
+    };
+    let request = QuantizeRequest {
+        weight_bits: 4,
+        activation_bits: 32,
+        role_bits: vec![entry("fc2", 8, 6), entry("query_key", 0, 7), entry("proj", 32, 32)],
+        request_id: "mixed".to_owned(),
+        ..quick("m")
+    };
+    let QuantizeResult { model, report, .. } =
+        result(server.quantize(request.clone()).await.unwrap());
+    let model = model.unwrap();
+    assert_eq!((model.weight_bits, model.activation_bits), (4, 32));
+    let in_order = vec![entry("query_key", 0, 7), entry("proj", 32, 32), entry("fc2", 8, 6)];
+    assert_eq!(model.role_bits, in_order);
+    let sites = report.unwrap().sites;
+    let mut found: Vec<_> = sites
+        .iter()
+        .filter(|site| site.path.starts_with("blocks.0."))
+        .map(|site| (site.role.as_str(), site.operand.as_str(), site.bits))
+        .collect();
+    found.sort_unstable();
+    let expected = [
+        ("fc1", "weight", 4),
+        ("fc2", "input", 6),
+        ("fc2", "weight", 8),
+        ("qkv", "weight", 4),
+        ("query_key", "lhs", 7),
+        ("query_key", "rhs", 7),
+    ];
+    assert_eq!(found, expected);
+
+    let mut again = server.quantization().quantize(request.clone()).await.unwrap().into_inner();
+    let replayed = again.next().await.unwrap().unwrap();
+    assert!(matches!(replayed.event, Some(Event::Accepted(accepted)) if accepted.replayed));
+    let other = QuantizeRequest { role_bits: vec![entry("fc2", 8, 8)], ..request.clone() };
+    let status = server.quantize(other).await.unwrap_err();
+    assert_eq!(refusal(&status).1, "request_id", "exceptions are part of the request");
+    let same = QuantizeRequest {
+        model_id: "same".to_owned(),
+        request_id: String::new(),
+        role_bits: in_order,
+        ..request
+    };
+    let same = result(server.quantize(same).await.unwrap()).model.unwrap();
+    assert_eq!(same.digest, model.digest, "the order of exceptions means nothing");
+    let answer = server.classify("m", vec![digit(3, 0)]).await.unwrap();
+    assert_eq!(answer.model_version, model.digest);
     server.stop().await;
 }
 

@@ -7,8 +7,9 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use super::ArtifactStore;
 use super::atomic::{self, Place, WriteFn};
-use super::{ArtifactStore, digest};
+use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
 /// An [`ArtifactStore`] in a folder of this machine.
@@ -43,12 +44,12 @@ impl LocalArtifactStore {
     }
 
     fn put_blocking(&self, bytes: &[u8]) -> Result<String> {
-        let name = digest(bytes);
+        let name = sha256_hex(bytes);
         let path = self.path(&name)?;
         if !atomic::put(&path, bytes, Place::Free, self.write)? {
             // The same artifact is stored already. Should that copy have rotted, this one heals it.
             let stored = fs::read(&path).map_err(|error| Error::io(&path, error))?;
-            if digest(&stored) != name {
+            if sha256_hex(&stored) != name {
                 atomic::put(&path, bytes, Place::Any, self.write)?;
             }
         }
@@ -61,7 +62,7 @@ impl LocalArtifactStore {
             let missing = error.kind() == io::ErrorKind::NotFound;
             if missing { not_found(name) } else { Error::io(&path, error) }
         })?;
-        if digest(&bytes) != name {
+        if sha256_hex(&bytes) != name {
             return Err(Error::corrupt(name, "the stored bytes do not have this digest"));
         }
         Ok(bytes.into())
@@ -151,6 +152,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let store = LocalArtifactStore::with_writer(folder.path(), atomic::full_disk).unwrap();
         assert!(matches!(store.put("abcd".into()).await.unwrap_err(), Error::Io { .. }));
-        assert!(matches!(store.get(&digest(b"abcd")).await.unwrap_err(), Error::NotFound { .. }));
+        assert!(matches!(
+            store.get(&sha256_hex(b"abcd")).await.unwrap_err(),
+            Error::NotFound { .. }
+        ));
     }
 }

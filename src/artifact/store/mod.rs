@@ -10,7 +10,6 @@ use std::path::Path;
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use crate::artifact::format::hex;
 use crate::error::{Error, Result};
 
 #[cfg(test)]
@@ -55,12 +54,6 @@ pub fn claim_folder(data_dir: &Path) -> Result<File> {
         }),
         Err(TryLockError::Error(error)) => Err(Error::io(path, error)),
     }
-}
-
-/// Lower-case hex sha256 of some bytes: the name of an artifact.
-pub fn digest(bytes: &[u8]) -> String {
-    use sha2::{Digest as _, Sha256};
-    hex(&Sha256::digest(bytes))
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use tch::Device;
 
 use super::*;
 use crate::calib::progress::{Progress, ProgressUpdate, Unwatched};
-use crate::calib::{CalibrationTask, QuantizeSpec, StemHeadPolicy};
+use crate::calib::{CalibrationTask, QuantizeSpec, RoleBits, StemHeadPolicy};
 use crate::exec::Float;
 use crate::methods::MethodOptions;
 use crate::model::Checkpoint;
@@ -36,10 +36,11 @@ fn task<'p>(checkpoint: &Checkpoint, progress: &'p dyn Progress) -> CalibrationT
         request: QuantizeSpec {
             method: "ias".to_owned(),
             options: BTreeMap::new(),
-            weight_bits: BitWidth::EIGHT,
-            activation_bits: BitWidth::EIGHT,
+            weight_bits: BitWidth::EIGHT.into(),
+            activation_bits: BitWidth::EIGHT.into(),
             stem_head: StemHeadPolicy::Same,
             seed: 7,
+            role_bits: RoleBits::default(),
         },
         options: MethodOptions::default(),
         device: Device::Cpu,

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use serde::Serialize;
 
-use crate::artifact::store::digest;
 use crate::calib::task::QuantizeSpec;
+use crate::digest::sha256_hex;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
@@ -78,7 +78,7 @@ pub enum ImageChoice {
 impl ImageChoice {
     /// Images that came with the request.
     pub fn inline(contents: Vec<Bytes>) -> Self {
-        Self::Inline { digests: contents.iter().map(|c| digest(c)).collect(), contents }
+        Self::Inline { digests: contents.iter().map(|c| sha256_hex(c)).collect(), contents }
     }
 }
 
@@ -127,7 +127,7 @@ impl JobSpec {
     pub fn fingerprint(&self) -> Result<String> {
         let json = serde_json::to_vec(self)
             .map_err(|error| Error::internal(format!("job as JSON: {error}")))?;
-        Ok(digest(&json))
+        Ok(sha256_hex(&json))
     }
 
     /// The request without the images that came with it.

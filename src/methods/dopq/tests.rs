@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::*;
 use crate::calib::progress::Unwatched;
-use crate::calib::{QuantizeSpec, StemHeadPolicy};
+use crate::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use crate::methods::MethodOptions;
 use crate::model::Model;
 use crate::model::generated::{GeneratedOptions, generate, images};
@@ -38,10 +38,11 @@ fn quantize(architecture: &str, given: &[(&str, &str)]) -> (Model, Weights, Quan
         request: QuantizeSpec {
             method: "dopq".to_owned(),
             options: given,
-            weight_bits: bits,
-            activation_bits: bits,
+            weight_bits: bits.into(),
+            activation_bits: bits.into(),
             stem_head: StemHeadPolicy::Same,
             seed: 0,
+            role_bits: RoleBits::default(),
         },
         device: Device::Cpu,
         progress: &Unwatched,

@@ -9,6 +9,7 @@ use std::f64::consts::LN_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::quant::cost::OperandCost;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -167,6 +168,13 @@ impl Quantizer for ShiftUniformLog2 {
             .scalar("shift", self.shift)
             .scalar("low", self.low)
             .scalar("high", self.high)
+    }
+
+    fn cost(&self, _shape: &[i64]) -> OperandCost {
+        match self.levels {
+            Levels::Corrected => OperandCost::of_grid(self.bits),
+            Levels::Released => OperandCost::with_extra_symbol(self.bits),
+        }
     }
 }
 

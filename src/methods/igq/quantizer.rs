@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::clusters::{Cluster, Extent};
 use crate::error::{Error, Result};
+use crate::quant::cost::{OperandCost, RANGE_BITS, elements, rows};
 use crate::quant::dynamic::Affine;
 use crate::quant::search::MIN_SCALE;
 use crate::quant::uniform::Range;
@@ -40,7 +41,37 @@ pub(super) struct Layout {
     pub(super) windows: i64,
 }
 
+impl Part {
+    /// Bounds that a range has to be searched for.
+    fn bounds(self) -> f64 {
+        match self {
+            Self::ScoreRows => 1.0,
+            Self::Channels | Self::HeadChannels | Self::ValueChannels => 2.0,
+        }
+    }
+}
+
 impl Layout {
+    /// Number of parts of one image's operand of that shape.
+    fn parts(self, shape: &[i64]) -> f64 {
+        let size = |axis: usize| shape.get(axis).map_or(1.0, |n| *n as f64);
+        match self.part {
+            Part::Channels => size(2),
+            Part::HeadChannels => size(1) * size(3),
+            Part::ValueChannels => size(1) * size(2),
+            Part::ScoreRows => rows(shape),
+        }
+    }
+
+    /// Sums that a product keeps apart when its operand has `grids` grids: none where a part is a row
+    /// that a scale factors out of.
+    fn partial_sums(self, grids: f64) -> f64 {
+        match self.part {
+            Part::Channels | Part::HeadChannels => grids,
+            Part::ValueChannels | Part::ScoreRows => 1.0,
+        }
+    }
+
     /// x [images·windows, ..] → [images, windows, ..].
     fn by_image(self, x: &Tensor) -> Result<Tensor> {
         let mut shape = vec![x.size()[0] / self.windows, self.windows];
@@ -253,6 +284,17 @@ impl Quantizer for Grouped {
             .tensor("scale", &self.grids.scale)
             .tensor("zero_point", &self.grids.zero_point)
     }
+
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        // Ranges, then a comparison with every group (methods/igq-vit.md, section 6).
+        let (parts, groups) = (self.layout.parts(shape), self.centres.low.numel() as f64);
+        OperandCost {
+            metadata_bits: parts * groups.log2().ceil(),
+            operations: self.layout.part.bounds() * elements(shape) + parts * groups,
+            partial_sums: self.layout.partial_sums(groups),
+            ..OperandCost::of_grid(self.bits)
+        }
+    }
 }
 
 /// A grid of its own for every part, from minimum and maximum: what infinitely many groups would give
@@ -291,5 +333,15 @@ impl Quantizer for OwnRange {
 
     fn state(&self) -> QuantizerState {
         self.layout.store(QuantizerState::new(OWN_RANGE_KIND, self.bits))
+    }
+
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        let parts = self.layout.parts(shape);
+        OperandCost {
+            metadata_bits: parts * RANGE_BITS,
+            operations: self.layout.part.bounds() * elements(shape),
+            partial_sums: self.layout.partial_sums(parts),
+            ..OperandCost::of_grid(self.bits)
+        }
     }
 }

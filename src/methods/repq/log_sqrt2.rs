@@ -9,6 +9,7 @@ use std::f64::consts::SQRT_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::quant::cost::OperandCost;
 use crate::quant::log2::ZeroCode;
 use crate::quant::search::{MIN_SCALE, percentile_range};
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -136,6 +137,11 @@ impl Quantizer for LogSqrt2 {
         QuantizerState::new(KIND, self.bits)
             .scalar("zero_code_last", last)
             .scalar("largest", self.largest)
+    }
+
+    /// Even and odd exponents are summed apart.
+    fn cost(&self, _shape: &[i64]) -> OperandCost {
+        OperandCost { partial_sums: 2.0, ..self.zero_code.cost(self.bits) }
     }
 }
 

@@ -7,6 +7,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::quant::cost::{OperandCost, elements};
 use crate::quant::{BitWidth, QuantizerState};
 
 /// Range factor that puts token 0 first in the ranking (the source's constant).
@@ -14,6 +15,9 @@ const PRIORITY_FACTOR: f64 = 1e8;
 
 /// Smallest density, as a share of the channels (the source's constant).
 const DENSITY_FLOOR: f64 = 0.1;
+
+/// Bits that tell which of n−1, n and n+1 bits a token has.
+const WIDTH_BITS: f64 = 2.0;
 
 /// The static scalars of a quantizer: two statistics and two searched values.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -101,6 +105,23 @@ impl Allocation {
     /// Largest code 2^b − 1 of every token, float32 [images, tokens].
     pub(super) fn max_codes(&self, tokens: &Tensor, scalars: &Scalars) -> Result<Tensor> {
         Ok(self.token_bits(tokens, scalars)?.f_exp2()?.f_sub_scalar(1.0)?)
+    }
+
+    /// What ranges and bits of the tokens of an operand of that shape cost, without their grids.
+    ///
+    /// Ranges take two comparisons per element. Mixed bits take two more for the density and a sort
+    /// of the tokens, and two bits a token say which of the three widths it has.
+    pub(super) fn cost(&self, shape: &[i64], tokens: f64) -> OperandCost {
+        let cost = OperandCost::of_grid(self.bits);
+        let elements = elements(shape);
+        if !self.mixed {
+            return OperandCost { operations: 2.0 * elements, ..cost };
+        }
+        OperandCost {
+            metadata_bits: WIDTH_BITS * tokens,
+            operations: 4.0 * elements + tokens * tokens.max(1.0).log2().ceil(),
+            ..cost
+        }
     }
 
     /// Adds rules and scalars to a state.

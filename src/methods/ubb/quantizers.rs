@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
+use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
 use crate::quant::dynamic::{Affine, ConstantRows};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::Range;
@@ -17,6 +18,8 @@ pub(super) const ATTENTION_KIND: &str = "ubb_attention";
 
 /// Largest shift exponent: a 4-bit field. The released code has no cap.
 pub(super) const MAX_SHIFT: f64 = 15.0;
+/// Bits of a shift exponent.
+const SHIFT_BITS: f64 = 4.0;
 
 /// The affine grid of every (token, group), with the shift of negatives where there is one.
 #[derive(Debug)]
@@ -164,6 +167,20 @@ impl Quantizer for UbbLinear {
             None => state,
         }
     }
+
+    /// A grid, and perhaps a shift, per token and group; every group is summed apart, and of
+    /// shifted ones the negatives, too.
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        let signs = if self.rules.tau.is_some() { 2.0 } else { 1.0 };
+        let shift = if self.rules.tau.is_some() { SHIFT_BITS } else { 0.0 };
+        let groups = self.groups as f64;
+        let cost = self.allocation.cost(shape, rows(shape));
+        OperandCost {
+            metadata_bits: cost.metadata_bits + rows(shape) * groups * (RANGE_BITS + shift),
+            partial_sums: groups * signs,
+            ..cost
+        }
+    }
 }
 
 /// Dynamic per token, heads merged, with token-wise bits; windows regrouped as the layout says.
@@ -220,6 +237,13 @@ impl Quantizer for UbbAttention {
         let state =
             self.allocation.store(&self.scalars, QuantizerState::new(ATTENTION_KIND, self.bits()));
         self.layout.store(store_constants(self.constants, state))
+    }
+
+    /// A grid per token.
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        let tokens = self.layout.token_count(shape);
+        let cost = self.allocation.cost(shape, tokens);
+        OperandCost { metadata_bits: cost.metadata_bits + tokens * RANGE_BITS, ..cost }
     }
 }
 
@@ -279,6 +303,25 @@ mod tests {
             laws::images_are_independent(&q, &x, windows);
             laws::state_round_trips(&q, &x);
         }
+    }
+
+    #[test]
+    fn what_is_found_at_run_time_is_counted() {
+        let shape = [1, 9, 24];
+        let plain = linear(None, 8).cost(&shape);
+        assert_eq!((plain.element_bits, plain.partial_sums), (4.0, 8.0));
+        // Nine tokens: a width each, and eight grids.
+        assert_eq!(plain.metadata_bits, 9.0 * (2.0 + 8.0 * 64.0));
+        // Ranges and densities of 216 values, and a sort of nine tokens.
+        assert_eq!(plain.operations, 4.0 * 216.0 + 9.0 * 4.0);
+        let shifted = linear(Some(0.4), 8).cost(&shape);
+        assert_eq!(shifted.partial_sums, 16.0);
+        assert_eq!(shifted.metadata_bits, plain.metadata_bits + 9.0 * 8.0 * 4.0);
+        // One grid per token of four quadrants, over all heads and the windows of a quadrant.
+        let windows = attention(TokenLayout::regrouped(16)).cost(&[16, 2, 6, 8]);
+        assert_eq!((windows.metadata_bits, windows.partial_sums), (24.0 * 66.0, 1.0));
+        let fixed = Allocation { mixed: false, ..linear(None, 8).allocation };
+        assert_eq!(fixed.cost(&shape, 9.0).metadata_bits, 0.0);
     }
 
     #[test]

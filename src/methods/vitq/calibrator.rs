@@ -10,7 +10,7 @@ use super::{Scores, Settings};
 use crate::calib::reparam::{fold, is_foldable};
 use crate::calib::report::{Seen, SiteLog, require_finite};
 use crate::calib::{CalibrationTask, Quantization};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::{Executor, Float};
 use crate::methods::ubb::{self, Shift};
 use crate::nn::{Linear, Operand, Role, Site, WeightEdits};
@@ -67,9 +67,10 @@ impl Executor for Calibrator<'_, '_> {
         let Some(bits) = self.log.task().activation_bits(site.role) else {
             return Float.matmul(site, lhs, rhs);
         };
-        let left = match site.role {
-            Role::ScoreValue => self.scores(site, lhs, rhs, bits)?,
-            _ => self.attention(site, lhs, bits)?,
+        let left = if site.role == Role::ScoreValue {
+            self.scores(site, lhs, rhs, bits)?
+        } else {
+            self.attention(site, lhs, bits)?
         };
         let right = self.attention(site, rhs, bits)?;
         let lhs = self.accept(site, Operand::Lhs, left, lhs)?;
@@ -150,10 +151,13 @@ impl Calibrator<'_, '_> {
             // Pixels are 8-bit data.
             Role::Embed => Box::new(DynamicToken::new(BitWidth::EIGHT)),
             Role::Head => Box::new(DynamicToken::new(bits)),
-            role => {
+            Role::Qkv | Role::Proj | Role::Fc1 | Role::Fc2 | Role::Reduction => {
                 tokens.check_groups(site, x)?;
                 let stop = || ubb::stop(task);
-                Box::new(tokens.linear(x, bits, Shift::of(role), &stop)?)
+                Box::new(tokens.linear(x, bits, Shift::of(site.role), &stop)?)
+            }
+            Role::QueryKey | Role::ScoreValue => {
+                return Err(Error::internal(format!("{} is no linear layer", site.path)));
             }
         };
         self.accept(site, Operand::Lhs, quantizer, x)

@@ -8,6 +8,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::quant::cost::{OperandCost, SCALE_BITS, elements, rows};
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{to_vec_f32, to_vec_f64};
 
@@ -134,6 +135,19 @@ impl Quantizer for ScoreCodebook {
             .scalar("least_squares", least_squares)
             .tensor("levels", &self.levels)
     }
+
+    fn cost(&self, shape: &[i64]) -> OperandCost {
+        // One scale a row; a maximum, and for least squares two more sums.
+        let passes = match self.row_scale {
+            RowScale::LeastSquares => 3.0,
+            RowScale::Largest => 1.0,
+        };
+        OperandCost {
+            metadata_bits: SCALE_BITS * rows(shape),
+            operations: passes * elements(shape),
+            ..OperandCost::of_grid(self.bits)
+        }
+    }
 }
 
 /// The `count` levels of least squared error for a histogram over 0..=TOP in steps of
@@ -148,8 +162,8 @@ fn best_levels(histogram: &[f64], count: usize) -> Vec<f32> {
         let mut next = vec![f64::INFINITY; candidates];
         let mut from = vec![0usize; candidates];
         for j in chosen..candidates {
-            for i in chosen - 1..j {
-                let error = least[i] + cost.between(i, j);
+            for (i, before) in least.iter().enumerate().take(j).skip(chosen - 1) {
+                let error = before + cost.between(i, j);
                 if error < next[j] {
                     (next[j], from[j]) = (error, i);
                 }

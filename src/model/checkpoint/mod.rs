@@ -15,6 +15,7 @@ use std::sync::Arc;
 use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
+use crate::digest::hex;
 use crate::error::{Error, Result};
 use crate::model::args::unusable;
 use crate::model::{ModelSpec, TensorShapes, family};
@@ -173,10 +174,6 @@ impl Write for HashSink {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 #[cfg(test)]

@@ -29,7 +29,7 @@ fn the_digest_covers_both_files() {
     let draft = Draft::vit();
     let config = serde_json::to_vec(&draft.config).unwrap();
     let model = draft.model_bytes();
-    let expected = hex(&Sha256::digest([config.as_slice(), &model].concat()));
+    let expected = sha256_hex(&[config.as_slice(), &model].concat());
     let opened = draft.open().unwrap();
     assert_eq!((opened.digest, opened.bytes), (expected, model.len() as u64));
 }

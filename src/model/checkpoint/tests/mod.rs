@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
 
 use super::*;
+use crate::digest::sha256_hex;
 use crate::exec::Float;
 use crate::model::Model;
 use crate::model::generated::{GeneratedOptions, generate, images};
