@@ -3,6 +3,7 @@
 mod float;
 mod minmax;
 mod options;
+mod ptq4vit;
 mod repq;
 mod ubb;
 
@@ -41,7 +42,7 @@ pub struct MethodEntry {
 
 /// Every method, in the order of catalogues and tables.
 pub const METHODS: &[&MethodEntry] =
-    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD];
+    &[&float::METHOD, &minmax::METHOD, &ubb::METHOD, &repq::METHOD, &ptq4vit::METHOD];
 
 /// The method of that id.
 ///
