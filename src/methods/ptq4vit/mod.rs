@@ -153,7 +153,7 @@ impl Calibration<'_, '_> {
     fn site(&mut self, site: &Site, pair: Pair, gradients: &mut UnitGradients) -> Result<()> {
         let mut product = product(site, pair, self.log.task().image_count())?;
         product.importance = gradients.importance(site, &product.output.size())?;
-        if product.importance.is_none() && self.settings.gradient.is_differentiated() {
+        if product.importance.is_none() && self.settings.gradient != Gradient::Mse {
             let path = &site.path;
             self.log.warn(format!("{path}: the gradient vanishes, plain squared error is used"));
         }
