@@ -3,8 +3,6 @@
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
-use std::collections::BTreeMap;
-
 use serde_json::json;
 use tch::{Device, Tensor};
 use vitq::artifact::Artifact;
@@ -19,8 +17,17 @@ use vitq::nn::{Operand, Site};
 use vitq::quant::Precision;
 use vitq::tensor::sqnr_db;
 
-/// Methods that are quick enough to try every plan.
-const METHODS: [&str; 3] = ["minmax", "ubb", "repq"];
+/// Every method that quantizes, with options that keep it quick.
+const METHODS: [(&str, &[(&str, &str)]); 8] = [
+    ("minmax", &[]),
+    ("ubb", &[]),
+    ("ptq4vit", &[]),
+    ("repq", &[]),
+    ("igq", &[("allocation", "false")]),
+    ("ias", &[("iterations", "1")]),
+    ("dopq", &[("learning", "off")]),
+    ("vitq", &[]),
+];
 
 /// A plan: weight bits, activation bits, exceptions.
 type Plan = (u32, u32, &'static [&'static str]);
@@ -53,13 +60,15 @@ fn checkpoints() -> [Checkpoint; 2] {
 }
 
 fn request(method: &str, (weights, activations, exceptions): Plan) -> QuantizeSpec {
+    let (_, options) = METHODS.iter().find(|(id, _)| *id == method).unwrap();
+    let options = options.iter();
     let mut role_bits = RoleBits::default();
     for text in exceptions {
         role_bits.insert_text(text).unwrap();
     }
     QuantizeSpec {
         method: method.to_owned(),
-        options: BTreeMap::new(),
+        options: options.map(|(name, value)| ((*name).into(), (*value).into())).collect(),
         weight_bits: Precision::new(weights, "weight_bits").unwrap(),
         activation_bits: Precision::new(activations, "activation_bits").unwrap(),
         stem_head: StemHeadPolicy::Float,
@@ -95,7 +104,8 @@ fn expected(request: &QuantizeSpec, site: &Site, operand: Operand) -> Option<u8>
 fn every_operand_gets_the_bits_that_were_asked_for() {
     for checkpoint in checkpoints() {
         let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
-        for (method, plan) in METHODS.iter().flat_map(|m| PLANS.iter().map(move |p| (*m, *p))) {
+        for (method, plan) in METHODS.iter().flat_map(|(m, _)| PLANS.iter().map(move |p| (*m, *p)))
+        {
             let request = request(method, plan);
             let artifact = artifact(&checkpoint, &request);
             for site in &model.sites {

@@ -6,6 +6,7 @@ mod ias;
 mod igq;
 mod minmax;
 mod options;
+mod ptq4vit;
 mod repq;
 mod ubb;
 mod vitq;
@@ -48,6 +49,7 @@ pub const METHODS: &[&MethodEntry] = &[
     &float::METHOD,
     &minmax::METHOD,
     &ubb::METHOD,
+    &ptq4vit::METHOD,
     &repq::METHOD,
     &igq::METHOD,
     &ias::METHOD,
