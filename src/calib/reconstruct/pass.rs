@@ -59,7 +59,7 @@ impl Pass<'_, '_> {
     /// memory is short.
     pub fn run(&self, weights: &Weights) -> Result<Reconstructed> {
         let mut found = Reconstructed::default();
-        if self.schedule.iterations == 0 {
+        if self.schedule.iterations == 0 || self.plan.is_empty() {
             return Ok(found);
         }
         let teacher = self.task.model()?;
