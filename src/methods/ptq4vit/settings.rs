@@ -154,8 +154,14 @@ impl<'t, 'p> Settings<'t, 'p> {
         if operand == Operand::Rhs && !role.is_matmul() {
             let parts = match role {
                 Role::Embed => Parts::Rows,
-                Role::Qkv => Parts::RowGroups(3),
-                _ => Parts::RowGroups(1),
+                Role::Qkv => Parts::RowGroups(3), // q, k and v
+                Role::QueryKey
+                | Role::ScoreValue
+                | Role::Proj
+                | Role::Fc1
+                | Role::Fc2
+                | Role::Reduction
+                | Role::Head => Parts::RowGroups(1),
             };
             return Some((symmetric(self.task.weight_bits(role)?), parts));
         }

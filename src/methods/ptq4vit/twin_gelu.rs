@@ -48,12 +48,16 @@ impl TwinGelu {
         Ok(Self { bits: state.read_bits()?, scale })
     }
 
-    /// float32 codes of both terms: 0..Q − 1 and −Q..0.
+    /// float32 codes of both terms: 0..Q − 1 and −Q..0. Each is taken of one side of zero, so that
+    /// small values have the gradient of one term, not of both.
     fn codes(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let half = half_range(self.bits);
-        let positive = round_straight_through(&x.f_div(&self.scale)?)?.f_clamp(0.0, half - 1.0)?;
-        let negative = x.f_div_scalar(negative_scale(self.bits))?;
-        Ok((positive, round_straight_through(&negative)?.f_clamp(-half, 0.0)?))
+        let positive = round_straight_through(&x.f_relu()?.f_div(&self.scale)?)?;
+        let negative = x.f_clamp_max(0.0)?.f_div_scalar(negative_scale(self.bits))?;
+        Ok((
+            positive.f_clamp_max(half - 1.0)?,
+            round_straight_through(&negative)?.f_clamp_min(-half)?,
+        ))
     }
 }
 
@@ -65,8 +69,7 @@ impl Quantizer for TwinGelu {
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
         let (positive, negative) = self.codes(x)?;
         let negative = negative.f_mul_scalar(negative_scale(self.bits))?;
-        // The sum of both, as one is zero; but with one gradient, not two, near zero.
-        Ok(negative.f_where_self(&x.f_lt(0.0)?, &positive.f_mul(&self.scale)?)?)
+        Ok(positive.f_mul(&self.scale)?.f_add(&negative)?)
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
