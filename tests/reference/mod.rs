@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 #![allow(unreachable_pub, reason = "the module is part of each test that names it")]
+#![allow(dead_code, reason = "each test that names the module uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
