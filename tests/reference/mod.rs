@@ -3,7 +3,6 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 #![allow(unreachable_pub, reason = "the module is part of each test that names it")]
-#![allow(dead_code, reason = "each test that names the module uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -178,7 +177,7 @@ pub fn metrics(subject: &Subject, logits: &Tensor) -> Metrics {
     let classes = logits.size()[1] as usize;
     let (found, float) = (to_vec_f32(logits).unwrap(), to_vec_f32(&subject.timm_logits).unwrap());
     let mut metrics = Metrics::default();
-    for (index, label) in subject.labels.iter().enumerate().take(logits.size()[0] as usize) {
+    for (index, label) in subject.labels.iter().enumerate() {
         let row = index * classes..(index + 1) * classes;
         metrics.add(&found[row.clone()], *label, Some(&float[row]));
     }
