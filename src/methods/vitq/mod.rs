@@ -7,8 +7,8 @@
 //!   for q, k and v per head (ours);
 //! - a codebook for attention scores, fitted exactly ([`scores`]);
 //! - channels evened out in front of linear layers and of q·kᵀ ([`equalize`]);
-//! - weights corrected for the rounding of their inputs and rounded with error feedback
-//!   ([`compensate`]).
+//! - weights rounded with error feedback and, as an option, corrected for the rounding of their
+//!   inputs ([`compensate`]).
 
 mod calibrator;
 mod compensate;
@@ -29,7 +29,7 @@ use scores::{RowScale, ScoreCodebook};
 /// The registry line.
 pub(super) const METHOD: MethodEntry = MethodEntry {
     id: "vitq",
-    summary: "dynamic token-wise bits, fitted score codebook, evened channels, corrected weights",
+    summary: "dynamic token-wise bits, fitted score codebook, evened channels, error feedback",
     source: "this project; docs/methods.md names what it builds on",
     options: OPTIONS,
     build: || Box::new(VitQ),
@@ -78,9 +78,9 @@ const OPTIONS: &[OptionSpec] = &[
     },
     OptionSpec {
         name: "correction",
-        help: "correct weights and biases for rounded inputs, only biases, or nothing",
-        kind: OptionKind::Choice(&["ridge", "bias", "none"]),
-        default: "ridge",
+        help: "correct nothing for rounded inputs, weights and biases, or only biases",
+        kind: OptionKind::Choice(&["none", "ridge", "bias"]),
+        default: "none",
     },
     OptionSpec {
         name: "rounding",
@@ -145,9 +145,9 @@ impl Settings {
             equalize: options.bool("equalize")?,
             rules: Rules {
                 correction: match options.choice("correction")? {
-                    "none" => Correction::None,
+                    "ridge" => Correction::Ridge,
                     "bias" => Correction::Bias,
-                    _ => Correction::Ridge,
+                    _ => Correction::None,
                 },
                 rounding: match options.choice("rounding")? {
                     "nearest" => Rounding::Nearest,
