@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, Result};
+
 /// One step of a long calculation.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ProgressUpdate {
@@ -37,6 +39,14 @@ pub trait Progress: Sync {
 
     /// Whether the work is to stop at the next safe point.
     fn is_cancelled(&self) -> bool;
+
+    /// A safe point between two reports.
+    ///
+    /// # Errors
+    /// `Cancelled` once the work is to stop.
+    fn check_cancelled(&self) -> Result<()> {
+        if self.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
 }
 
 /// Progress that nobody watches.

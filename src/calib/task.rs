@@ -173,9 +173,7 @@ impl CalibrationTask<'_> {
     }
 
     fn report(&self, stage: &str, unit: usize, units: usize, site: Option<SiteSqnr>) -> Result<()> {
-        if self.progress.is_cancelled() {
-            return Err(Error::Cancelled);
-        }
+        self.progress.check_cancelled()?;
         let images = self.image_count();
         self.progress.report(ProgressUpdate {
             stage: stage.to_owned(),

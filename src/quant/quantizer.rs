@@ -161,11 +161,13 @@ impl QuantizerState {
     }
 }
 
+/// A restored quantizer of a known kind, as registries give it.
+pub fn boxed<Q: Quantizer + 'static>(quantizer: Result<Q>) -> Option<Result<Box<dyn Quantizer>>> {
+    Some(quantizer.map(|q| Box::new(q) as Box<dyn Quantizer>))
+}
+
 /// Restores the quantizer kinds that are not one method's own; `None` for other kinds.
 pub fn restore_shared(state: &QuantizerState) -> Option<Result<Box<dyn Quantizer>>> {
-    fn boxed<Q: Quantizer + 'static>(quantizer: Result<Q>) -> Option<Result<Box<dyn Quantizer>>> {
-        Some(quantizer.map(|q| Box::new(q) as Box<dyn Quantizer>))
-    }
     match state.kind.as_str() {
         uniform::KIND => boxed(Uniform::restore(state)),
         dynamic::KIND => boxed(DynamicToken::restore(state)),

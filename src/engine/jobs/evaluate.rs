@@ -124,9 +124,7 @@ impl EvaluationRun<'_> {
         let mut before: Option<Pending<'_>> = None;
         let batches = samples.chunks(BATCH).map(Some).chain([None]);
         for (unit, batch) in batches.enumerate() {
-            if self.reporter.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
+            self.reporter.check_cancelled()?;
             let next = batch.map(|batch| self.start(batch)).transpose()?;
             if let Some(pending) = before.take() {
                 self.count(pending, &mut metrics)?;

@@ -50,7 +50,7 @@ pub(super) fn run(
     let RunnerParts { registry, limits, device, .. } = &runner.parts;
     reporter.stage("load");
     let checkpoint = Checkpoint::open(&checkpoint_folder(&runner.parts, job)?)?;
-    stop_if_cancelled(reporter)?;
+    reporter.check_cancelled()?;
 
     reporter.stage("images");
     let how = &checkpoint.spec.preprocessing;
@@ -61,10 +61,10 @@ pub(super) fn run(
         }
     };
     let images = CalibrationImages::from_pixels(&pixels)?;
-    stop_if_cancelled(reporter)?;
+    reporter.check_cancelled()?;
 
     let quantized = pipeline::quantize(&checkpoint, &images, &job.request, *device, reporter)?;
-    stop_if_cancelled(reporter)?;
+    reporter.check_cancelled()?;
 
     reporter.stage("store");
     let origin = RecordOrigin {
@@ -84,10 +84,6 @@ pub(super) fn run(
         view = registry.get(&job.model)?;
     }
     Ok(JobOutput::Quantized(view))
-}
-
-fn stop_if_cancelled(reporter: &JobReporter) -> Result<()> {
-    if reporter.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 fn checkpoint_folder(parts: &RunnerParts, job: &QuantizeJob) -> Result<PathBuf> {

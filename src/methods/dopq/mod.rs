@@ -15,7 +15,8 @@ use crate::calib::{CalibrationTask, Quantization};
 use crate::error::Result;
 use crate::methods::{Method, MethodEntry, OptionKind, OptionSpec, ias};
 use crate::nn::Role;
-use crate::quant::{BitWidth, Quantizer};
+use crate::quant::BitWidth;
+use crate::quant::quantizer::boxed;
 
 use tanq::{Ends, Tangent};
 
@@ -26,9 +27,9 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     source: "after DopQ-ViT, arXiv 2408.03291; its equations were not available",
     options: OPTIONS,
     build: || Box::new(DopQ),
-    restore: |state| {
-        (state.kind == tanq::KIND)
-            .then(|| Tangent::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
+    restore: |state| match state.kind.as_str() {
+        tanq::KIND => boxed(Tangent::restore(state)),
+        _ => None,
     },
 };
 

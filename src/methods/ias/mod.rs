@@ -15,7 +15,8 @@ use crate::calib::{CalibrationTask, Quantization};
 use crate::error::Result;
 use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec};
 use crate::nn::Role;
-use crate::quant::{BitWidth, Quantizer};
+use crate::quant::BitWidth;
+use crate::quant::quantizer::boxed;
 
 use sulq::{Levels, ShiftUniformLog2};
 
@@ -38,8 +39,7 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     options: OPTIONS,
     build: || Box::new(Ias),
     restore: |state| {
-        (state.kind == sulq::KIND)
-            .then(|| ShiftUniformLog2::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
+        if state.kind == sulq::KIND { boxed(ShiftUniformLog2::restore(state)) } else { None }
     },
 };
 

@@ -19,9 +19,10 @@ use crate::exec::{Float, Tap, TapSink};
 use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec};
 use crate::model::Model;
 use crate::nn::{Operand, Role, Site, SiteId};
+use crate::quant::quantizer::boxed;
 use crate::quant::search::uniform_grid;
 use crate::quant::uniform::{Range, Uniform};
-use crate::quant::{BitWidth, QuantPlan, Quantizer};
+use crate::quant::{BitWidth, QuantPlan};
 use crate::tensor::quantile_range;
 
 use allocation::{Decision, allocate};
@@ -43,12 +44,8 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     options: OPTIONS,
     build: || Box::new(Igq),
     restore: |state| match state.kind.as_str() {
-        quantizer::GROUPED_KIND => {
-            Some(Grouped::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
-        quantizer::OWN_RANGE_KIND => {
-            Some(OwnRange::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
+        quantizer::GROUPED_KIND => boxed(Grouped::restore(state)),
+        quantizer::OWN_RANGE_KIND => boxed(OwnRange::restore(state)),
         _ => None,
     },
 };

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
+use crate::quant::Quantizer;
 use crate::quant::uniform::laws::{
     images_are_independent, sample, state_round_trips, terms_add_up,
 };

@@ -110,9 +110,7 @@ impl<'t, 'p> Gradients<'t, 'p> {
         let Some(residuals) = &self.residuals else { return Ok(found) };
         let images = self.x.size()[0];
         for first in (0..images).step_by(MICRO_BATCH as usize) {
-            if self.task.progress.is_cancelled() {
-                return Err(Error::Cancelled);
-            }
+            self.task.progress.check_cancelled()?;
             let count = MICRO_BATCH.min(images - first);
             let x = self.x.f_narrow(0, first, count)?;
             let residuals = residuals.f_narrow(0, first, count)?;

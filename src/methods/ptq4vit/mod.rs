@@ -28,6 +28,7 @@ use crate::exec::{Float, Tap, TapSink};
 use crate::methods::{Method, MethodEntry};
 use crate::model::Model;
 use crate::nn::{Operand, Site, SiteId};
+use crate::quant::quantizer::boxed;
 use crate::quant::{QuantPlan, Quantizer, QuantizerState};
 
 use fit::{Schedule, SiteFit};
@@ -49,12 +50,8 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
 
 fn restore(state: &QuantizerState) -> Option<Result<Box<dyn Quantizer>>> {
     match state.kind.as_str() {
-        twin_gelu::KIND => {
-            Some(TwinGelu::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
-        twin_softmax::KIND => {
-            Some(TwinSoftmax::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
+        twin_gelu::KIND => boxed(TwinGelu::restore(state)),
+        twin_softmax::KIND => boxed(TwinSoftmax::restore(state)),
         _ => None,
     }
 }
@@ -165,8 +162,8 @@ impl Calibration<'_, '_> {
             true => [Operand::Lhs, Operand::Rhs],
             false => [Operand::Rhs, Operand::Lhs],
         };
-        let progress = self.log.task().progress;
-        let stop = || if progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) };
+        let task = self.log.task();
+        let stop = || task.progress.check_cancelled();
         fit.search(&product, Schedule { order, rounds: self.settings.rounds }, &stop)?;
         for (operand, fit, x) in
             [(Operand::Lhs, fit.lhs, &product.lhs), (Operand::Rhs, fit.rhs, &product.rhs)]

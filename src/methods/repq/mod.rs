@@ -13,8 +13,9 @@ use crate::calib::{CalibrationTask, Quantization};
 use crate::error::Result;
 use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec};
 use crate::nn::Role;
+use crate::quant::BitWidth;
 use crate::quant::log2::ZeroCode;
-use crate::quant::{BitWidth, Quantizer};
+use crate::quant::quantizer::boxed;
 
 use log_sqrt2::LogSqrt2;
 
@@ -29,8 +30,7 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     options: OPTIONS,
     build: || Box::new(RepQ),
     restore: |state| {
-        (state.kind == log_sqrt2::KIND)
-            .then(|| LogSqrt2::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
+        if state.kind == log_sqrt2::KIND { boxed(LogSqrt2::restore(state)) } else { None }
     },
 };
 

@@ -19,6 +19,7 @@ use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec}
 use crate::nn::{Operand, Role, Site};
 use crate::quant::dynamic::{ConstantRows, DynamicToken};
 use crate::quant::log2::{Log2Row, ZeroCode};
+use crate::quant::quantizer::boxed;
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::{MIN_WEIGHT_SCALE, Range, Uniform};
 use crate::quant::{BitWidth, Quantizer};
@@ -36,12 +37,8 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     options: OPTIONS,
     build: || Box::new(Ubb),
     restore: |state| match state.kind.as_str() {
-        quantizers::LINEAR_KIND => {
-            Some(UbbLinear::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
-        quantizers::ATTENTION_KIND => {
-            Some(UbbAttention::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
-        }
+        quantizers::LINEAR_KIND => boxed(UbbLinear::restore(state)),
+        quantizers::ATTENTION_KIND => boxed(UbbAttention::restore(state)),
         _ => None,
     },
 };
@@ -220,7 +217,8 @@ impl Source<'_, '_> {
         self.settings.check_groups(site, x)?;
         let shift = Shift::of(site.role);
         let task = self.log.task();
-        let quantizer = self.settings.linear(x, bits, shift, &|| stop(task))?;
+        let quantizer =
+            self.settings.linear(x, bits, shift, &|| task.progress.check_cancelled())?;
         if let Some(tau) = quantizer.rules.tau {
             let range = Range::per_row(&UbbLinear::grouped(x, groups)?)?;
             let largest = shift_exponent(&range, tau)?.f_max()?.f_double_value(&[])?;
@@ -242,13 +240,10 @@ impl Source<'_, '_> {
     ) -> Result<Option<Box<dyn Quantizer>>> {
         let task = self.log.task();
         let layout = self.settings.layout(site);
-        Ok(Some(Box::new(self.settings.attention(x, bits, layout, &|| stop(task))?)))
+        Ok(Some(Box::new(
+            self.settings.attention(x, bits, layout, &|| task.progress.check_cancelled())?,
+        )))
     }
-}
-
-/// `Cancelled` once the task was asked to stop.
-pub(super) fn stop(task: &CalibrationTask<'_>) -> Result<()> {
-    if task.progress.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
 }
 
 /// Whether a linear input's negatives are shifted (section 6).

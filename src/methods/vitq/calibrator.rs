@@ -12,7 +12,7 @@ use crate::calib::report::{Seen, SiteLog, require_finite};
 use crate::calib::{CalibrationTask, Quantization};
 use crate::error::{Error, Result};
 use crate::exec::{Executor, Float};
-use crate::methods::ubb::{self, Shift};
+use crate::methods::ubb::Shift;
 use crate::nn::{Linear, Operand, Role, Site, WeightEdits};
 use crate::quant::dynamic::DynamicToken;
 use crate::quant::log2::{Log2Row, ZeroCode};
@@ -153,7 +153,7 @@ impl Calibrator<'_, '_> {
             Role::Head => Box::new(DynamicToken::new(bits)),
             Role::Qkv | Role::Proj | Role::Fc1 | Role::Fc2 | Role::Reduction => {
                 tokens.check_groups(site, x)?;
-                let stop = || ubb::stop(task);
+                let stop = || task.progress.check_cancelled();
                 Box::new(tokens.linear(x, bits, Shift::of(site.role), &stop)?)
             }
             Role::QueryKey | Role::ScoreValue => {
@@ -203,7 +203,7 @@ impl Calibrator<'_, '_> {
     fn attention(&self, site: &Site, x: &Tensor, bits: BitWidth) -> Result<Box<dyn Quantizer>> {
         let (tokens, layout) = (self.settings.tokens, self.settings.layout(site));
         let task = self.log.task();
-        Ok(Box::new(tokens.attention(x, bits, layout, &|| ubb::stop(task))?))
+        Ok(Box::new(tokens.attention(x, bits, layout, &|| task.progress.check_cancelled())?))
     }
 
     fn scores(

@@ -19,7 +19,7 @@ use crate::calib::{CalibrationTask, Quantization};
 use crate::error::Result;
 use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec};
 use crate::nn::Site;
-use crate::quant::Quantizer;
+use crate::quant::quantizer::boxed;
 use crate::quant::tokens::TokenLayout;
 
 use super::ubb::{self, TokenBits};
@@ -34,8 +34,7 @@ pub(super) const METHOD: MethodEntry = MethodEntry {
     options: OPTIONS,
     build: || Box::new(VitQ),
     restore: |state| {
-        (state.kind == scores::KIND)
-            .then(|| ScoreCodebook::restore(state).map(|q| Box::new(q) as Box<dyn Quantizer>))
+        if state.kind == scores::KIND { boxed(ScoreCodebook::restore(state)) } else { None }
     },
 };
 
