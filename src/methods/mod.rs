@@ -2,6 +2,8 @@
 
 mod dopq;
 mod float;
+#[cfg(test)]
+mod goldens;
 mod ias;
 mod igq;
 mod minmax;

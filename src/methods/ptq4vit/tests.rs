@@ -1,56 +1,21 @@
 //! The searches against the released code: tests/fixtures/ptq4vit, layers with given inputs and
 //! gradients. (Its whole models use gradients of rounding noise, which nothing can repeat.)
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use serde_json::Value;
 use tch::Kind;
 
 use super::fit::{OperandFit, Parts};
 use super::grid::{Factors, Grid, GridShape, Ratio};
 use super::twin_softmax::Overlap;
 use super::*;
-use crate::quant::BitWidth;
+use crate::methods::goldens::{self, Case, TOLERANCE};
 use crate::tensor::to_vec_f32;
 
 /// The released search.
 const FACTORS: Factors = Factors { low: 0.01, high: 1.2, count: 100 };
 const ROUNDS: i64 = 3;
 
-/// Largest difference of an output, relative to the largest magnitude: float32 rounding.
-const TOLERANCE: f64 = 1e-5;
-
-struct Case {
-    name: String,
-    bits: BitWidth,
-    tensors: BTreeMap<String, Tensor>,
-}
-
 fn cases(prefix: &str) -> Vec<Case> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/ptq4vit");
-    let index: Value =
-        serde_json::from_slice(&std::fs::read(folder.join("index.json")).unwrap()).unwrap();
-    let stored: BTreeMap<String, Tensor> =
-        Tensor::read_safetensors(folder.join("goldens.safetensors")).unwrap().into_iter().collect();
-    let cases = index["cases"].as_array().unwrap().iter();
-    let cases: Vec<Case> = cases
-        .filter(|case| {
-            let name = case["case"].as_str().unwrap();
-            name.rsplit_once("_b").unwrap().0 == prefix
-        })
-        .map(|case| {
-            let tensors = case["tensors"].as_object().unwrap().iter();
-            let stored = |entry: &Value| stored[entry["name"].as_str().unwrap()].shallow_clone();
-            let name = case["case"].as_str().unwrap().to_owned();
-            let bits = name.rsplit_once("_b").unwrap().1.parse().unwrap();
-            Case {
-                name,
-                bits: BitWidth::new(bits, "bits").unwrap(),
-                tensors: tensors.map(|(key, entry)| (key.clone(), stored(entry))).collect(),
-            }
-        })
-        .collect();
+    let cases = goldens::cases("ptq4vit", |name| name.rsplit_once("_b").unwrap().0 == prefix);
     assert_eq!(cases.len(), 2, "{prefix}");
     cases
 }
@@ -63,10 +28,6 @@ struct Grids {
 }
 
 impl Case {
-    fn get(&self, key: &str) -> &Tensor {
-        &self.tensors[key]
-    }
-
     fn search(&self, lhs: Tensor, rhs: Tensor, grids: &Grids) -> Found<'_> {
         let output = lhs.matmul(&rhs.transpose(-2, -1));
         let gradient = self.get("raw_grad").abs();
@@ -77,7 +38,7 @@ impl Case {
         });
         let product = Product { lhs, rhs, output, importance };
         let fit = |x: &Tensor, (shape, parts): (GridShape, Parts)| {
-            OperandFit::new(x, Grid { shape, bits: self.bits }, parts, &FACTORS).unwrap()
+            OperandFit::new(x, Grid { shape, bits: self.bits() }, parts, &FACTORS).unwrap()
         };
         let mut site = SiteFit {
             lhs: grids.lhs.map(|grid| fit(&product.lhs, grid)),
@@ -166,7 +127,7 @@ fn post_gelu_scales_equal_the_released_code() {
     linear("linear_gelu", GridShape::TwinGelu(Ratio::Free), 1);
     for case in cases("linear_gelu") {
         let expected = case.get("a_neg_interval").double_value(&[]);
-        assert!((twin_gelu::negative_scale(case.bits) - expected).abs() < 1e-8);
+        assert!((twin_gelu::negative_scale(case.bits()) - expected).abs() < 1e-8);
     }
 }
 

@@ -1,66 +1,21 @@
 //! UBB against the released code: quantizers and small models of tests/fixtures/platform.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
-
-use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::*;
-
-/// Largest difference allowed, relative to the reference's largest magnitude: float32 rounding of
-/// a few operations (the reference divides, clamps to [0, 1] and multiplies again).
-const TOLERANCE: f64 = 1e-5;
-
-struct Case {
-    name: String,
-    meta: Value,
-    tensors: BTreeMap<String, Tensor>,
-}
+use crate::methods::goldens::{self, Case};
 
 fn cases(prefix: &str) -> Vec<Case> {
-    let folder = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/platform");
-    let index: Value =
-        serde_json::from_slice(&std::fs::read(folder.join("index.json")).unwrap()).unwrap();
-    let stored: BTreeMap<String, Tensor> =
-        Tensor::read_safetensors(folder.join("goldens.safetensors")).unwrap().into_iter().collect();
-    let cases = index["cases"].as_array().unwrap();
-    let of_prefix = cases.iter().filter(|case| case["case"].as_str().unwrap().starts_with(prefix));
-    of_prefix
-        .map(|case| Case {
-            name: case["case"].as_str().unwrap().to_owned(),
-            meta: case["meta"].clone(),
-            tensors: case["tensors"]
-                .as_object()
-                .unwrap()
-                .iter()
-                .map(|(key, entry)| {
-                    (key.clone(), stored[entry["name"].as_str().unwrap()].shallow_clone())
-                })
-                .collect(),
-        })
-        .collect()
+    goldens::cases("platform", |name| name.starts_with(prefix))
 }
 
-impl Case {
-    fn bits(&self) -> BitWidth {
-        BitWidth::new(self.meta["n_bits"].as_u64().unwrap() as u32, "bits").unwrap()
-    }
+fn scalar(case: &Case, key: &str) -> f64 {
+    case.get(key).double_value(&[])
+}
 
-    fn get(&self, key: &str) -> &Tensor {
-        &self.tensors[key]
-    }
-
-    fn scalar(&self, key: &str) -> f64 {
-        self.get(key).double_value(&[])
-    }
-
-    fn assert_close(&self, found: &Tensor, key: &str) {
-        let expected = self.get(key);
-        let scale = expected.abs().max().double_value(&[]);
-        let worst = (found - expected).abs().max().double_value(&[]);
-        assert!(worst <= TOLERANCE * scale, "{} {key}: {worst} of {scale}", self.name);
-    }
+fn assert_same(case: &Case, found: &Tensor, key: &str) {
+    assert_eq!(found.size(), case.get(key).size(), "{} {key}", case.name);
+    case.assert_close(found, key);
 }
 
 fn released() -> Settings {
@@ -83,9 +38,9 @@ fn weights_equal_the_released_code() {
         let (low, high) = quantile_range(&matrix, 1.0 - 1e-4).unwrap();
         let quantizer =
             Uniform::from_range(&Range { low, high }, case.bits(), MIN_WEIGHT_SCALE).unwrap();
-        case.assert_close(&quantizer.fake_quantize(&matrix).unwrap().view_as(input), "output");
+        assert_same(&case, &quantizer.fake_quantize(&matrix).unwrap().view_as(input), "output");
         let parameter = case.get("delta");
-        case.assert_close(&quantizer.scale().view_as(parameter), "delta");
+        assert_same(&case, &quantizer.scale().view_as(parameter), "delta");
         assert!(
             quantizer.zero_point().view_as(parameter).equal(case.get("zero_point")),
             "{}",
@@ -96,7 +51,7 @@ fn weights_equal_the_released_code() {
 
 fn assert_scalars(case: &Case, found: &Scalars) {
     let close = |found: f64, key: &str| {
-        let expected = case.scalar(key);
+        let expected = scalar(case, key);
         assert!(
             (found - expected).abs() <= 1e-5 * expected.abs().max(1e-3),
             "{} {key}: {found} {expected}",
@@ -124,11 +79,15 @@ fn linear_inputs_equal_the_released_code() {
         let quantizer = released().linear(input, case.bits(), shift, &never_stop).unwrap();
         assert_scalars(&case, &quantizer.scalars);
         if post_gelu {
-            assert!((quantizer.rules.tau.unwrap() - case.scalar("threshold_shift")).abs() < 1e-6);
+            assert!((quantizer.rules.tau.unwrap() - scalar(&case, "threshold_shift")).abs() < 1e-6);
         }
         for phase in ["calib", "eval"] {
             let input = case.get(&format!("{phase}_input"));
-            case.assert_close(&quantizer.fake_quantize(input).unwrap(), &format!("{phase}_output"));
+            assert_same(
+                &case,
+                &quantizer.fake_quantize(input).unwrap(),
+                &format!("{phase}_output"),
+            );
             let bits = quantizer.allocation.token_bits(input, &quantizer.scalars).unwrap();
             assert_token_bits(&case, &bits, &format!("{phase}_token_bits"));
         }
@@ -147,7 +106,11 @@ fn attention_operands_equal_the_released_code() {
         assert_scalars(&case, &quantizer.scalars);
         for phase in ["calib", "eval"] {
             let input = case.get(&format!("{phase}_input"));
-            case.assert_close(&quantizer.fake_quantize(input).unwrap(), &format!("{phase}_output"));
+            assert_same(
+                &case,
+                &quantizer.fake_quantize(input).unwrap(),
+                &format!("{phase}_output"),
+            );
             let tokens = layout.to_tokens(input).unwrap();
             let bits = quantizer.allocation.token_bits(&tokens, &quantizer.scalars).unwrap();
             assert_token_bits(&case, &bits, &format!("{phase}_token_bits"));
