@@ -100,7 +100,7 @@ pub(super) fn fit(layer: &Layer<'_>, rules: Rules) -> Result<Fitted> {
     };
     let inverse = moments.inverse(ridge)?;
     let weight = match rules.correction {
-        Correction::Ridge => moments.corrected(layer.weight, &inverse)?,
+        Correction::Ridge => corrected(layer.weight, &rows.rounding_error(&moments)?, &inverse)?,
         Correction::Bias | Correction::None => layer.weight.shallow_clone(),
     };
     let importance = moments.covariance.f_diagonal(0, 0, 1)?.f_to_kind(Kind::Float)?;
@@ -145,16 +145,18 @@ impl Rows {
     }
 
     fn moments(&self) -> Result<Moments> {
-        let count = self.input.size()[0] as f64;
         let mean = |t: &Tensor| t.f_mean_dim([0i64].as_slice(), false, Kind::Float);
         let (input_mean, rounded_mean) = (mean(&self.input)?, mean(&self.rounded)?);
         let rounded = self.rounded.f_sub(&rounded_mean)?;
-        let error = self.input.f_sub(&input_mean)?.f_sub(&rounded)?;
-        let with_rounded = |t: &Tensor| -> Result<Tensor> {
-            Ok(t.f_tr()?.f_matmul(&rounded)?.f_to_kind(Kind::Double)?.f_div_scalar(count)?)
-        };
-        let (covariance, error) = (with_rounded(&rounded)?, with_rounded(&error)?);
-        Ok(Moments { input_mean, rounded_mean, covariance, error })
+        let covariance = mean_product(&rounded, &rounded)?;
+        Ok(Moments { input_mean, rounded_mean, covariance })
+    }
+
+    /// (x − x̂)ᵀx̂/n of the centred rows, float64 [in, in].
+    fn rounding_error(&self, moments: &Moments) -> Result<Tensor> {
+        let rounded = self.rounded.f_sub(&moments.rounded_mean)?;
+        let error = self.input.f_sub(&moments.input_mean)?.f_sub(&rounded)?;
+        mean_product(&error, &rounded)
     }
 
     /// The ridge whose regression on most images has the least error on those held out.
@@ -164,14 +166,16 @@ impl Rows {
         if held == 0 {
             return Ok(strongest);
         }
-        let moments = self.narrow(0, self.images - held)?.moments()?;
+        let kept = self.narrow(0, self.images - held)?;
+        let moments = kept.moments()?;
+        let rounding_error = kept.rounding_error(&moments)?;
         let held = self.narrow(self.images - held, held)?;
         let input = held.input.f_sub(&moments.input_mean)?;
         let rounded = held.rounded.f_sub(&moments.rounded_mean)?;
         let wanted = input.f_matmul(&weight.f_tr()?)?;
         let mut best = (f64::INFINITY, strongest);
         for ridge in RIDGES {
-            let corrected = moments.corrected(weight, &moments.inverse(ridge)?)?;
+            let corrected = corrected(weight, &rounding_error, &moments.inverse(ridge)?)?;
             let error = rounded.f_matmul(&corrected.f_tr()?)?.f_sub(&wanted)?;
             let error = error.f_square()?.f_sum(Kind::Double)?.f_double_value(&[])?;
             if error < best.0 {
@@ -190,8 +194,6 @@ struct Moments {
     rounded_mean: Tensor,
     /// H, float64 [in, in].
     covariance: Tensor,
-    /// (x − x̂)ᵀx̂/n, float64 [in, in].
-    error: Tensor,
 }
 
 impl Moments {
@@ -205,12 +207,18 @@ impl Moments {
         let damped = self.covariance.f_add(&eye.f_mul_scalar(strength)?)?;
         Ok(damped.f_linalg_cholesky(false)?.f_cholesky_inverse(false)?)
     }
+}
 
-    /// W*.
-    fn corrected(&self, weight: &Tensor, inverse: &Tensor) -> Result<Tensor> {
-        let change = self.error.f_matmul(inverse)?.f_to_kind(Kind::Float)?; // [in, in]
-        Ok(weight.f_add(&weight.f_matmul(&change)?)?)
-    }
+/// aᵀb/n of rows [n, in], float64 [in, in].
+fn mean_product(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let rows = a.size()[0] as f64;
+    Ok(a.f_tr()?.f_matmul(b)?.f_to_kind(Kind::Double)?.f_div_scalar(rows)?)
+}
+
+/// W*, from [`Rows::rounding_error`] and [`Moments::inverse`].
+fn corrected(weight: &Tensor, rounding_error: &Tensor, inverse: &Tensor) -> Result<Tensor> {
+    let change = rounding_error.f_matmul(inverse)?.f_to_kind(Kind::Float)?; // [in, in]
+    Ok(weight.f_add(&weight.f_matmul(&change)?)?)
 }
 
 /// For each row the clipped range of least squared error, columns counted by `importance` [in].
