@@ -2,7 +2,7 @@
 //!
 //! The map, each line using only the lines above it:
 //! - [`error`]: one error type, by the caller's situation
-//! - [`tensor`], [`digest`]: small tensor helpers; sha256 as text
+//! - [`tensor`], [`digest`], `random`: small tensor helpers; sha256 as text; reproducible numbers
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, taps
@@ -33,6 +33,7 @@ pub mod methods;
 pub mod model;
 pub mod nn;
 pub mod quant;
+mod random;
 pub mod shutdown;
 pub mod telemetry;
 pub mod tensor;

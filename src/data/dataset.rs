@@ -9,6 +9,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::random::{GOLDEN, fnv1a, mix};
 
 /// Name of the optional file that fixes the order of the classes.
 const CLASSES_FILE: &str = "classes.txt";
@@ -125,13 +126,7 @@ impl Dataset {
 /// seed × the golden-ratio increment of SplitMix64, through the finaliser of SplitMix64. Fixed
 /// for ever: stored artifacts name their calibration images by seed.
 fn draw(seed: u64, name: &str) -> u64 {
-    let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    });
-    let mut z = hash.wrapping_add(seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
+    mix(fnv1a(name).wrapping_add(seed.wrapping_add(1).wrapping_mul(GOLDEN)))
 }
 
 /// The folder without symbolic links, or None when it is missing or not a folder.

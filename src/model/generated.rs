@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::checkpoint::{self, PUBLISHED_CROP_PCT};
 use crate::model::{Checkpoint, Interpolation, ModelSpec, Parameter, Preprocessing, variant};
 use crate::nn::Weights;
+use crate::random::{GOLDEN, fnv1a, mix};
 
 /// Elements that one thread computes at a time.
 const RUN: usize = 1 << 16;
@@ -118,18 +119,8 @@ fn affine(name: &str, seed: u64, shape: &[i64], map: Affine) -> Vec<f32> {
 /// of which 24 bits fill a float32 significand exactly.
 #[inline]
 fn uniform(stream: u64, index: u64) -> f32 {
-    let mut z = stream.wrapping_add((index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^= z >> 31;
+    let z = mix(stream.wrapping_add((index + 1).wrapping_mul(GOLDEN)));
     (z >> 40) as f32 * (1.0 / 8_388_608.0) - 1.0
-}
-
-/// 64-bit FNV-1a of the UTF-8 bytes.
-fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 #[cfg(test)]

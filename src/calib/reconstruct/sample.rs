@@ -1,18 +1,19 @@
-//! Random batches that depend on nothing but a seed: libtorch's generator is shared by all jobs.
+//! Random batches that depend on nothing but a seed.
+
+use crate::random::SplitMix64;
 
 /// Draws indices without replacement; each draw is independent of the ones before.
 #[derive(Debug)]
 pub(super) struct Sampler {
-    state: u64,
+    generator: SplitMix64,
     order: Vec<i64>,
 }
 
 impl Sampler {
     /// Draws from 0..count, by seed and stream (a unit's index).
     pub(super) fn new(count: i64, seed: u64, stream: usize) -> Self {
-        let mut sampler = Self { state: seed, order: (0..count).collect() };
-        sampler.state = sampler.next().wrapping_add(stream as u64);
-        sampler
+        let start = SplitMix64(seed).bits().wrapping_add(stream as u64);
+        Self { generator: SplitMix64(start), order: (0..count).collect() }
     }
 
     /// `count` different indices, all of them if there are fewer: the start of a Fisher–Yates shuffle.
@@ -20,19 +21,10 @@ impl Sampler {
         let count = count.min(self.order.len());
         for place in 0..count {
             let left = (self.order.len() - place) as u64;
-            let chosen = place + (((self.next() >> 32) * left) >> 32) as usize;
+            let chosen = place + (((self.generator.bits() >> 32) * left) >> 32) as usize;
             self.order.swap(place, chosen);
         }
         &self.order[..count]
-    }
-
-    /// SplitMix64.
-    fn next(&mut self) -> u64 {
-        self.state = self.state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
     }
 }
 

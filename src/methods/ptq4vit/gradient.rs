@@ -17,6 +17,7 @@ use crate::exec::{Float, Simulated, Tap, TapSink, WeightSource};
 use crate::model::Model;
 use crate::nn::{Site, SiteId};
 use crate::quant::QuantPlan;
+use crate::random::SplitMix64;
 
 use super::settings::Settings;
 
@@ -231,15 +232,8 @@ impl UnitGradients {
 /// Standard normal numbers, always the same for a seed: SplitMix64 through the transform of Box and
 /// Muller.
 fn normal_numbers(seed: u64, count: i64) -> Vec<f32> {
-    let mut state = seed;
-    let mut uniform = || {
-        state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = state;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^= z >> 31;
-        (z >> 11) as f64 / (1u64 << 53) as f64
-    };
+    let mut generator = SplitMix64(seed);
+    let mut uniform = || (generator.bits() >> 11) as f64 / (1u64 << 53) as f64;
     (0..count)
         .map(|_| {
             // 1 − u is not zero.
