@@ -4,36 +4,26 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+mod reference;
 
-use serde_json::{Value, json};
+use std::collections::BTreeMap;
+
 use tch::{Device, Tensor};
 use vitq::Error;
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
 use vitq::calib::{Progress, ProgressUpdate, QuantizeSpec, RoleBits, StemHeadPolicy};
-use vitq::data::{Dataset, DecodeLimits, load_pixels};
-use vitq::engine::QuantizedModel;
-use vitq::engine::evaluator::Metrics;
-use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
-use vitq::exec::{Backend, Simulated, WeightSource};
+use vitq::engine::pipeline::{CalibrationImages, quantize};
+use vitq::exec::{Simulated, WeightSource};
 use vitq::model::{Checkpoint, Model};
 use vitq::nn::{Operand, Role, Site};
 use vitq::quant::{BitWidth, QuantPlan, QuantizerState};
-use vitq::tensor::{sqnr_db, to_vec_f32};
+use vitq::tensor::sqnr_db;
 
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-fn json_file(path: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
-}
-
-fn tensors(path: &str) -> BTreeMap<String, Tensor> {
-    Tensor::read_safetensors(root(path)).unwrap().into_iter().collect()
-}
+use reference::{
+    SMALL_MODEL_FLOOR_DB, artifact, calibration, json_file, load, metrics, root, small_checkpoint,
+    subject, tensors,
+};
 
 fn request(bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
     let bits = BitWidth::new(bits, "bits").unwrap();
@@ -46,41 +36,6 @@ fn request(bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
         seed: 0,
         role_bits: RoleBits::default(),
     }
-}
-
-fn artifact(
-    checkpoint: &Checkpoint,
-    images: &CalibrationImages,
-    request: &QuantizeSpec,
-) -> Artifact {
-    quantize(checkpoint, images, request, Device::Cpu, &Unwatched).unwrap().artifact
-}
-
-fn load(artifact: &Artifact) -> QuantizedModel {
-    QuantizedModel::load(artifact, Device::Cpu, Backend::Simulated).unwrap()
-}
-
-/// Few values meet a rounding boundary in a small model, so the rules show themselves.
-const SMALL_MODEL_FLOOR_DB: f64 = 60.0;
-
-/// A model of the fixtures as a checkpoint.
-fn small_checkpoint(config: &Value, weights: &[(String, Tensor)]) -> Checkpoint {
-    let folder = tempfile::tempdir().unwrap();
-    Tensor::write_safetensors(weights, folder.path().join("model.safetensors")).unwrap();
-    let mut args = config.clone();
-    args.as_object_mut().unwrap().retain(|key, _| key != "arch" && key != "num_classes");
-    let side = &config["img_size"];
-    let config = json!({
-        "architecture": "vit_tiny_patch16_224",
-        "num_classes": config["num_classes"],
-        "model_args": args,
-        "pretrained_cfg": {
-            "input_size": [3, side, side], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
-            "crop_pct": 0.9, "interpolation": "bicubic",
-        },
-    });
-    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
-    Checkpoint::open(folder.path()).unwrap()
 }
 
 /// The stored form of a quantizer with the authors' scale.
@@ -164,49 +119,6 @@ fn the_authors_scales_give_the_authors_logits() {
 
 fn site_weight<'a>(checkpoint: &'a Checkpoint, site: &Site) -> &'a Tensor {
     checkpoint.weights.find(&format!("{}.weight", site.path)).unwrap()
-}
-
-/// A demo model with its validation images, labels, and timm's own logits.
-struct Subject {
-    checkpoint: Checkpoint,
-    images: Tensor,
-    labels: Vec<usize>,
-    timm_logits: Tensor,
-}
-
-fn subject(name: &str) -> Subject {
-    let checkpoint = Checkpoint::open(&root("demo/checkpoints").join(name)).unwrap();
-    let dataset = Dataset::open(&root("demo/datasets/digits/val"), "dataset").unwrap();
-    let how = &checkpoint.spec.preprocessing;
-    let pixels = load_pixels(&dataset.samples, how, &DecodeLimits::default()).unwrap();
-    let labels = dataset.samples.iter().map(|sample| sample.class).collect();
-    let logits = tensors(&format!("demo/checkpoints/{name}/val_logits.safetensors"));
-    let timm_logits = logits["logits"].shallow_clone();
-    Subject { images: image_batch(&pixels).unwrap(), checkpoint, labels, timm_logits }
-}
-
-/// The images that the authors' code was calibrated with.
-fn calibration(checkpoint: &Checkpoint, key: &str) -> CalibrationImages {
-    let results = json_file("demo/reference/peer_results.json");
-    let names = results["calibration_files"][key].as_array().unwrap().iter();
-    let names: Vec<String> =
-        names.map(|name| name.as_str().unwrap().trim_start_matches("calib/").to_owned()).collect();
-    let dataset = Dataset::open(&root("demo/datasets/digits/calib"), "dataset").unwrap();
-    let samples = dataset.listed(&names, "calib_files").unwrap();
-    let how = &checkpoint.spec.preprocessing;
-    let pixels = load_pixels(&samples, how, &DecodeLimits::default()).unwrap();
-    CalibrationImages::from_pixels(&pixels).unwrap()
-}
-
-fn metrics(subject: &Subject, logits: &Tensor) -> Metrics {
-    let classes = logits.size()[1] as usize;
-    let (found, float) = (to_vec_f32(logits).unwrap(), to_vec_f32(&subject.timm_logits).unwrap());
-    let mut metrics = Metrics::default();
-    for (index, label) in subject.labels.iter().enumerate() {
-        let row = index * classes..(index + 1) * classes;
-        metrics.add(&found[row.clone()], *label, Some(&float[row]));
-    }
-    metrics
 }
 
 /// How far a result may lie below the authors', in percentage points of top-1 and agreement and in

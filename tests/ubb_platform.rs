@@ -4,68 +4,23 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+mod reference;
 
-use serde_json::Value;
+use std::collections::BTreeMap;
+
 use tch::{Device, Kind, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
 use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
-use vitq::data::{Dataset, DecodeLimits, load_pixels};
-use vitq::engine::evaluator::Metrics;
-use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
-use vitq::engine::{FloatModel, QuantizedModel};
-use vitq::exec::Backend;
-use vitq::model::Checkpoint;
+use vitq::engine::FloatModel;
+use vitq::engine::pipeline::{CalibrationImages, quantize};
 use vitq::quant::BitWidth;
-use vitq::tensor::{sqnr_db, to_vec_f32};
+use vitq::tensor::sqnr_db;
 
-fn demo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join(path)
-}
-
-fn reference(file: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(demo("reference").join(file)).unwrap()).unwrap()
-}
-
-fn tensors(path: &Path) -> BTreeMap<String, Tensor> {
-    Tensor::read_safetensors(path).unwrap().into_iter().collect()
-}
-
-/// A checkpoint, its validation images and labels, and timm's own logits.
-struct Subject {
-    checkpoint: Checkpoint,
-    images: Tensor,
-    labels: Vec<usize>,
-    timm_logits: Tensor,
-}
-
-fn subject(name: &str) -> Subject {
-    let folder = demo("checkpoints").join(name);
-    let checkpoint = Checkpoint::open(&folder).unwrap();
-    let dataset = Dataset::open(&demo("datasets/digits/val"), "dataset").unwrap();
-    let how = &checkpoint.spec.preprocessing;
-    let pixels = load_pixels(&dataset.samples, how, &DecodeLimits::default()).unwrap();
-    let labels = dataset.samples.iter().map(|sample| sample.class).collect();
-    let timm_logits = tensors(&folder.join("val_logits.safetensors"))["logits"].shallow_clone();
-    Subject { images: image_batch(&pixels).unwrap(), checkpoint, labels, timm_logits }
-}
-
-/// The images that the platform was calibrated with.
-fn calibration(checkpoint: &Checkpoint, key: &str) -> CalibrationImages {
-    let names: Vec<String> = reference("peer_results.json")["calibration_files"][key]
-        .as_array()
-        .unwrap()
-        .iter()
-        .map(|name| name.as_str().unwrap().trim_start_matches("calib/").to_owned())
-        .collect();
-    let dataset = Dataset::open(&demo("datasets/digits/calib"), "dataset").unwrap();
-    let samples = dataset.listed(&names, "calib_files").unwrap();
-    let pixels =
-        load_pixels(&samples, &checkpoint.spec.preprocessing, &DecodeLimits::default()).unwrap();
-    CalibrationImages::from_pixels(&pixels).unwrap()
-}
+use reference::{
+    SMALL_MODEL_FLOOR_DB, artifact, calibration, json_file, load, metrics, small_checkpoint,
+    subject, tensors,
+};
 
 fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
     let bits = BitWidth::new(bits, "bits").unwrap();
@@ -78,25 +33,6 @@ fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
         seed: 0,
         role_bits: RoleBits::default(),
     }
-}
-
-fn artifact(
-    subject: &Subject,
-    calibration: &CalibrationImages,
-    request: &QuantizeSpec,
-) -> Artifact {
-    quantize(&subject.checkpoint, calibration, request, Device::Cpu, &Unwatched).unwrap().artifact
-}
-
-fn metrics(subject: &Subject, logits: &Tensor) -> Metrics {
-    let classes = logits.size()[1] as usize;
-    let (found, float) = (to_vec_f32(logits).unwrap(), to_vec_f32(&subject.timm_logits).unwrap());
-    let mut metrics = Metrics::default();
-    for (index, label) in subject.labels.iter().enumerate() {
-        let row = index * classes..(index + 1) * classes;
-        metrics.add(&found[row.clone()], *label, Some(&float[row]));
-    }
-    metrics
 }
 
 #[test]
@@ -139,7 +75,7 @@ const OPERANDS: usize = 6 * 7;
 
 /// How many operands have other searched scalars than those in a file of the platform's.
 fn other_choices(artifact: &Artifact, file: &str, run: &str) -> usize {
-    let reference = &reference(file)["runs"][run];
+    let reference = &json_file(&format!("demo/reference/{file}"))["runs"][run];
     let (mut compared, mut other) = (0, 0);
     for (path, operands) in &artifact.header.sites {
         for (operand, entry) in operands {
@@ -177,13 +113,16 @@ fn is_avx2_only() -> bool {
 #[test]
 fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
     let subject = subject("digits-vit");
-    let results = reference("peer_results.json");
+    let results = json_file("demo/reference/peer_results.json");
     let images = calibration(&subject.checkpoint, "digits-vit/n32/seed0");
     for bits in [3, 4, 6] {
         let run = format!("digits-vit/platform/W{bits}A{bits}/seed0");
-        let artifact =
-            artifact(&subject, &images, &request("ubb", bits, &[("variant", "released")]));
-        let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+        let artifact = artifact(
+            &subject.checkpoint,
+            &images,
+            &request("ubb", bits, &[("variant", "released")]),
+        );
+        let model = load(&artifact);
         let logits = model.forward(&subject.images).unwrap();
         let found = metrics(&subject, &logits);
         println!(
@@ -194,7 +133,7 @@ fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
         );
         let mut nearest = (f64::MIN, usize::MAX);
         for (processor, logits_file, params_file) in REFERENCES {
-            let theirs = tensors(&demo("reference").join(logits_file));
+            let theirs = tensors(&format!("demo/reference/{logits_file}"));
             let fidelity = sqnr_db(&theirs[&run], &logits).unwrap();
             let other = other_choices(&artifact, params_file, &run);
             println!(
@@ -223,16 +162,10 @@ fn ubb_finds_the_platforms_parameters_and_gives_its_logits() {
     }
 }
 
-/// Logits of a two-block model with random weights, calibrated on four images: few enough values
-/// that a rounding boundary is rarely met, so the rules show themselves.
-const SMALL_MODEL_FLOOR_DB: f64 = 60.0;
-
 #[test]
 fn ubb_equals_the_released_code_on_small_models() {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/platform");
-    let index: Value =
-        serde_json::from_slice(&std::fs::read(folder.join("index.json")).unwrap()).unwrap();
-    let stored = tensors(&folder.join("goldens.safetensors"));
+    let stored = tensors("tests/fixtures/platform/goldens.safetensors");
+    let index = json_file("tests/fixtures/platform/index.json");
     let models = index["cases"].as_array().unwrap().iter();
     let models: Vec<_> =
         models.filter(|case| case["case"].as_str().unwrap().starts_with("model_")).collect();
@@ -241,36 +174,18 @@ fn ubb_equals_the_released_code_on_small_models() {
         let name = case["case"].as_str().unwrap();
         let get =
             |key: &str| stored[case["tensors"][key]["name"].as_str().unwrap()].shallow_clone();
-        let given = &case["meta"]["config"];
-        let checkpoint = tempfile::tempdir().unwrap();
         let weights: Vec<(String, Tensor)> = case["tensors"]
             .as_object()
             .unwrap()
             .keys()
             .filter_map(|key| Some((key.strip_prefix("weights.")?.to_owned(), get(key))))
             .collect();
-        Tensor::write_safetensors(&weights, checkpoint.path().join("model.safetensors")).unwrap();
-        let side = &given["img_size"];
-        let config = serde_json::json!({
-            "architecture": "vit_tiny_patch16_224",
-            "num_classes": given["num_classes"],
-            "model_args": {
-                "img_size": side, "patch_size": given["patch_size"], "embed_dim": given["embed_dim"],
-                "depth": given["depth"], "num_heads": given["num_heads"],
-            },
-            "pretrained_cfg": {
-                "input_size": [3, side, side], "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5],
-                "crop_pct": 0.9, "interpolation": "bicubic",
-            },
-        });
-        std::fs::write(checkpoint.path().join("config.json"), config.to_string()).unwrap();
-        let checkpoint = Checkpoint::open(checkpoint.path()).unwrap();
+        let checkpoint = small_checkpoint(&case["meta"]["config"], &weights);
         let bits = case["meta"]["n_bits"].as_u64().unwrap() as u32;
         let images = CalibrationImages { images: get("calib_input"), digest: String::new() };
         let request = request("ubb", bits, &[("variant", "released")]);
-        let artifact =
-            quantize(&checkpoint, &images, &request, Device::Cpu, &Unwatched).unwrap().artifact;
-        let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+        let artifact = artifact(&checkpoint, &images, &request);
+        let model = load(&artifact);
         for phase in ["calib", "eval"] {
             let logits = model.forward(&get(&format!("{phase}_input"))).unwrap();
             let fidelity = sqnr_db(&get(&format!("{phase}_logits")), &logits).unwrap();
@@ -317,19 +232,14 @@ fn storing_and_loading_gives_the_same_logits_bit_for_bit() {
             ("ubb", StemHeadPolicy::Int8),
         ] {
             let request = QuantizeSpec { stem_head, ..request(method, 4, &[]) };
-            let first = artifact(&subject, &images, &request);
+            let first = artifact(&subject.checkpoint, &images, &request);
             let bytes = first.to_bytes().unwrap();
             let again = Artifact::from_bytes("test", &bytes).unwrap();
             assert_eq!(again.to_bytes().unwrap(), bytes, "{name} {method}: bytes are stable");
-            let logits = |artifact: &Artifact| {
-                QuantizedModel::load(artifact, Device::Cpu, Backend::Simulated)
-                    .unwrap()
-                    .forward(&few)
-                    .unwrap()
-            };
+            let logits = |artifact: &Artifact| load(artifact).forward(&few).unwrap();
             assert!(logits(&first).equal(&logits(&again)), "{name} {method}");
             assert_eq!(
-                artifact(&subject, &images, &request).to_bytes().unwrap(),
+                artifact(&subject.checkpoint, &images, &request).to_bytes().unwrap(),
                 bytes,
                 "deterministic"
             );
@@ -362,8 +272,8 @@ fn an_artifact_gives_what_the_calibrated_model_gives() {
         let model = task.model_with(&found.edits).unwrap();
         let direct =
             model.forward(&mut Simulated::new(&found.plan, WeightSource::Quantize), &few).unwrap();
-        let stored = artifact(&subject, &images, &request);
-        let stored = QuantizedModel::load(&stored, Device::Cpu, Backend::Simulated).unwrap();
+        let stored = artifact(&subject.checkpoint, &images, &request);
+        let stored = load(&stored);
         assert!(stored.forward(&few).unwrap().equal(&direct), "{method}");
     }
 }
@@ -374,8 +284,8 @@ fn logits_do_not_depend_on_the_batch() {
         let subject = subject(name);
         let images = calibration(&subject.checkpoint, &format!("{name}/n32/seed0"));
         for method in ["minmax", "ubb"] {
-            let artifact = artifact(&subject, &images, &request(method, 4, &[]));
-            let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+            let artifact = artifact(&subject.checkpoint, &images, &request(method, 4, &[]));
+            let model = load(&artifact);
             let all = model.forward(&subject.images.narrow(0, 0, 32)).unwrap();
             for batch in [1, 7] {
                 for first in (0..28).step_by(batch) {
@@ -402,11 +312,10 @@ fn every_width_and_policy_runs_on_both_architectures() {
                 [bits as usize % 3];
             for method in ["minmax", "ubb"] {
                 let request = QuantizeSpec { stem_head: policy, ..request(method, bits, &[]) };
-                let artifact = artifact(&subject, &few, &request);
+                let artifact = artifact(&subject.checkpoint, &few, &request);
                 let quantized = artifact.header.sites.contains_key("head");
                 assert_eq!(quantized, policy != StemHeadPolicy::Float);
-                let model =
-                    QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
+                let model = load(&artifact);
                 let logits = model.forward(&subject.images.narrow(0, 0, 2)).unwrap();
                 assert!(logits.isfinite().all().int64_value(&[]) == 1);
                 assert_eq!(logits.kind(), Kind::Float);

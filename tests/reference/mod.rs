@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured parity is shown with --nocapture")]
 #![allow(unreachable_pub, reason = "the module is part of each test that names it")]
+#![allow(dead_code, reason = "each test that names the module uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use vitq::exec::Backend;
 use vitq::model::Checkpoint;
 use vitq::tensor::{sqnr_db, to_vec_f32};
 
-fn root(path: &str) -> PathBuf {
+pub fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
@@ -45,7 +46,7 @@ pub fn load(artifact: &Artifact) -> QuantizedModel {
 }
 
 /// Few values meet a rounding boundary in a small model, so the rules show themselves.
-const SMALL_MODEL_FLOOR_DB: f64 = 60.0;
+pub const SMALL_MODEL_FLOOR_DB: f64 = 60.0;
 
 /// Compares logits, rewritten parameters and quantizers with those of the `model_*` cases of a
 /// fixture, and returns how many there are. `request` asks for the released code's behaviour.
@@ -87,7 +88,7 @@ pub fn compare_small_models(folder: &str, request: &dyn Fn(u32) -> QuantizeSpec)
 }
 
 /// A model of the fixtures as a checkpoint.
-fn small_checkpoint(config: &Value, weights: &[(String, Tensor)]) -> Checkpoint {
+pub fn small_checkpoint(config: &Value, weights: &[(String, Tensor)]) -> Checkpoint {
     let folder = tempfile::tempdir().unwrap();
     Tensor::write_safetensors(weights, folder.path().join("model.safetensors")).unwrap();
     let architecture = if config["arch"] == "vit" {
