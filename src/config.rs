@@ -9,10 +9,13 @@ use tch::Device;
 
 use crate::data::DecodeLimits;
 use crate::engine::EngineConfig;
+use crate::engine::jobs::JobLimits;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::grpc::ServerConfig;
 use crate::telemetry::LogConfig;
+
+const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Flags of `vitq serve`.
 #[derive(Args, Clone, Debug)]
@@ -50,6 +53,21 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS",
           value_parser = at_least_one)]
     pub workers: usize,
+    /// Jobs that may wait for a worker; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "VITQ_MAX_QUEUED_JOBS", default_value_t = 64, value_name = "JOBS",
+          value_parser = at_least_one)]
+    pub max_queued_jobs: usize,
+    /// Crashes of a worker after which the job that it ran counts as failed.
+    #[arg(long, env = "VITQ_JOB_ATTEMPTS", default_value_t = 3, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub job_attempts: u32,
+    /// Seconds without a sign of life after which a worker's job is given to another one.
+    #[arg(long, env = "VITQ_JOB_LEASE", default_value = "60", value_name = "SECONDS",
+          value_parser = seconds)]
+    pub job_lease: Duration,
+    /// Days for which jobs are kept after their end; models stay.
+    #[arg(long, env = "VITQ_JOB_RETENTION_DAYS", default_value_t = 30, value_name = "DAYS")]
+    pub job_retention_days: u32,
     /// Seconds that calls in progress get to finish when the server stops.
     #[arg(long, env = "VITQ_DRAIN_TIMEOUT", default_value = "30", value_name = "SECONDS",
           value_parser = seconds)]
@@ -75,6 +93,12 @@ impl ServeConfig {
             max_batch: self.max_batch,
             queue_images: self.queue_images,
             workers: self.workers,
+            jobs: JobLimits {
+                queued: self.max_queued_jobs,
+                attempts: self.job_attempts,
+                lease: self.job_lease,
+                keep: DAY * self.job_retention_days,
+            },
             limits: DecodeLimits { max_bytes: self.max_message_bytes, ..DecodeLimits::default() },
         }
     }

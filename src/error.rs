@@ -55,6 +55,22 @@ pub enum Error {
     /// The caller's deadline passed.
     #[error("deadline exceeded")]
     Deadline,
+    /// A store that the work needs cannot be reached now; the call may be retried.
+    #[error("the {what} is unavailable: {reason}")]
+    Unavailable {
+        /// `database`, `artifact store`.
+        what: &'static str,
+        /// What it answered, for the log.
+        reason: String,
+    },
+    /// Another job is at work on the same thing.
+    #[error("operation `{operation}` is making model `{model}`")]
+    Busy {
+        /// The model id.
+        model: String,
+        /// The other job's operation.
+        operation: String,
+    },
     /// The server is shutting down.
     #[error("the server is draining")]
     Draining,
@@ -122,6 +138,12 @@ impl Error {
             Self::Cancelled => Self::Cancelled,
             Self::Deadline => Self::Deadline,
             Self::Draining => Self::Draining,
+            Self::Unavailable { what, reason } => {
+                Self::Unavailable { what, reason: reason.clone() }
+            }
+            Self::Busy { model, operation } => {
+                Self::Busy { model: model.clone(), operation: operation.clone() }
+            }
             Self::CorruptArtifact { path, reason } => Self::corrupt(path, reason),
             Self::Device { source } => {
                 Self::Device { source: tch::TchError::Torch(source.to_string()) }
@@ -129,6 +151,13 @@ impl Error {
             Self::Io { path, source } => Self::io(path, source.kind().into()),
             Self::Internal { reason } => Self::internal(reason),
         }
+    }
+
+    /// Whether a full disk, or a quota, is the cause.
+    pub fn is_disk_full(&self) -> bool {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. }
+            if [StorageFull, QuotaExceeded, FileTooLarge].contains(&source.kind()))
     }
 
     /// A broken invariant.

@@ -11,6 +11,7 @@
 //! - [`calib`]: calibration tasks, capture, progress
 //! - [`methods`]: the quantization methods and their registry
 //! - [`artifact`]: the stored form of a quantized model
+//! - [`database`]: SQLite or PostgreSQL
 //! - [`engine`]: quantized models on devices, batching, jobs, evaluation
 //! - [`mod@bench`]: method × model × bits runs and their reports
 //! - [`grpc`]: the services
@@ -23,6 +24,7 @@ pub mod calib;
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod database;
 pub mod device;
 pub mod digest;
 pub mod engine;

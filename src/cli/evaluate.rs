@@ -24,6 +24,9 @@ pub(super) struct Args {
     /// Seed of the draw.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Urgency: jobs with a larger number start first, -100 to 100.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
     /// Leave as soon as the server has accepted the job.
     #[arg(long)]
     detach: bool,
@@ -41,6 +44,7 @@ impl Args {
             seed: self.seed,
             request_id: String::new(),
             validate_only: false,
+            priority: self.priority,
         };
         let server = self.server;
         block_on(async move {

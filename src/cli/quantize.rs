@@ -61,6 +61,9 @@ pub(super) struct Args {
     /// Only check the request.
     #[arg(long)]
     validate_only: bool,
+    /// Urgency: jobs with a larger number start first, -100 to 100.
+    #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
+    priority: i32,
     /// Leave as soon as the server has accepted the job.
     #[arg(long)]
     detach: bool,
@@ -174,6 +177,7 @@ impl Args {
             load_after: self.load,
             request_id: self.request_id,
             validate_only: self.validate_only,
+            priority: self.priority,
             role_bits: role_bits.iter().map(RoleBits::from).collect(),
             calibration: Some(Calibration::Dataset(dataset)),
         })

@@ -49,10 +49,7 @@ impl Args {
         let ops_stop = CancellationToken::new();
         let _ops_ends_last = ops_stop.clone().drop_guard();
         tokio::spawn(ops::serve(ops_listener, readiness.clone(), ops_stop));
-        let engine_config = config.engine(devices);
-        let engine = tokio::task::spawn_blocking(move || Engine::start(engine_config))
-            .await
-            .map_err(|error| Error::internal(format!("start: {error}")))??;
+        let engine = Engine::start(config.engine(devices)).await?;
         let address = listener.local_addr().map_err(|e| Error::io("gRPC port", e))?;
         announce(&format!("listening on http://{address}"));
         grpc::run(listener, engine, grpc::Running { config: config.server(), readiness, stop })

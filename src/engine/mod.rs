@@ -21,11 +21,12 @@ use tokio::runtime::Handle;
 
 use crate::artifact::store::{LocalArtifactStore, ModelCatalog};
 use crate::data::DecodeLimits;
+use crate::database::Database;
 use crate::engine::classify::Classifier;
 use crate::engine::device::DeviceHandle;
-use crate::engine::jobs::{JobRunner, MemoryJobStore, RunnerParts};
+use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
 use crate::engine::names::NamedFolder;
-use crate::engine::registry::{ModelRegistry, RegistryParts};
+use crate::engine::registry::{ModelRegistry, RegistryParts, blocking};
 use crate::engine::resources::Resources;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
@@ -35,7 +36,7 @@ pub use quantized_model::{FloatModel, QuantizedModel};
 /// What an [`Engine`] is made of.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
-    /// Folder of models and artifacts; created if missing.
+    /// Folder of jobs, models and artifacts; created if missing.
     pub data_dir: PathBuf,
     /// Folder of checkpoints.
     pub checkpoints: Option<PathBuf>,
@@ -51,6 +52,8 @@ pub struct EngineConfig {
     pub queue_images: usize,
     /// Jobs that run at the same time.
     pub workers: usize,
+    /// Bounds of the job store.
+    pub jobs: JobLimits,
     /// What is accepted as an image.
     pub limits: DecodeLimits,
 }
@@ -69,11 +72,25 @@ pub struct Engine {
 }
 
 impl Engine {
-    /// Opens the stores and starts the threads. Blocking; within a tokio runtime.
+    /// Opens the stores and starts the threads.
     ///
     /// # Errors
-    /// `Io` for unusable folders; `InvalidArgument` on `device` for an empty list.
-    pub fn start(config: EngineConfig) -> Result<Arc<Self>> {
+    /// `Io` for unusable folders; `Unavailable` for an unusable database; `InvalidArgument` on
+    /// `device` for an empty list.
+    pub async fn start(config: EngineConfig) -> Result<Arc<Self>> {
+        let data_dir = config.data_dir.clone();
+        blocking(move || std::fs::create_dir_all(&data_dir).map_err(|e| Error::io(data_dir, e)))
+            .await?;
+        let database = Database::file(&config.data_dir.join("vitq.sqlite")).await?;
+        let store = Arc::new(JobStore::new(database, config.jobs.clone()));
+        // The folder is this process's alone: whoever held a lease is gone.
+        store.forget_leases().await?;
+        let runtime = Handle::current();
+        blocking(move || Self::assemble(config, store, runtime)).await
+    }
+
+    /// What blocks.
+    fn assemble(config: EngineConfig, store: Arc<JobStore>, runtime: Handle) -> Result<Arc<Self>> {
         let EngineConfig {
             data_dir,
             checkpoints,
@@ -83,6 +100,7 @@ impl Engine {
             max_batch,
             queue_images,
             workers,
+            jobs: _,
             limits,
         } = config;
         let first = *devices.first().ok_or_else(|| Error::invalid("device", "names no device"))?;
@@ -99,7 +117,7 @@ impl Engine {
         let checkpoints = NamedFolder::open(checkpoints.as_deref(), "checkpoint")?;
         let datasets = NamedFolder::open(datasets.as_deref(), "dataset")?;
         let parts = RunnerParts {
-            store: Arc::new(MemoryJobStore::default()),
+            store,
             registry: Arc::clone(&registry),
             checkpoints: checkpoints.clone(),
             datasets: datasets.clone(),
@@ -109,7 +127,7 @@ impl Engine {
         };
         Ok(Arc::new(Self {
             classifier: Classifier::new(Arc::clone(&registry), queue_images, limits),
-            jobs: JobRunner::start(parts, Handle::current())?,
+            jobs: JobRunner::start(parts, runtime)?,
             registry,
             resources: Resources::new(checkpoints, datasets),
         }))

@@ -152,6 +152,17 @@ impl ModelRegistry {
         self.lock().get(id).map(|slot| self.view(slot)).ok_or_else(|| not_found(id))
     }
 
+    /// A stored model with the state it is in by now; as merely stored when it was deleted since.
+    pub fn view_of(&self, record: &Arc<ModelRecord>) -> ModelView {
+        let models = self.lock();
+        let current = models.values().find(|slot| slot.record == *record);
+        current.map(|slot| self.view(slot)).unwrap_or_else(|| ModelView {
+            record: Arc::clone(record),
+            state: ModelState::Stored,
+            backend: self.backend,
+        })
+    }
+
     /// A key for something to be loaded on a device.
     pub fn new_key(&self) -> LoadKey {
         self.next_key.fetch_add(1, Ordering::Relaxed)
@@ -223,10 +234,11 @@ impl ModelRegistry {
         }
     }
 
-    /// Stores an artifact and gives it a name.
+    /// Stores an artifact and gives it a name. Publishing the same artifact under the same name
+    /// again gives what is there: a job that died behind this step comes back to it.
     ///
     /// # Errors
-    /// `AlreadyExists` when the id is taken; `Io`, and then nothing is listed.
+    /// `AlreadyExists` when the id is another artifact's; `Io`, and then nothing is listed.
     pub async fn publish(&self, origin: RecordOrigin, artifact: Artifact) -> Result<ModelView> {
         let id = ModelId::parse(&origin.id, "model_id")?;
         let (header, bytes) = blocking(move || {
@@ -237,6 +249,11 @@ impl ModelRegistry {
         let _one_at_a_time = self.writes.acquire().await.map_err(|_| Error::Draining)?;
         let size = bytes.len() as u64;
         let digest = self.store.put(bytes).await?;
+        if let Some(slot) = self.lock().get(&id)
+            && slot.record.digest == digest
+        {
+            return Ok(self.view(slot));
+        }
         let record = Arc::new(ModelRecord::new(origin, header, (digest.clone(), size)));
         let (catalog, entry) = (self.catalog.clone(), Arc::clone(&record));
         if let Err(error) = blocking(move || catalog.create(&entry)).await {

@@ -5,12 +5,13 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::events::{self, EventSource, Messages};
-use super::fields::{request_id, timestamp};
+use super::fields::{checked_priority, request_id, timestamp};
 use super::proto::evaluation_service_server::EvaluationService;
 use super::proto::{self, EvaluateEvent, EvaluateRequest, WatchRequest, evaluate_event::Event};
 use crate::engine::Engine;
 use crate::engine::jobs::{
-    self, EvaluateJob, Figures, JobEvent, JobEventKind, JobOutput, JobProgress, JobSpec, NewJob,
+    self, EvaluateJob, Figures, JobEvent, JobEventKind, JobOutput, JobProgress, JobRunner, JobSpec,
+    NewJob,
 };
 use crate::engine::names::ModelId;
 use crate::error::Result;
@@ -56,14 +57,16 @@ impl EvaluationService for Evaluation {
 }
 
 fn new_job(request: EvaluateRequest) -> Result<NewJob> {
-    let EvaluateRequest { model, dataset, limit, seed, request_id: id, validate_only: _ } = request;
+    let EvaluateRequest { model, dataset, limit, seed, request_id: id, validate_only: _, priority } =
+        request;
+    let priority = checked_priority(priority)?;
     let job = EvaluateJob {
         model: ModelId::parse(&model, "model")?,
         dataset,
         limit: (limit > 0).then(|| usize::try_from(limit).unwrap_or(usize::MAX)),
         seed,
     };
-    Ok(NewJob { spec: JobSpec::Evaluate(job), request_id: request_id(id)? })
+    Ok(NewJob { spec: JobSpec::Evaluate(job), request_id: request_id(id)?, priority })
 }
 
 fn validated() -> EvaluateEvent {
@@ -77,7 +80,7 @@ fn event(source: &EventSource, event: JobEvent) -> EvaluateEvent {
     let event = match kind {
         JobEventKind::Accepted => Event::Accepted(proto::JobAccepted { replayed: source.replayed }),
         JobEventKind::Progress(progress) => Event::Progress(evaluate_progress(progress)),
-        JobEventKind::Ended(outcome) => match events::ended(&operation, outcome, result) {
+        JobEventKind::Ended(outcome) => match events::ended(source, outcome, result) {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),
         },
@@ -93,7 +96,7 @@ fn evaluate_progress(progress: JobProgress) -> proto::EvaluateProgress {
 }
 
 /// The result of an evaluation job; `None` for another kind of job.
-pub(super) fn result(output: &JobOutput) -> Option<proto::EvaluateResult> {
+pub(super) fn result(_: &JobRunner, output: &JobOutput) -> Option<proto::EvaluateResult> {
     let JobOutput::Evaluated(evaluation) = output else { return None };
     let jobs::Evaluation { model, model_version, dataset, figures, warnings } = evaluation;
     Some(proto::EvaluateResult {

@@ -22,11 +22,6 @@ pub(super) type Messages<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Sen
 /// Collection of operation names.
 const COLLECTION: &str = "operations/";
 
-/// The name of a job on the wire.
-pub(super) fn operation_name(id: &JobId) -> String {
-    format!("{COLLECTION}{id}")
-}
-
 /// The job of a name on the wire.
 ///
 /// # Errors
@@ -41,6 +36,8 @@ pub(super) fn job_id(name: &str) -> Result<JobId> {
 /// What a stream needs to turn a job's events into its own messages.
 #[derive(Debug)]
 pub(super) struct EventSource {
+    /// Who runs it.
+    pub(super) jobs: Arc<JobRunner>,
     /// Name of the operation.
     pub(super) operation: String,
     /// Whether an earlier call had made the job.
@@ -58,8 +55,8 @@ pub(super) async fn submit<T: 'static>(
 ) -> Result<Messages<T>> {
     let Submitted { id, novelty } = jobs.submit(job).await?;
     let events = jobs.watch(&id, 0).await?;
-    let source =
-        EventSource { operation: operation_name(&id), replayed: novelty == Novelty::Replayed };
+    let replayed = novelty == Novelty::Replayed;
+    let source = EventSource { jobs: Arc::clone(jobs), operation: id.operation(), replayed };
     Ok(convert_all(events, source, convert))
 }
 
@@ -80,7 +77,8 @@ pub(super) async fn watch<T: 'static>(
         return Err(Error::invalid("name", format!("this is a job of kind {found}, not {kind}")));
     }
     let events = jobs.watch(&id, after_sequence).await?;
-    Ok(convert_all(events, EventSource { operation: name, replayed: false }, convert))
+    let source = EventSource { jobs: Arc::clone(jobs), operation: name, replayed: false };
+    Ok(convert_all(events, source, convert))
 }
 
 /// The stream of one message: the request is fine.
@@ -100,15 +98,14 @@ fn convert_all<T: 'static>(
 
 /// How a job ended, as a message of its kind or an error.
 pub(super) fn ended<T>(
-    operation: &str,
+    source: &EventSource,
     outcome: JobOutcome,
-    of_kind: fn(&JobOutput) -> Option<T>,
+    of_kind: fn(&JobRunner, &JobOutput) -> Option<T>,
 ) -> std::result::Result<T, tonic_types::pb::Status> {
-    let error = |error: &Error| rpc_status(&status(error, operation));
+    let error = |error: &Error| rpc_status(&status(error, &source.operation));
     match outcome {
-        Ok(output) => {
-            of_kind(&output).ok_or_else(|| error(&Error::internal("output of another kind")))
-        }
+        Ok(output) => of_kind(&source.jobs, &output)
+            .ok_or_else(|| error(&Error::internal("output of another kind"))),
         // The cause was logged, under the operation's name, when the job ended.
         Err(cause) => Err(error(&cause)),
     }

@@ -34,6 +34,17 @@ pub(super) fn count<T: TryInto<u32>>(value: T) -> u32 {
     value.try_into().unwrap_or(u32::MAX)
 }
 
+/// Urgency of a job from the wire.
+///
+/// # Errors
+/// `InvalidArgument` on `priority` outside -100 to 100.
+pub(super) fn checked_priority(value: i32) -> Result<i32> {
+    if (-100..=100).contains(&value) {
+        return Ok(value);
+    }
+    Err(Error::invalid("priority", format!("must be -100 to 100, not {value}")))
+}
+
 /// A stem/head policy from the wire.
 ///
 /// # Errors

@@ -107,8 +107,8 @@ pub struct Running {
     pub stop: CancellationToken,
 }
 
-/// Serves until asked to stop, then drains: health says so, new calls are refused, jobs end,
-/// calls in progress get their time.
+/// Serves until asked to stop, then drains: health says so, new calls are refused, running jobs
+/// are given back, calls in progress get their time.
 ///
 /// # Errors
 /// `Internal` when the transport fails.
@@ -177,7 +177,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     announce(&health, ServingStatus::NotServing).await;
     goodbye.cancel();
     let drained = async {
-        engine.jobs.stop().await;
+        engine.jobs.stop();
         let (served, stopped) = tokio::join!(&mut serving, engine.jobs.stopped());
         served.map_err(|error| transport(&error)).and(stopped)
     };

@@ -7,8 +7,8 @@ use prost::{Message, Name};
 use prost_types::Any;
 use tonic::{Request, Response, Status};
 
-use super::events::{job_id, operation_name};
-use super::fields::timestamp;
+use super::events::job_id;
+use super::fields::{count, timestamp};
 use super::page::PageRequest;
 use super::proto::longrunning::operation::Result as OperationResult;
 use super::proto::longrunning::operations_server::Operations;
@@ -19,7 +19,7 @@ use super::proto::longrunning::{
 use super::status::{rpc_status, status};
 use super::{evaluate, events, proto, quantize};
 use crate::engine::Engine;
-use crate::engine::jobs::{JobId, JobOutput, JobRecord, JobState};
+use crate::engine::jobs::{JobFilter, JobId, JobOutput, JobRecord, JobRunner, JobState};
 use crate::error::{Error, Result};
 
 /// The service.
@@ -43,7 +43,7 @@ impl Operations for Jobs {
         let (filter, page) = list_request(request.into_inner())?;
         let mut found = self.list(&filter, &page).await?;
         let next_page_token = page.cut(&mut found, |job| job.id.to_string());
-        let operations = found.into_iter().map(operation).collect();
+        let operations = found.into_iter().map(|job| operation(&self.engine.jobs, job)).collect();
         Ok(Response::new(ListOperationsResponse {
             operations,
             next_page_token,
@@ -56,7 +56,8 @@ impl Operations for Jobs {
         request: Request<GetOperationRequest>,
     ) -> Result<Response<Operation>, Status> {
         let GetOperationRequest { name } = request.into_inner();
-        Ok(Response::new(operation(self.engine.jobs.store().get(&job_id(&name)?).await?)))
+        let job = self.engine.jobs.store().get(&job_id(&name)?).await?;
+        Ok(Response::new(operation(&self.engine.jobs, job)))
     }
 
     async fn delete_operation(
@@ -84,64 +85,50 @@ impl Operations for Jobs {
         let WaitOperationRequest { name, timeout } = request.into_inner();
         let timeout = timeout.map(Duration::try_from).transpose();
         let timeout = timeout.map_err(|_| Error::invalid("timeout", "must not be negative"))?;
-        Ok(Response::new(operation(self.engine.jobs.wait(&job_id(&name)?, timeout).await?)))
+        let job = self.engine.jobs.wait(&job_id(&name)?, timeout).await?;
+        Ok(Response::new(operation(&self.engine.jobs, job)))
     }
 }
 
 impl Jobs {
     /// One job more than the page has, of those that the filter accepts.
-    async fn list(&self, filter: &Filter, page: &PageRequest) -> Result<Vec<JobRecord>> {
-        let mut found: Vec<JobRecord> = Vec::new();
-        let mut before = page.after.as_deref().map(JobId::given);
-        while found.len() <= page.size {
-            let jobs = self.engine.jobs.store().list(before.as_ref(), page.size + 1).await?;
-            let Some(last) = jobs.last() else { break };
-            before = Some(last.id.clone());
-            found.extend(jobs.into_iter().filter(|job| filter.accepts(job)));
-        }
-        Ok(found)
+    async fn list(&self, filter: &JobFilter, page: &PageRequest) -> Result<Vec<JobRecord>> {
+        let before = page.after.as_deref().map(JobId::given);
+        self.engine.jobs.store().list(filter, before.as_ref(), page.size + 1).await
     }
 }
 
-/// Which jobs are listed.
-#[derive(Debug, Default)]
-struct Filter {
-    done: Option<bool>,
-    model: Option<String>,
-    kind: Option<String>,
-}
-
-impl Filter {
-    /// Reads `done=true`, `metadata.model=ID` and `metadata.kind=KIND`, joined by ` AND `.
-    fn parse(text: &str) -> Result<Self> {
-        let mut filter = Self::default();
-        for term in text.split(" AND ").map(str::trim).filter(|term| !term.is_empty()) {
-            let (field, value) = term.split_once('=').unwrap_or((term, ""));
-            match (field.trim(), value.trim().trim_matches('"')) {
-                ("done", "true") => filter.done = Some(true),
-                ("done", "false") => filter.done = Some(false),
-                ("metadata.model", model) => filter.model = Some(model.to_owned()),
-                ("metadata.kind", kind) => filter.kind = Some(kind.to_owned()),
-                _ => {
-                    let reason = format!(
-                        "`{term}` is none of done=true, done=false, metadata.model=ID, \
-                         metadata.kind=quantize or evaluate"
-                    );
-                    return Err(Error::invalid("filter", reason));
-                }
+/// Reads `done=true`, `metadata.state=STATE`, `metadata.model=ID` and `metadata.kind=KIND`, joined
+/// by ` AND `.
+///
+/// # Errors
+/// `InvalidArgument` on `filter`.
+fn parse_filter(text: &str) -> Result<JobFilter> {
+    let mut filter = JobFilter::default();
+    for term in text.split(" AND ").map(str::trim).filter(|term| !term.is_empty()) {
+        let (field, value) = term.split_once('=').unwrap_or((term, ""));
+        match (field.trim(), value.trim().trim_matches('"')) {
+            ("done", "true") => filter.done = Some(true),
+            ("done", "false") => filter.done = Some(false),
+            ("metadata.state", state) => {
+                let state = JobState::parse(&state.to_ascii_lowercase());
+                filter.state = Some(state.map_err(|e| Error::invalid("filter", e.to_string()))?);
+            }
+            ("metadata.model", model) => filter.model = Some(model.to_owned()),
+            ("metadata.kind", kind) => filter.kind = Some(kind.to_owned()),
+            _ => {
+                let reason = format!(
+                    "`{term}` is none of done=true, done=false, metadata.state=STATE, \
+                     metadata.model=ID, metadata.kind=quantize or evaluate"
+                );
+                return Err(Error::invalid("filter", reason));
             }
         }
-        Ok(filter)
     }
-
-    fn accepts(&self, job: &JobRecord) -> bool {
-        self.done.is_none_or(|done| done == job.state.is_done())
-            && self.model.as_ref().is_none_or(|model| model == job.spec.model().as_str())
-            && self.kind.as_ref().is_none_or(|kind| kind == job.spec.kind())
-    }
+    Ok(filter)
 }
 
-fn list_request(request: ListOperationsRequest) -> Result<(Filter, PageRequest)> {
+fn list_request(request: ListOperationsRequest) -> Result<(JobFilter, PageRequest)> {
     let ListOperationsRequest { name, filter, page_size, page_token, return_partial_success } =
         request;
     if !["", "operations"].contains(&name.as_str()) {
@@ -151,13 +138,23 @@ fn list_request(request: ListOperationsRequest) -> Result<(Filter, PageRequest)>
         return Err(Error::invalid("return_partial_success", "is not supported"));
     }
     let page = PageRequest::parse(format!("operations {filter}"), page_size, &page_token)?;
-    Ok((Filter::parse(&filter)?, page))
+    Ok((parse_filter(&filter)?, page))
 }
 
-fn operation(job: JobRecord) -> Operation {
-    let JobRecord { id, spec, state, created, started, ended, progress, last_sequence, outcome } =
-        job;
-    let name = operation_name(&id);
+fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
+    let JobRecord {
+        id,
+        spec,
+        state,
+        created,
+        started,
+        ended,
+        progress,
+        last_sequence,
+        outcome,
+        attempt,
+    } = job;
+    let name = id.operation();
     let metadata = proto::JobMetadata {
         kind: spec.kind().to_owned(),
         state: job_state(state).into(),
@@ -167,19 +164,20 @@ fn operation(job: JobRecord) -> Operation {
         end_time: ended.map(timestamp),
         progress: progress.map(events::progress),
         last_sequence,
+        attempt: count(attempt),
     };
     let result = outcome.map(|outcome| match outcome {
-        Ok(output) => OperationResult::Response(response(&output)),
+        Ok(output) => OperationResult::Response(response(jobs, &output)),
         // The cause was logged, under the operation's name, when the job ended.
         Err(error) => OperationResult::Error(rpc_status(&status(&error, &name))),
     });
     Operation { name, metadata: Some(pack(&metadata)), done: state.is_done(), result }
 }
 
-fn response(output: &JobOutput) -> Any {
+fn response(jobs: &JobRunner, output: &JobOutput) -> Any {
     match output {
-        JobOutput::Quantized(_) => quantize::result(output).as_ref().map(pack),
-        JobOutput::Evaluated(_) => evaluate::result(output).as_ref().map(pack),
+        JobOutput::Quantized(_) => quantize::result(jobs, output).as_ref().map(pack),
+        JobOutput::Evaluated(_) => evaluate::result(jobs, output).as_ref().map(pack),
     }
     .unwrap_or_default()
 }

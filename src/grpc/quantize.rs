@@ -5,7 +5,9 @@ use std::sync::Arc;
 use tonic::{Request, Response, Status};
 
 use super::events::{self, EventSource, Messages};
-use super::fields::{request_id, role_bits_from, seconds, stem_head_from, timestamp};
+use super::fields::{
+    checked_priority, request_id, role_bits_from, seconds, stem_head_from, timestamp,
+};
 use super::models;
 use super::proto::quantization_service_server::QuantizationService;
 use super::proto::{
@@ -15,7 +17,8 @@ use super::proto::{
 use crate::calib::task::QuantizeSpec;
 use crate::engine::Engine;
 use crate::engine::jobs::{
-    Afterwards, ImageChoice, JobEvent, JobEventKind, JobOutput, JobSpec, NewJob, QuantizeJob,
+    Afterwards, ImageChoice, JobEvent, JobEventKind, JobOutput, JobRunner, JobSpec, NewJob,
+    QuantizeJob,
 };
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
@@ -79,8 +82,10 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
         request_id: id,
         validate_only: _,
         role_bits,
+        priority,
         calibration,
     } = request;
+    let priority = checked_priority(priority)?;
     let (most, longest) = MAX_LABELS;
     if labels.len() > most || labels.iter().any(|(k, v)| k.len().max(v.len()) > longest) {
         let reason = format!("at most {most} labels of at most {longest} bytes");
@@ -103,7 +108,7 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
         labels,
         afterwards: if load_after { Afterwards::Load } else { Afterwards::Keep },
     };
-    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)? })
+    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)?, priority })
 }
 
 fn images(calibration: Option<Calibration>) -> Result<ImageChoice> {
@@ -137,7 +142,7 @@ fn event(source: &EventSource, event: JobEvent) -> QuantizeEvent {
     let event = match kind {
         JobEventKind::Accepted => Event::Accepted(proto::JobAccepted { replayed: source.replayed }),
         JobEventKind::Progress(progress) => Event::Progress(events::progress(progress)),
-        JobEventKind::Ended(outcome) => match events::ended(&operation, outcome, result) {
+        JobEventKind::Ended(outcome) => match events::ended(source, outcome, result) {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),
         },
@@ -146,11 +151,12 @@ fn event(source: &EventSource, event: JobEvent) -> QuantizeEvent {
 }
 
 /// The result of a quantization job; `None` for another kind of job.
-pub(super) fn result(output: &JobOutput) -> Option<proto::QuantizeResult> {
-    let JobOutput::Quantized(view) = output else { return None };
+pub(super) fn result(jobs: &JobRunner, output: &JobOutput) -> Option<proto::QuantizeResult> {
+    let JobOutput::Quantized(record) = output else { return None };
+    let view = jobs.registry().view_of(record);
     Some(proto::QuantizeResult {
         report: Some(models::report(&view.record.report)),
         calibration_time: Some(seconds(view.record.calibration_seconds)),
-        model: Some(models::model(view)),
+        model: Some(models::model(&view)),
     })
 }

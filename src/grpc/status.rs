@@ -1,6 +1,5 @@
 //! The only way from an [`Error`] to a gRPC status, with standard details that programs can read.
 
-use std::io;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -13,6 +12,8 @@ use crate::error::Error;
 const DOMAIN: &str = "vitq.dev";
 /// Reason of an error that a full disk caused.
 const DISK_FULL: &str = "DISK_FULL";
+/// When a call that met an unreachable store should be tried again.
+const RETRY_STORE: Duration = Duration::from_secs(5);
 /// When a client of a draining server should try again: another one may answer at once.
 const RETRY_ELSEWHERE: Duration = Duration::from_secs(1);
 
@@ -21,7 +22,8 @@ impl From<Error> for Status {
     fn from(error: Error) -> Self {
         let id = ulid::Ulid::generate().to_string();
         let status = status(&error, &id);
-        if status.code() == Code::Internal || status.code() == Code::DataLoss {
+        let is_ours = matches!(error, Error::Unavailable { .. });
+        if is_ours || [Code::Internal, Code::DataLoss].contains(&status.code()) {
             tracing::error!(id, error = &error as &dyn std::error::Error, "call failed");
         }
         status
@@ -42,7 +44,16 @@ pub(super) fn status(error: &Error, id: &str) -> Status {
         if let Error::InvalidArgument { field, .. } = error {
             metadata.insert("field".to_owned(), field.clone());
         }
-        error.to_string()
+        if let Error::Busy { model, operation } = error {
+            metadata.insert("model".to_owned(), model.clone());
+            metadata.insert("operation".to_owned(), operation.clone());
+        }
+        if let Error::Unavailable { what, .. } = error {
+            metadata.insert("store".to_owned(), (*what).to_owned());
+            format!("the {what} cannot be reached, try again") // its answer is for the log
+        } else {
+            error.to_string()
+        }
     };
     details.set_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(code, message, details)
@@ -88,10 +99,16 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
             "DRAINING".to_owned(),
             ErrorDetails::with_retry_info(Some(RETRY_ELSEWHERE)),
         ),
+        Error::Unavailable { .. } => (
+            Code::Unavailable,
+            "STORE_UNAVAILABLE".to_owned(),
+            ErrorDetails::with_retry_info(Some(RETRY_STORE)),
+        ),
+        Error::Busy { .. } => (Code::Aborted, "MODEL_BUSY".to_owned(), none),
         Error::CorruptArtifact { path, .. } => {
             (Code::DataLoss, "CORRUPT_ARTIFACT".to_owned(), resource("artifact", path, error))
         }
-        Error::Io { source, .. } if is_full(source) => {
+        Error::Io { .. } if error.is_disk_full() => {
             (Code::ResourceExhausted, DISK_FULL.to_owned(), none)
         }
         Error::Io { .. } => (Code::Internal, "IO".to_owned(), none),
@@ -108,13 +125,10 @@ fn resource(kind: &str, name: &str, error: &Error) -> ErrorDetails {
     ErrorDetails::with_resource_info(kind, name, "", error.to_string())
 }
 
-fn is_full(error: &io::Error) -> bool {
-    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    [StorageFull, QuotaExceeded, FileTooLarge].contains(&error.kind())
-}
-
 #[cfg(test)]
 mod tests {
+    use std::io;
+
     use super::*;
 
     fn every_error() -> Vec<(Error, Code, &'static str)> {
@@ -141,6 +155,12 @@ mod tests {
             (Error::Cancelled, Code::Cancelled, "CANCELLED"),
             (Error::Deadline, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (Error::Draining, Code::Unavailable, "DRAINING"),
+            (
+                Error::Unavailable { what: "database", reason: "secret".into() },
+                Code::Unavailable,
+                "STORE_UNAVAILABLE",
+            ),
+            (Error::Busy { model: name(), operation: name() }, Code::Aborted, "MODEL_BUSY"),
             (Error::corrupt("d", "flipped"), Code::DataLoss, "CORRUPT_ARTIFACT"),
             (io(io::ErrorKind::StorageFull), Code::ResourceExhausted, "DISK_FULL"),
             (io(io::ErrorKind::PermissionDenied), Code::Internal, "IO"),
@@ -168,8 +188,8 @@ mod tests {
     fn internal_causes_stay_in_the_log() {
         for (error, code, _) in every_error() {
             let status = Status::from(error);
+            assert!(!status.message().contains("secret"), "{status}");
             if code == Code::Internal {
-                assert!(!status.message().contains("secret"));
                 let id = status.get_details_request_info().unwrap().request_id;
                 assert!(status.message().contains(&id));
             }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio_stream::StreamExt as _;
 use tonic::Code;
+use tonic_types::StatusExt as _;
 use vitq::data::Dataset;
 use vitq::grpc::proto::longrunning::{
     DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, WaitOperationRequest,
@@ -199,12 +200,30 @@ async fn repeated_requests_find_their_job_and_others_conflict() {
     let status = server.quantize(other).await.unwrap_err();
     assert_eq!(refusal(&status).1, "request_id");
 
+    // Without an id, the same work is found by what it is; other work on the model has to wait.
+    let same = QuantizeRequest { request_id: String::new(), ..slow("m") };
+    let mut same = server.quantization().quantize(same).await.unwrap().into_inner();
+    assert_eq!(same.next().await.unwrap().unwrap().operation, accepted.operation);
     let status = server.quantize(quick("m")).await.unwrap_err();
-    assert_eq!(refusal(&status).0, Code::AlreadyExists);
+    let info = status.get_error_details().error_info().unwrap().clone();
+    assert_eq!((status.code(), info.reason.as_str()), (Code::Aborted, "MODEL_BUSY"));
+    assert_eq!(info.metadata["operation"], accepted.operation);
+    for priority in [-101, 101] {
+        let request = QuantizeRequest { priority, ..quick("n") };
+        let status = server.quantize(request).await.unwrap_err();
+        assert_eq!(refusal(&status).1, "priority");
+    }
 
     let page = ListOperationsRequest { filter: "done=false".to_owned(), ..Default::default() };
     let listed = server.operations().list_operations(page).await.unwrap().into_inner();
     assert_eq!(listed.operations.len(), 1);
+    for (filter, count) in
+        [("metadata.state=running AND metadata.model=m", 1), ("metadata.state=FAILED", 0)]
+    {
+        let page = ListOperationsRequest { filter: filter.to_owned(), ..Default::default() };
+        let listed = server.operations().list_operations(page).await.unwrap().into_inner();
+        assert_eq!(listed.operations.len(), count, "{filter}");
+    }
     let wait = WaitOperationRequest {
         name: accepted.operation,
         timeout: Some(Duration::from_millis(1).try_into().unwrap()),

@@ -14,6 +14,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use vitq::data::DecodeLimits;
+use vitq::engine::jobs::JobLimits;
 use vitq::engine::{Engine, EngineConfig};
 use vitq::exec::Backend;
 use vitq::grpc::proto::catalog_service_client::CatalogServiceClient;
@@ -87,9 +88,10 @@ impl TestServer {
             max_batch: 8,
             queue_images,
             workers: 1,
+            jobs: JobLimits::default(),
             limits: DecodeLimits::default(),
         };
-        let engine: Arc<Engine> = Engine::start(config).unwrap();
+        let engine: Arc<Engine> = Engine::start(config).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
         let (readiness, stop) = (Readiness::new(), CancellationToken::new());
@@ -182,6 +184,11 @@ pub(crate) fn slow(model_id: &str) -> QuantizeRequest {
         calibration: drawn("digits/calib", 256),
         ..quick(model_id)
     }
+}
+
+/// A quantization that takes seconds: long enough to be interrupted, short enough to be repeated.
+pub(crate) fn medium(model_id: &str) -> QuantizeRequest {
+    QuantizeRequest { calibration: drawn("digits/calib", 16), ..slow(model_id) }
 }
 
 /// So many images of a data set.

@@ -1,42 +1,44 @@
 //! Jobs: long work that outlives the call that started it, with numbered events.
 //!
-//! [`JobStore`] keeps them, [`JobRunner`] runs them on worker threads, `quantize` and
+//! [`JobStore`] keeps them in a database, [`JobRunner`] runs them on worker threads, `quantize` and
 //! `evaluate` are what they do.
 
 mod evaluate;
-mod memory;
 mod progress;
 mod quantize;
 mod runner;
 mod spec;
+mod store;
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use async_trait::async_trait;
 use jiff::Timestamp;
-use serde::Serialize;
-use tokio::sync::watch;
+use serde::{Deserialize, Serialize};
 
+use crate::artifact::store::ModelRecord;
 use crate::calib::progress::SiteSqnr;
 use crate::engine::evaluator::Metrics;
 use crate::engine::names::ModelId;
-use crate::engine::registry::ModelView;
 use crate::error::{Error, Result};
 
-pub use memory::MemoryJobStore;
 pub use runner::{JobRunner, RunnerParts};
 pub use spec::{Afterwards, EvaluateJob, ImageChoice, JobSpec, QuantizeJob};
+pub use store::{Claimed, JobFilter, JobLimits, JobStore, Lease, Standing};
 
 /// Identifies a job: a ULID.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 pub struct JobId(String);
 
 impl JobId {
-    /// A new id; later ones sort behind earlier ones, up to the millisecond.
+    /// A new id. Those of one process sort in the order they were made, those of several up to
+    /// their clocks.
     fn new() -> Self {
-        Self(ulid::Ulid::generate().to_string())
+        static GENERATOR: Mutex<ulid::Generator> = Mutex::new(ulid::Generator::new());
+        let mut generator = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = generator.generate().unwrap_or_else(|full| full.commit_overflow_increment());
+        Self(id.to_string())
     }
 
     /// An id that a client gave. Unknown ones are found out by the store.
@@ -47,6 +49,11 @@ impl JobId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The job's name on the wire.
+    pub fn operation(&self) -> String {
+        format!("operations/{self}")
     }
 }
 
@@ -74,6 +81,47 @@ pub enum JobState {
 }
 
 impl JobState {
+    const ALL: [Self; 6] = [
+        Self::Queued,
+        Self::Running,
+        Self::Cancelling,
+        Self::Succeeded,
+        Self::Failed,
+        Self::Cancelled,
+    ];
+
+    /// The state as text.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Cancelling => "cancelling",
+            Self::Succeeded => "succeeded",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+        }
+    }
+
+    /// The state of that [`JobState::name`].
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `state`.
+    pub fn parse(name: &str) -> Result<Self> {
+        Self::ALL.into_iter().find(|state| state.name() == name).ok_or_else(|| {
+            let names = Self::ALL.map(Self::name).join(", ");
+            Error::invalid("state", format!("must be one of {names}"))
+        })
+    }
+
+    /// Where a job stands that ended this way.
+    fn of(outcome: &JobOutcome) -> Self {
+        match outcome {
+            Ok(_) => Self::Succeeded,
+            Err(error) if matches!(**error, Error::Cancelled) => Self::Cancelled,
+            Err(_) => Self::Failed,
+        }
+    }
+
     /// Whether the job has ended.
     pub fn is_done(self) -> bool {
         matches!(self, Self::Succeeded | Self::Failed | Self::Cancelled)
@@ -101,6 +149,8 @@ pub struct JobRecord {
     pub last_sequence: u64,
     /// How it ended.
     pub outcome: Option<JobOutcome>,
+    /// How often a worker took it.
+    pub attempt: u64,
 }
 
 /// How a job ended.
@@ -109,14 +159,14 @@ pub type JobOutcome = std::result::Result<Arc<JobOutput>, Arc<Error>>;
 /// What a job gave.
 #[derive(Clone, Debug)]
 pub enum JobOutput {
-    /// Of a [`QuantizeJob`].
-    Quantized(ModelView),
+    /// Of a [`QuantizeJob`]: the model as it was stored.
+    Quantized(Arc<ModelRecord>),
     /// Of an [`EvaluateJob`].
     Evaluated(Evaluation),
 }
 
 /// A finished evaluation.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Evaluation {
     /// The model.
     pub model: ModelId,
@@ -131,7 +181,7 @@ pub struct Evaluation {
 }
 
 /// Figures of an evaluation, final or so far.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Figures {
     /// Accuracy and fidelity.
     pub metrics: Metrics,
@@ -140,7 +190,7 @@ pub struct Figures {
 }
 
 /// Progress of a job.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct JobProgress {
     /// What is being done.
     pub stage: String,
@@ -191,6 +241,8 @@ pub struct NewJob {
     pub spec: JobSpec,
     /// The client's id of the call; a repeated one finds the same job.
     pub request_id: Option<String>,
+    /// Larger ones go first.
+    pub priority: i32,
 }
 
 /// What [`JobStore::submit`] did.
@@ -207,78 +259,6 @@ pub struct Submitted {
 pub enum Novelty {
     /// It did.
     New,
-    /// An earlier call with the same request id had made it.
+    /// An earlier call had made it: one with the same request id, or one for the same work.
     Replayed,
-}
-
-/// Keeps jobs and their events.
-#[async_trait]
-pub trait JobStore: Send + Sync + fmt::Debug {
-    /// The job that an earlier call with this request id made.
-    ///
-    /// # Errors
-    /// `InvalidArgument` on `request_id` when that call asked for something else.
-    async fn find_request(&self, request_id: &str, fingerprint: &str) -> Result<Option<JobId>>;
-
-    /// Adds a job as queued, with its first event.
-    ///
-    /// # Errors
-    /// As [`JobStore::find_request`]; `AlreadyExists` while another job makes the same model;
-    /// `Overloaded` when too many jobs wait.
-    async fn submit(&self, job: NewJob) -> Result<Submitted>;
-
-    /// One job.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn get(&self, id: &JobId) -> Result<JobRecord>;
-
-    /// At most `count` jobs, newest first, that are older than `before`.
-    ///
-    /// # Errors
-    /// `Io` when the store cannot be read.
-    async fn list(&self, before: Option<&JobId>, count: usize) -> Result<Vec<JobRecord>>;
-
-    /// Forgets a job that has ended.
-    ///
-    /// # Errors
-    /// `NotFound`; `FailedPrecondition` while it has not ended.
-    async fn delete(&self, id: &JobId) -> Result<()>;
-
-    /// Takes the oldest queued job, which is running from now on.
-    ///
-    /// # Errors
-    /// `Io` when the store cannot be read.
-    async fn claim(&self) -> Result<Option<JobRecord>>;
-
-    /// Notes that a job is to stop. A queued one ends at once, one that has ended stays as it is.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn request_cancel(&self, id: &JobId) -> Result<()>;
-
-    /// Adds a progress event.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn report(&self, id: &JobId, progress: JobProgress) -> Result<()>;
-
-    /// Ends a job, with its last event.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn finish(&self, id: &JobId, outcome: JobOutcome) -> Result<()>;
-
-    /// Events with a larger sequence number than `after`, in order. Of a long history the oldest
-    /// progress may be missing.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn events(&self, id: &JobId, after: u64) -> Result<Vec<JobEvent>>;
-
-    /// Wakes at every new event of a job; the value is the newest sequence number.
-    ///
-    /// # Errors
-    /// `NotFound`.
-    async fn changes(&self, id: &JobId) -> Result<watch::Receiver<u64>>;
 }

@@ -1,13 +1,15 @@
 //! From a calculation's steps to a job's events: at most five a second, and none of the sites lost.
 
 use std::mem;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::{Figures, JobId, JobProgress, JobStore};
+use super::store::{JobStore, Lease, Standing};
+use super::{Figures, JobProgress};
 use crate::calib::{Progress, ProgressUpdate};
 
 /// Least time between two events of one stage.
@@ -16,22 +18,47 @@ const INTERVAL: Duration = Duration::from_millis(200);
 /// The [`Progress`] of a running job. Used on worker threads only: it waits for the store.
 #[derive(Debug)]
 pub(super) struct JobReporter {
-    store: Arc<dyn JobStore>,
-    id: JobId,
+    store: Arc<JobStore>,
+    hold: Arc<Hold>,
     runtime: Handle,
-    cancelled: CancellationToken,
     throttle: Mutex<Throttle>,
 }
 
+/// A running job as everything that may stop it sees it.
+#[derive(Debug)]
+pub(super) struct Hold {
+    /// The right to run it.
+    pub(super) lease: Lease,
+    /// Asks the calculation to stop.
+    pub(super) stop: CancellationToken,
+    lost: AtomicBool,
+}
+
+impl Hold {
+    pub(super) fn new(lease: Lease, stop: CancellationToken) -> Self {
+        Self { lease, stop, lost: AtomicBool::new(false) }
+    }
+
+    /// Takes note of what the store said of the lease.
+    pub(super) fn note(&self, standing: Standing) {
+        match standing {
+            Standing::Held => return,
+            Standing::CancelRequested => {}
+            Standing::Lost => self.lost.store(true, Ordering::Release),
+        }
+        self.stop.cancel();
+    }
+
+    /// Whether somebody else has the job by now.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+}
+
 impl JobReporter {
-    pub(super) fn new(
-        store: Arc<dyn JobStore>,
-        id: JobId,
-        runtime: Handle,
-        cancelled: CancellationToken,
-    ) -> Self {
+    pub(super) fn new(store: Arc<JobStore>, hold: Arc<Hold>, runtime: Handle) -> Self {
         let throttle = Mutex::new(Throttle::new(Instant::now()));
-        Self { store, id, runtime, cancelled, throttle }
+        Self { store, hold, runtime, throttle }
     }
 
     /// Starts a stage without units.
@@ -56,8 +83,11 @@ impl JobReporter {
     /// A store that refuses progress must not fail the work that progresses.
     fn send(&self, progress: Option<JobProgress>) {
         let Some(progress) = progress else { return };
-        if let Err(error) = self.runtime.block_on(self.store.report(&self.id, progress)) {
-            tracing::warn!(%error, job = %self.id, "progress was not stored");
+        match self.runtime.block_on(self.store.report(&self.hold.lease, &progress)) {
+            Ok(standing) => self.hold.note(standing),
+            Err(error) => {
+                tracing::warn!(%error, job = %self.hold.lease.id, "progress was not stored");
+            }
         }
     }
 }
@@ -68,7 +98,7 @@ impl Progress for JobReporter {
     }
 
     fn is_cancelled(&self) -> bool {
-        self.cancelled.is_cancelled()
+        self.hold.stop.is_cancelled()
     }
 }
 

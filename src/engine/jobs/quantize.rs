@@ -74,16 +74,15 @@ pub(super) fn run(
         created_ms: Timestamp::now().as_millisecond(),
         calibration_seconds: quantized.calibration_seconds,
     };
-    let mut view = runner.runtime.block_on(registry.publish(origin, quantized.artifact))?;
+    let view = runner.runtime.block_on(registry.publish(origin, quantized.artifact))?;
     if job.afterwards == Afterwards::Load {
         reporter.stage("serve");
         // The model is made and stored whatever comes of the load; its state tells.
         if let Err(error) = runner.runtime.block_on(registry.ensure_loaded(&job.model)) {
             tracing::warn!(%error, "the new model could not be loaded");
         }
-        view = registry.get(&job.model)?;
     }
-    Ok(JobOutput::Quantized(view))
+    Ok(JobOutput::Quantized(view.record))
 }
 
 fn checkpoint_folder(parts: &RunnerParts, job: &QuantizeJob) -> Result<PathBuf> {

@@ -11,10 +11,11 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
 
-use super::progress::JobReporter;
+use super::progress::{Hold, JobReporter};
+use super::store::{Claimed, JobStore, Standing};
 use super::{
-    JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, JobState, JobStore, NewJob,
-    Novelty, Submitted, evaluate, quantize,
+    JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, NewJob, Novelty, Submitted,
+    evaluate, quantize,
 };
 use crate::data::DecodeLimits;
 use crate::engine::device::panic_text;
@@ -24,6 +25,10 @@ use crate::error::{Error, Result};
 
 /// Pause after a store that could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);
+/// How often a worker looks for jobs that other processes submitted or lost.
+const POLL: Duration = Duration::from_secs(1);
+/// Heartbeats within the time of a lease: so many may go missing.
+const BEATS_PER_LEASE: u32 = 12;
 /// Events between the store and a slow reader.
 const STREAM_BUFFER: usize = 16;
 
@@ -31,7 +36,7 @@ const STREAM_BUFFER: usize = 16;
 #[derive(Debug)]
 pub struct RunnerParts {
     /// Where jobs are kept.
-    pub store: Arc<dyn JobStore>,
+    pub store: Arc<JobStore>,
     /// Where models go and come from.
     pub registry: Arc<ModelRegistry>,
     /// Where checkpoints are found.
@@ -51,7 +56,9 @@ pub struct RunnerParts {
 pub struct JobRunner {
     pub(super) parts: RunnerParts,
     pub(super) runtime: Handle,
-    running: Mutex<BTreeMap<JobId, CancellationToken>>,
+    running: Mutex<BTreeMap<JobId, Arc<Hold>>>,
+    /// Names this process in the database.
+    name: String,
     wake: Notify,
     stop: CancellationToken,
     threads: Mutex<Vec<JoinHandle<()>>>,
@@ -68,6 +75,7 @@ impl JobRunner {
             parts,
             runtime,
             running: Mutex::default(),
+            name: ulid::Ulid::generate().to_string(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
             threads: Mutex::default(),
@@ -84,8 +92,13 @@ impl JobRunner {
     }
 
     /// The store, for reading.
-    pub fn store(&self) -> &dyn JobStore {
-        &*self.parts.store
+    pub fn store(&self) -> &JobStore {
+        &self.parts.store
+    }
+
+    /// Where models are made and read.
+    pub fn registry(&self) -> &ModelRegistry {
+        &self.parts.registry
     }
 
     /// Checks a request as [`JobRunner::submit`] does, and does nothing else.
@@ -118,12 +131,8 @@ impl JobRunner {
             return Ok(Submitted { id, novelty: Novelty::Replayed });
         }
         self.check(&job.spec).await?;
-        let submitted = self.parts.store.submit(job).await?;
+        let submitted = self.parts.store.submit(&job).await?;
         self.wake.notify_one();
-        if self.stop.is_cancelled() {
-            // It slipped in behind the last look at the queue.
-            self.stop().await;
-        }
         Ok(submitted)
     }
 
@@ -133,26 +142,25 @@ impl JobRunner {
     /// `NotFound`.
     pub async fn cancel(&self, id: &JobId) -> Result<()> {
         self.parts.store.request_cancel(id).await?;
-        if let Some(token) = lock(&self.running).get(id) {
-            token.cancel();
+        if let Some(hold) = lock(&self.running).get(id) {
+            hold.stop.cancel();
         }
         Ok(())
     }
 
     /// The job's events after a sequence number, as they come; the channel closes after the last.
-    /// A reader that goes away changes nothing for the job.
+    /// A reader that goes away changes nothing for the job; a server that stops ends the channel
+    /// with `Draining`, and the job goes on elsewhere or later.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Unavailable`.
     pub async fn watch(&self, id: &JobId, after: u64) -> Result<mpsc::Receiver<Result<JobEvent>>> {
-        let store = Arc::clone(&self.parts.store);
-        let id = id.clone();
-        let mut changes = store.changes(&id).await?;
+        self.parts.store.get(id).await?;
+        let (store, stop, id) = (Arc::clone(&self.parts.store), self.stop.clone(), id.clone());
         let (sender, receiver) = mpsc::channel(STREAM_BUFFER);
         tokio::spawn(async move {
             let mut after = after;
             loop {
-                changes.mark_unchanged();
                 let events = match store.events(&id, after).await {
                     Ok(events) => events,
                     Err(error) => {
@@ -167,59 +175,57 @@ impl JobRunner {
                         return;
                     }
                 }
-                if store
-                    .get(&id)
-                    .await
-                    .is_ok_and(|job| job.state.is_done() && after >= job.last_sequence)
-                {
-                    return;
+                match store.get(&id).await {
+                    Ok(job) if job.state.is_done() && after >= job.last_sequence => return,
+                    Ok(_) | Err(_) => {}
                 }
-                tokio::select! {
+                let error = tokio::select! {
                     () = sender.closed() => return,
-                    changed = changes.changed() => if changed.is_err() { return },
-                }
+                    () = stop.cancelled() => Error::Draining,
+                    changed = store.changed(&id, after) => match changed {
+                        Ok(()) => continue,
+                        Err(error) => error,
+                    }
+                };
+                let _ = sender.send(Err(error)).await; // nobody else to tell
+                return;
             }
         });
         Ok(receiver)
     }
 
-    /// Waits until a job has ended or the time is over; its latest state.
+    /// Waits until a job has ended, the time is over or the server stops; its latest state.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `Unavailable`.
     pub async fn wait(&self, id: &JobId, timeout: Option<Duration>) -> Result<JobRecord> {
-        let mut changes = self.parts.store.changes(id).await?;
         let ended = async {
             loop {
-                changes.mark_unchanged();
-                if self.parts.store.get(id).await?.state.is_done() {
+                let job = self.parts.store.get(id).await?;
+                if job.state.is_done() {
                     return Ok::<(), Error>(());
                 }
-                if changes.changed().await.is_err() {
-                    return Ok(());
-                }
+                self.parts.store.changed(id, job.last_sequence).await?;
             }
         };
-        match timeout {
-            Some(timeout) => tokio::time::timeout(timeout, ended).await.unwrap_or(Ok(()))?,
-            None => ended.await?,
+        let timeout = async {
+            match timeout {
+                Some(timeout) => tokio::time::sleep(timeout).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            ended = ended => ended?,
+            () = timeout => {}
+            () = self.stop.cancelled() => {}
         }
         self.parts.store.get(id).await
     }
 
-    /// Ends every job, running or queued, with `Draining`, and takes no more.
-    pub async fn stop(&self) {
+    /// Takes no more jobs and gives the running ones back, to be continued by another process or
+    /// after a restart.
+    pub fn stop(&self) {
         self.stop.cancel();
-        loop {
-            match self.parts.store.claim().await {
-                Ok(Some(job)) => self.finish(&job.id, Err(Error::Draining)).await,
-                Ok(None) => return,
-                Err(error) => {
-                    tracing::error!(%error, "queued jobs could not be ended");
-                    return;
-                }
-            }
-        }
     }
 
     /// Waits until the worker threads have ended after [`JobRunner::stop`].
@@ -238,42 +244,42 @@ impl JobRunner {
     }
 
     fn work(&self) {
-        while let Some(job) = self.runtime.block_on(self.next_job()) {
-            let span = tracing::info_span!("job", id = %job.id, kind = job.spec.kind(), model = %job.spec.model());
-            span.in_scope(|| self.run(&job));
+        while let Some(claimed) = self.runtime.block_on(self.next_job()) {
+            let (id, spec) = (&claimed.record.id, &claimed.record.spec);
+            let span = tracing::info_span!("job", %id, kind = spec.kind(), model = %spec.model());
+            span.in_scope(|| self.run(&claimed));
         }
     }
 
-    async fn next_job(&self) -> Option<JobRecord> {
+    async fn next_job(&self) -> Option<Claimed> {
         loop {
             if self.stop.is_cancelled() {
                 return None;
             }
-            match self.parts.store.claim().await {
-                Ok(Some(job)) => return Some(job),
+            match self.parts.store.claim(&self.name).await {
+                Ok(Some(claimed)) => return Some(claimed),
                 Ok(None) => tokio::select! {
                     () = self.wake.notified() => {}
+                    () = tokio::time::sleep(POLL) => {}
                     () = self.stop.cancelled() => {}
                 },
                 Err(error) => {
-                    tracing::error!(%error, "the job store could not be read");
+                    tracing::error!(%error, "no job could be claimed");
                     tokio::time::sleep(STORE_RETRY).await;
                 }
             }
         }
     }
 
-    fn run(&self, job: &JobRecord) {
-        let token = self.stop.child_token();
-        lock(&self.running).insert(job.id.clone(), token.clone());
-        // A cancellation may have come between the claim and the token.
-        let now = self.runtime.block_on(self.parts.store.get(&job.id));
-        if now.is_ok_and(|now| now.state == JobState::Cancelling) {
-            token.cancel();
-        }
+    fn run(&self, claimed: &Claimed) {
+        let Claimed { record: job, lease } = claimed;
+        let hold = Arc::new(Hold::new(lease.clone(), self.stop.child_token()));
+        lock(&self.running).insert(job.id.clone(), Arc::clone(&hold));
+        // Its first beat is at once: a cancellation may have come between the claim and the entry.
+        let heart = self.runtime.spawn(beat(Arc::clone(&self.parts.store), Arc::clone(&hold)));
         let store = Arc::clone(&self.parts.store);
-        let reporter = JobReporter::new(store, job.id.clone(), self.runtime.clone(), token);
-        tracing::info!("job started");
+        let reporter = JobReporter::new(store, Arc::clone(&hold), self.runtime.clone());
+        tracing::info!(attempt = lease.attempt, "job started");
         let result = catch_unwind(AssertUnwindSafe(|| match &*job.spec {
             JobSpec::Quantize(spec) => quantize::run(self, spec, &reporter),
             JobSpec::Evaluate(spec) => evaluate::run(self, spec, &reporter),
@@ -283,24 +289,65 @@ impl JobRunner {
         });
         reporter.flush();
         lock(&self.running).remove(&job.id);
-        let result = match result {
-            Err(Error::Cancelled) if self.stop.is_cancelled() => Err(Error::Draining),
-            result => result,
-        };
-        self.runtime.block_on(self.finish(&job.id, result));
+        self.runtime.block_on(self.end(&hold, result));
+        heart.abort();
     }
 
-    async fn finish(&self, id: &JobId, result: Result<JobOutput>) {
+    /// Stores how a job ended. While the database cannot be reached the heart beats on, so that
+    /// nobody else starts over.
+    async fn end(&self, hold: &Hold, result: Result<JobOutput>) {
+        let lease = &hold.lease;
+        if hold.is_lost() {
+            tracing::warn!("the job's lease was lost, what it made is dropped");
+            return;
+        }
+        let interrupted = matches!(result, Err(Error::Cancelled)) && self.stop.is_cancelled();
         match &result {
             Ok(_) => tracing::info!("job succeeded"),
+            Err(_) if interrupted => tracing::info!("job given back"),
             Err(error) => {
-                tracing::warn!(job = %id, error = error as &dyn std::error::Error, "job ended")
+                // The id that clients get is the operation's.
+                let error = error as &dyn std::error::Error;
+                tracing::warn!(job = %lease.id, error, "job ended");
             }
         }
         let outcome = result.map(Arc::new).map_err(Arc::new);
-        if let Err(error) = self.parts.store.finish(id, outcome).await {
-            tracing::error!(%error, job = %id, "the end of a job was not stored");
+        loop {
+            let stored = if interrupted {
+                self.parts.store.release(lease).await.map(|()| Standing::Held)
+            } else {
+                self.parts.store.finish(lease, &outcome).await
+            };
+            match stored {
+                Ok(Standing::Lost) => {
+                    tracing::warn!("the job's lease was lost, its end was not stored");
+                    return;
+                }
+                Ok(Standing::Held | Standing::CancelRequested) => return,
+                // Another process finds the lease expired.
+                Err(error) if self.stop.is_cancelled() => {
+                    tracing::error!(%error, "the end of a job was not stored");
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(%error, "the end of a job was not stored yet");
+                    tokio::time::sleep(STORE_RETRY).await;
+                }
+            }
         }
+    }
+}
+
+/// Keeps a lease alive, and learns from the store when the job is to stop.
+async fn beat(store: Arc<JobStore>, hold: Arc<Hold>) {
+    let pause = store.limits().lease / BEATS_PER_LEASE;
+    loop {
+        match store.heartbeat(&hold.lease).await {
+            Ok(standing) => hold.note(standing),
+            // The lease may still hold when the store answers again.
+            Err(error) => tracing::warn!(%error, job = %hold.lease.id, "a heartbeat failed"),
+        }
+        tokio::time::sleep(pause).await;
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::calib::task::QuantizeSpec;
 use crate::digest::sha256_hex;
@@ -11,7 +11,7 @@ use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
 /// What a job does.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum JobSpec {
     /// Calibrate a checkpoint and store the result.
@@ -21,7 +21,7 @@ pub enum JobSpec {
 }
 
 /// A quantization to run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct QuantizeJob {
     /// Id of the new model.
     pub model: ModelId,
@@ -38,7 +38,7 @@ pub struct QuantizeJob {
 }
 
 /// What happens to a model once it is stored.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Afterwards {
     /// Nothing; the first call loads it.
@@ -48,7 +48,7 @@ pub enum Afterwards {
 }
 
 /// Which images calibrate a model.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ImageChoice {
     /// So many images of a data set, drawn by the request's seed.
@@ -69,7 +69,7 @@ pub enum ImageChoice {
     Inline {
         /// sha256 of each, in order: what identifies the request.
         digests: Vec<String>,
-        /// The encoded images; given up when the job ends.
+        /// The encoded images; kept apart from the request, until the job ends.
         #[serde(skip)]
         contents: Vec<Bytes>,
     },
@@ -83,7 +83,7 @@ impl ImageChoice {
 }
 
 /// An evaluation to run.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct EvaluateJob {
     /// The model.
     pub model: ModelId,
@@ -130,15 +130,13 @@ impl JobSpec {
         Ok(sha256_hex(&json))
     }
 
-    /// The request without the images that came with it.
-    pub(super) fn without_contents(&self) -> Self {
-        let mut spec = self.clone();
-        if let Self::Quantize(QuantizeJob {
-            images: ImageChoice::Inline { contents, .. }, ..
-        }) = &mut spec
-        {
-            contents.clear();
+    /// The images that came with the request.
+    pub fn contents(&self) -> &[Bytes] {
+        match self {
+            Self::Quantize(QuantizeJob {
+                images: ImageChoice::Inline { contents, .. }, ..
+            }) => contents,
+            Self::Quantize(_) | Self::Evaluate(_) => &[],
         }
-        spec
     }
 }

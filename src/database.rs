@@ -1,0 +1,231 @@
+//! The SQL database: SQLite in one file, or PostgreSQL. Both run the same statements; what differs
+//! is in this file.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, SqlSafeStr as _, Transaction};
+
+use crate::error::{Error, Result};
+
+/// Schema changes in order: version, name, text.
+const MIGRATIONS: [(i64, &str, &str); 1] =
+    [(1, "jobs", include_str!("../migrations/0001_jobs.sql"))];
+/// Connections at once; on SQLite, readers beside the one writer.
+const MAX_CONNECTIONS: u32 = 8;
+/// How long a statement waits for a connection before the database counts as unavailable.
+const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// Of every SQLite connection: readers do not block the writer, a commit is on the disk, writers
+/// queue up.
+const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
+     PRAGMA foreign_keys = ON; PRAGMA busy_timeout = 30000;";
+
+/// A database with the current schema.
+#[derive(Clone, Debug)]
+pub struct Database {
+    pool: AnyPool,
+    dialect: Dialect,
+}
+
+/// What is spoken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// SQLite.
+    Sqlite,
+    /// PostgreSQL.
+    Postgres,
+}
+
+impl Database {
+    /// Opens, or creates, the SQLite file.
+    ///
+    /// # Errors
+    /// As [`Database::open`].
+    pub async fn file(path: &Path) -> Result<Self> {
+        let path = std::path::absolute(path).map_err(|error| Error::io(path, error))?;
+        let plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-~".contains(&b);
+        let encoded: String = path
+            .as_os_str()
+            .as_encoded_bytes()
+            .iter()
+            .map(|b| if plain(*b) { char::from(*b).to_string() } else { format!("%{b:02X}") })
+            .collect();
+        Self::open(&format!("sqlite://{encoded}?mode=rwc")).await
+    }
+
+    /// Connects to `sqlite://…` or `postgres://…` and brings the schema up to date.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `database` for another URL; `Unavailable` when it cannot be reached;
+    /// `FailedPrecondition` when its schema is of a newer version.
+    pub async fn open(url: &str) -> Result<Self> {
+        sqlx::any::install_default_drivers();
+        let dialect = match url.split_once(':') {
+            Some(("sqlite", _)) => Dialect::Sqlite,
+            Some(("postgres" | "postgresql", _)) => Dialect::Postgres,
+            _ => return Err(Error::invalid("database", "must be a postgres:// or sqlite:// URL")),
+        };
+        // The URL may hold a password: it is not repeated.
+        let options: AnyConnectOptions =
+            url.parse().map_err(|_| Error::invalid("database", "is not a usable URL"))?;
+        let pool = AnyPoolOptions::new()
+            .max_connections(MAX_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_TIMEOUT)
+            .after_connect(move |connection, _| {
+                Box::pin(async move {
+                    if dialect == Dialect::Sqlite {
+                        connection.execute(SQLITE_SETTINGS).await?;
+                    }
+                    Ok(())
+                })
+            })
+            .connect_with(options)
+            .await
+            .map_err(failed)?;
+        let database = Self { pool, dialect };
+        database.migrate().await?;
+        Ok(database)
+    }
+
+    async fn migrate(&self) -> Result<()> {
+        let bytes = match self.dialect {
+            Dialect::Sqlite => "BLOB",
+            Dialect::Postgres => "BYTEA",
+        };
+        let migrations = MIGRATIONS.map(|(version, name, text)| {
+            let sql = AssertSqlSafe(text.replace("{bytes}", bytes)).into_sql_str();
+            Migration::new(version, name.into(), MigrationType::Simple, sql, false)
+        });
+        Migrator::with_migrations(migrations.into()).run(&self.pool).await.map_err(|error| {
+            match error {
+                sqlx::migrate::MigrateError::Execute(error) => failed(error),
+                other => Error::FailedPrecondition { reason: format!("the database: {other}") },
+            }
+        })
+    }
+
+    /// What is spoken.
+    pub fn dialect(&self) -> Dialect {
+        self.dialect
+    }
+
+    /// Where single statements run.
+    pub fn pool(&self) -> &AnyPool {
+        &self.pool
+    }
+
+    /// Begins a transaction that will write.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn write(&self) -> Result<Transaction<'static, Any>> {
+        match self.dialect {
+            // A transaction that only later turns out to write could find itself outdated.
+            Dialect::Sqlite => self.pool.begin_with("BEGIN IMMEDIATE").await,
+            Dialect::Postgres => self.pool.begin().await,
+        }
+        .map_err(failed)
+    }
+
+    /// The database's clock in milliseconds since the Unix epoch, as an expression.
+    pub fn now(&self) -> &'static str {
+        match self.dialect {
+            Dialect::Sqlite => "CAST(unixepoch('subsec') * 1000 AS INTEGER)",
+            Dialect::Postgres => "CAST(EXTRACT(EPOCH FROM clock_timestamp()) * 1000 AS BIGINT)",
+        }
+    }
+
+    /// Locks the selected rows and passes over those that somebody else holds. On SQLite a write
+    /// transaction is alone anyway.
+    pub fn skip_locked(&self) -> &'static str {
+        match self.dialect {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " FOR UPDATE SKIP LOCKED",
+        }
+    }
+
+    /// Closes all connections.
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+}
+
+/// Whether a row with this key is there already.
+pub fn is_duplicate(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(sqlx::error::DatabaseError::is_unique_violation)
+}
+
+/// A failed statement as the crate's error.
+pub fn failed(error: sqlx::Error) -> Error {
+    let code = error.as_database_error().and_then(|error| error.code().map(String::from));
+    match code.as_deref() {
+        // SQLITE_FULL and PostgreSQL's disk_full.
+        Some("13" | "53100") => Error::io("database", std::io::ErrorKind::StorageFull.into()),
+        // SQLITE_BUSY, SQLITE_IOERR and its kinds, SQLITE_CANTOPEN; of PostgreSQL: connection,
+        // resources, serialization and deadlock, shutdown.
+        Some(code)
+            if ["5", "10", "14", "40001", "40P01"].contains(&code)
+                || code.parse::<u32>().is_ok_and(|code| code & 0xff == 10)
+                || ["08", "53", "57"].iter().any(|class| code.starts_with(class)) =>
+        {
+            Error::Unavailable { what: "database", reason: error.to_string() }
+        }
+        Some(_) => Error::internal(format!("database: {error}")),
+        None => match error {
+            sqlx::Error::Io(_)
+            | sqlx::Error::Tls(_)
+            | sqlx::Error::Protocol(_)
+            | sqlx::Error::PoolTimedOut
+            | sqlx::Error::PoolClosed
+            | sqlx::Error::WorkerCrashed => {
+                Error::Unavailable { what: "database", reason: error.to_string() }
+            }
+            other => Error::internal(format!("database: {other}")),
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sqlx::Row as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_file_is_created_once_and_keeps_its_content() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("odd name %41?#.sqlite");
+        let database = Database::file(&path).await.unwrap();
+        let insert = "INSERT INTO job_requests VALUES ('r', 'no such job', 'h')";
+        assert!(database.pool().execute(insert).await.is_err(), "foreign keys are checked");
+        let mode = database.pool().fetch_one("PRAGMA synchronous").await.unwrap();
+        assert_eq!(mode.get::<i64, _>(0), 2, "FULL");
+        database.close().await;
+        assert!(path.is_file());
+        let again = Database::file(&path).await.unwrap();
+        again.pool().fetch_all("SELECT * FROM jobs").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_clock_is_the_wall_clock_in_milliseconds() {
+        let folder = tempfile::tempdir().unwrap();
+        let database = Database::file(&folder.path().join("db")).await.unwrap();
+        let sql = AssertSqlSafe(format!("SELECT {}", database.now()));
+        let found: i64 = sqlx::query_scalar(sql).fetch_one(database.pool()).await.unwrap();
+        let expected = jiff::Timestamp::now().as_millisecond();
+        assert!((expected - 5000..=expected).contains(&found), "{found} {expected}");
+    }
+
+    #[tokio::test]
+    async fn unusable_urls_and_places_are_named() {
+        for url in ["mysql://x", "", "postgres", "sqlite"] {
+            let error = Database::open(url).await.unwrap_err();
+            let Error::InvalidArgument { field, .. } = error else { panic!("{url}: {error}") };
+            assert_eq!(field, "database");
+        }
+        let error = Database::file(Path::new("/nowhere/at/all.sqlite")).await.unwrap_err();
+        assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    }
+}

@@ -1,0 +1,501 @@
+//! Jobs in the database: submitted, found, watched. `worker` is the side that runs them.
+
+mod records;
+mod worker;
+
+use std::time::Duration;
+
+use serde::de::DeserializeOwned;
+use sqlx::any::AnyRow;
+use sqlx::{Any, AssertSqlSafe, Row as _, Transaction};
+use tokio::sync::watch;
+
+use super::{
+    ImageChoice, JobEvent, JobEventKind, JobId, JobOutcome, JobRecord, JobSpec, JobState, NewJob,
+    Novelty, QuantizeJob, Submitted,
+};
+use crate::database::{Database, Dialect, failed, is_duplicate};
+use crate::error::{Error, Result};
+
+pub use worker::{Claimed, Lease, Standing};
+
+/// Columns of a [`JobRecord`], in the order of [`record`].
+const RECORD: &str =
+    "id, spec, state, created_ms, started_ms, ended_ms, progress, last_sequence, outcome, attempt";
+/// Events that are kept per job: an hour and more at five a second.
+const MAX_EVENTS: i64 = 20_000;
+/// Events that one reading gives.
+const EVENTS_PAGE: i64 = 1000;
+/// How often a watcher looks for what another process did.
+const POLL: Duration = Duration::from_millis(500);
+/// When a caller who met a full queue should come back.
+const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Submissions that lose a race look again so often.
+const SUBMIT_ROUNDS: usize = 5;
+
+/// Bounds of a [`JobStore`].
+#[derive(Clone, Debug)]
+pub struct JobLimits {
+    /// Jobs that may wait for a worker.
+    pub queued: usize,
+    /// Workers that may die over one job before it counts as failed.
+    pub attempts: u32,
+    /// Time without a heartbeat after which a worker counts as dead.
+    pub lease: Duration,
+    /// Time for which jobs are kept after their end.
+    pub keep: Duration,
+}
+
+impl Default for JobLimits {
+    fn default() -> Self {
+        Self {
+            queued: 64,
+            attempts: 3,
+            lease: Duration::from_secs(60),
+            keep: Duration::from_secs(30 * 24 * 60 * 60),
+        }
+    }
+}
+
+/// Which jobs are listed: all that have every property that is given.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct JobFilter {
+    /// Whether it has ended.
+    pub done: Option<bool>,
+    /// Where it stands.
+    pub state: Option<JobState>,
+    /// The model that it makes or reads.
+    pub model: Option<String>,
+    /// `quantize` or `evaluate`.
+    pub kind: Option<String>,
+}
+
+/// Keeps jobs and their events.
+#[derive(Debug)]
+pub struct JobStore {
+    database: Database,
+    limits: JobLimits,
+    /// Wakes this process's watchers at once; changes by others are found by looking.
+    changed: watch::Sender<()>,
+}
+
+impl JobStore {
+    /// A store in this database.
+    pub fn new(database: Database, limits: JobLimits) -> Self {
+        Self { database, limits, changed: watch::Sender::new(()) }
+    }
+
+    /// Bounds of the store.
+    pub fn limits(&self) -> &JobLimits {
+        &self.limits
+    }
+
+    /// The job that an earlier call with this request id made or found.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `request_id` when that call asked for something else; `Unavailable`.
+    pub async fn find_request(&self, request_id: &str, spec_hash: &str) -> Result<Option<JobId>> {
+        let sql = "SELECT job_id, spec_hash FROM job_requests WHERE request_id = $1";
+        let row = sqlx::query(sql).bind(request_id).fetch_optional(self.database.pool()).await;
+        let Some(row) = row.map_err(failed)? else { return Ok(None) };
+        if column::<String>(&row, 1)? == spec_hash {
+            return Ok(Some(JobId::given(&column::<String>(&row, 0)?)));
+        }
+        let reason = "an earlier call with this id asked for something else";
+        Err(Error::invalid("request_id", reason))
+    }
+
+    /// Adds a job as queued, with its first event. While an equal job is under way, that one is
+    /// returned instead.
+    ///
+    /// # Errors
+    /// As [`JobStore::find_request`]; `Busy` while a different job makes the same model;
+    /// `Overloaded` when too many jobs wait; `Unavailable`.
+    pub async fn submit(&self, job: &NewJob) -> Result<Submitted> {
+        let spec_hash = job.spec.fingerprint()?;
+        for _ in 0..SUBMIT_ROUNDS {
+            if let Some(id) = self.standing_in(job, &spec_hash).await? {
+                return Ok(Submitted { id, novelty: Novelty::Replayed });
+            }
+            match self.insert(job, &spec_hash).await? {
+                Some(id) => {
+                    self.changed.send_replace(());
+                    return Ok(Submitted { id, novelty: Novelty::New });
+                }
+                None => continue, // somebody else was faster: it is found in the next round
+            }
+        }
+        Err(Error::Overloaded {
+            reason: "too many clients ask for this job at once".to_owned(),
+            retry_after: Duration::from_secs(1),
+        })
+    }
+
+    /// The job that answers a submission without a new one.
+    async fn standing_in(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
+        if let Some(request_id) = &job.request_id
+            && let Some(id) = self.find_request(request_id, spec_hash).await?
+        {
+            return Ok(Some(id));
+        }
+        let sql = "SELECT id, spec_hash FROM jobs \
+                   WHERE active = 1 AND (spec_hash = $1 OR target = $2) ORDER BY id LIMIT 1";
+        let target = job.spec.target().map(|model| model.as_str().to_owned());
+        let query = sqlx::query(sql).bind(spec_hash).bind(target);
+        let row = query.fetch_optional(self.database.pool()).await.map_err(failed)?;
+        let Some(row) = row else { return Ok(None) };
+        let id = JobId::given(&column::<String>(&row, 0)?);
+        if column::<String>(&row, 1)? != spec_hash {
+            let model = job.spec.model().to_string();
+            return Err(Error::Busy { model, operation: id.operation() });
+        }
+        let Some(request_id) = &job.request_id else { return Ok(Some(id)) };
+        let sql = "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
+        let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
+        match query.execute(self.database.pool()).await {
+            Ok(_) => Ok(Some(id)),
+            Err(error) if is_duplicate(&error) => self.find_request(request_id, spec_hash).await,
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    /// `None` when a job or request that stands in the way appeared meanwhile.
+    async fn insert(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
+        let id = JobId::new();
+        let mut tx = self.database.write().await?;
+        let sql = "SELECT COUNT(*) FROM jobs WHERE state = 'queued' AND active = 1";
+        let queued: i64 = sqlx::query_scalar(sql).fetch_one(&mut *tx).await.map_err(failed)?;
+        if usize::try_from(queued).unwrap_or(usize::MAX) >= self.limits.queued {
+            return Err(Error::Overloaded {
+                reason: format!("{queued} jobs are waiting already"),
+                retry_after: RETRY_AFTER,
+            });
+        }
+        let now = self.now(&mut tx).await?;
+        let sql = "INSERT INTO jobs (id, kind, model, target, spec, spec_hash, priority, state, \
+                   active, attempt, attempts_left, created_ms, last_sequence) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0)";
+        let inserted = sqlx::query(sql)
+            .bind(id.as_str())
+            .bind(job.spec.kind())
+            .bind(job.spec.model().as_str())
+            .bind(job.spec.target().map(|model| model.as_str().to_owned()))
+            .bind(records::to_json(&job.spec)?)
+            .bind(spec_hash)
+            .bind(i64::from(job.priority))
+            .bind(i64::from(self.limits.attempts))
+            .bind(now)
+            .execute(&mut *tx)
+            .await;
+        match inserted {
+            Ok(_) => {}
+            Err(error) if is_duplicate(&error) => return Ok(None),
+            Err(error) => return Err(failed(error)),
+        }
+        if let Some(request_id) = &job.request_id {
+            let sql =
+                "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
+            let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
+            match query.execute(&mut *tx).await {
+                Ok(_) => {}
+                Err(error) if is_duplicate(&error) => return Ok(None),
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        for (position, content) in (0_i64..).zip(job.spec.contents()) {
+            let sql = "INSERT INTO job_images (job_id, position, content) VALUES ($1, $2, $3)";
+            let query = sqlx::query(sql).bind(id.as_str()).bind(position).bind(content.to_vec());
+            query.execute(&mut *tx).await.map_err(failed)?;
+        }
+        append_event(&mut tx, &id, now, "accepted", None).await?;
+        tx.commit().await.map_err(failed)?;
+        Ok(Some(id))
+    }
+
+    /// One job.
+    ///
+    /// # Errors
+    /// `NotFound`; `Unavailable`.
+    pub async fn get(&self, id: &JobId) -> Result<JobRecord> {
+        let sql = AssertSqlSafe(format!("SELECT {RECORD} FROM jobs WHERE id = $1"));
+        let row = sqlx::query(sql).bind(id.as_str()).fetch_optional(self.database.pool()).await;
+        record(&row.map_err(failed)?.ok_or_else(|| not_found(id))?)
+    }
+
+    /// At most `count` jobs, newest first, that are older than `before`.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn list(
+        &self,
+        filter: &JobFilter,
+        before: Option<&JobId>,
+        count: usize,
+    ) -> Result<Vec<JobRecord>> {
+        let JobFilter { done, state, model, kind } = filter;
+        let text = |value: Option<&str>| value.unwrap_or_default().to_owned();
+        // An empty parameter asks for nothing: PostgreSQL wants the type of every parameter known.
+        let sql = AssertSqlSafe(format!(
+            "SELECT {RECORD} FROM jobs WHERE ($1 = '' OR id < $1) AND ($2 = '' OR model = $2) \
+             AND ($3 = '' OR kind = $3) AND ($4 = '' OR state = $4) AND ($5 < 0 OR active = $5) \
+             ORDER BY id DESC LIMIT $6"
+        ));
+        let rows = sqlx::query(sql)
+            .bind(text(before.map(JobId::as_str)))
+            .bind(text(model.as_deref()))
+            .bind(text(kind.as_deref()))
+            .bind(text(state.map(JobState::name)))
+            .bind(done.map_or(-1, |done| i64::from(!done)))
+            .bind(i64::try_from(count).unwrap_or(i64::MAX))
+            .fetch_all(self.database.pool())
+            .await
+            .map_err(failed)?;
+        rows.iter().map(record).collect()
+    }
+
+    /// Forgets a job that has ended.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` while it has not ended; `Unavailable`.
+    pub async fn delete(&self, id: &JobId) -> Result<()> {
+        let sql = "DELETE FROM jobs WHERE id = $1 AND active = 0";
+        let deleted = sqlx::query(sql).bind(id.as_str()).execute(self.database.pool()).await;
+        if deleted.map_err(failed)?.rows_affected() == 0 {
+            self.get(id).await?;
+            let reason = format!("operation `{id}` has not ended, cancel it first");
+            return Err(Error::FailedPrecondition { reason });
+        }
+        Ok(())
+    }
+
+    /// Forgets jobs that ended long ago, see [`JobLimits::keep`]; how many.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn expire(&self) -> Result<u64> {
+        let now = self.database.now();
+        let sql =
+            AssertSqlSafe(format!("DELETE FROM jobs WHERE active = 0 AND ended_ms < {now} - $1"));
+        let query = sqlx::query(sql).bind(milliseconds(self.limits.keep));
+        Ok(query.execute(self.database.pool()).await.map_err(failed)?.rows_affected())
+    }
+
+    /// Notes that a job is to stop. A queued one ends at once, one that has ended stays as it is.
+    ///
+    /// # Errors
+    /// `NotFound`; `Unavailable`.
+    pub async fn request_cancel(&self, id: &JobId) -> Result<()> {
+        let mut tx = self.database.write().await?;
+        let sql =
+            AssertSqlSafe(format!("SELECT state FROM jobs WHERE id = $1{}", self.for_update()));
+        let state: Option<String> = sqlx::query_scalar(sql)
+            .bind(id.as_str())
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(failed)?;
+        match JobState::parse(&state.ok_or_else(|| not_found(id))?)? {
+            JobState::Queued => self.end(&mut tx, id, &cancelled()).await?,
+            JobState::Running => {
+                let sql = "UPDATE jobs SET state = 'cancelling' WHERE id = $1";
+                let query = sqlx::query(sql).bind(id.as_str());
+                query.execute(&mut *tx).await.map_err(failed)?;
+            }
+            JobState::Cancelling | JobState::Succeeded | JobState::Failed | JobState::Cancelled => {
+            }
+        }
+        tx.commit().await.map_err(failed)?;
+        self.changed.send_replace(());
+        Ok(())
+    }
+
+    /// Events with a larger sequence number than `after`, in order, a page of them. Of a long
+    /// history the oldest progress may be missing.
+    ///
+    /// # Errors
+    /// `NotFound`; `Unavailable`.
+    pub async fn events(&self, id: &JobId, after: u64) -> Result<Vec<JobEvent>> {
+        let sql = "SELECT sequence, time_ms, kind, body FROM job_events \
+                   WHERE job_id = $1 AND sequence > $2 ORDER BY sequence LIMIT $3";
+        let rows = sqlx::query(sql)
+            .bind(id.as_str())
+            .bind(i64::try_from(after).unwrap_or(i64::MAX))
+            .bind(EVENTS_PAGE)
+            .fetch_all(self.database.pool())
+            .await
+            .map_err(failed)?;
+        let mut events = Vec::with_capacity(rows.len());
+        for row in &rows {
+            let kind = match column::<String>(row, 2)?.as_str() {
+                "accepted" => JobEventKind::Accepted,
+                "progress" => JobEventKind::Progress(json(row, 3)?),
+                _ => JobEventKind::Ended(self.get(id).await?.outcome.ok_or_else(broken)?),
+            };
+            events.push(JobEvent { sequence: number(row, 0)?, time: time(row, 1)?, kind });
+        }
+        if events.is_empty() {
+            self.get(id).await?;
+        }
+        Ok(events)
+    }
+
+    /// Returns once a job has events beyond `after`, or has ended.
+    ///
+    /// # Errors
+    /// `NotFound`; `Unavailable`.
+    pub async fn changed(&self, id: &JobId, after: u64) -> Result<()> {
+        let mut changes = self.changed.subscribe();
+        loop {
+            changes.mark_unchanged();
+            let sql = "SELECT last_sequence, active FROM jobs WHERE id = $1";
+            let query = sqlx::query(sql).bind(id.as_str());
+            let row = query.fetch_optional(self.database.pool()).await.map_err(failed)?;
+            let row = row.ok_or_else(|| not_found(id))?;
+            if number(&row, 0)? > after || column::<i64>(&row, 1)? == 0 {
+                return Ok(());
+            }
+            // The sender lives in self, and the timeout is the other way out.
+            let _ = tokio::time::timeout(POLL, changes.changed()).await;
+        }
+    }
+
+    /// Ends a job that is locked by the transaction, with its last event.
+    async fn end(
+        &self,
+        tx: &mut Transaction<'static, Any>,
+        id: &JobId,
+        outcome: &JobOutcome,
+    ) -> Result<()> {
+        let now = self.now(tx).await?;
+        let sql = "UPDATE jobs SET state = $1, active = 0, outcome = $2, ended_ms = $3, \
+                   lease_owner = NULL, lease_expires_ms = NULL WHERE id = $4";
+        sqlx::query(sql)
+            .bind(JobState::of(outcome).name())
+            .bind(records::outcome_to_json(outcome)?)
+            .bind(now)
+            .bind(id.as_str())
+            .execute(&mut **tx)
+            .await
+            .map_err(failed)?;
+        let sql = "DELETE FROM job_images WHERE job_id = $1";
+        sqlx::query(sql).bind(id.as_str()).execute(&mut **tx).await.map_err(failed)?;
+        append_event(tx, id, now, "ended", None).await
+    }
+
+    /// The clock that leases and times go by.
+    async fn now(&self, tx: &mut Transaction<'static, Any>) -> Result<i64> {
+        let sql = AssertSqlSafe(format!("SELECT {}", self.database.now()));
+        sqlx::query_scalar(sql).fetch_one(&mut **tx).await.map_err(failed)
+    }
+
+    /// Makes others wait for the selected rows. On SQLite a write transaction is alone anyway.
+    fn for_update(&self) -> &'static str {
+        match self.database.dialect() {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " FOR UPDATE",
+        }
+    }
+
+    /// The images that came with a job.
+    async fn with_contents(&self, id: &JobId, mut spec: JobSpec) -> Result<JobSpec> {
+        if let JobSpec::Quantize(QuantizeJob {
+            images: ImageChoice::Inline { contents, .. }, ..
+        }) = &mut spec
+        {
+            let sql = "SELECT content FROM job_images WHERE job_id = $1 ORDER BY position";
+            let rows = sqlx::query(sql).bind(id.as_str()).fetch_all(self.database.pool()).await;
+            for row in &rows.map_err(failed)? {
+                contents.push(column::<Vec<u8>>(row, 0)?.into());
+            }
+        }
+        Ok(spec)
+    }
+}
+
+/// Adds an event to a job that is locked by the transaction.
+async fn append_event(
+    tx: &mut Transaction<'static, Any>,
+    id: &JobId,
+    now: i64,
+    kind: &str,
+    body: Option<String>,
+) -> Result<()> {
+    let sql =
+        "UPDATE jobs SET last_sequence = last_sequence + 1 WHERE id = $1 RETURNING last_sequence";
+    let query = sqlx::query_scalar(sql).bind(id.as_str());
+    let sequence: i64 = query.fetch_one(&mut **tx).await.map_err(failed)?;
+    let sql = "INSERT INTO job_events (job_id, sequence, time_ms, kind, body) \
+               VALUES ($1, $2, $3, $4, $5)";
+    sqlx::query(sql)
+        .bind(id.as_str())
+        .bind(sequence)
+        .bind(now)
+        .bind(kind)
+        .bind(body)
+        .execute(&mut **tx)
+        .await
+        .map_err(failed)?;
+    if sequence > MAX_EVENTS {
+        // The first event says that the job exists; the oldest progress behind it can go.
+        let sql = "DELETE FROM job_events WHERE job_id = $1 AND sequence = $2";
+        let query = sqlx::query(sql).bind(id.as_str()).bind(sequence - MAX_EVENTS + 1);
+        query.execute(&mut **tx).await.map_err(failed)?;
+    }
+    Ok(())
+}
+
+fn record(row: &AnyRow) -> Result<JobRecord> {
+    let optional_time = |index| column::<Option<i64>>(row, index)?.map(from_ms).transpose();
+    let progress = column::<Option<String>>(row, 6)?;
+    let outcome = column::<Option<String>>(row, 8)?;
+    Ok(JobRecord {
+        id: JobId::given(&column::<String>(row, 0)?),
+        spec: std::sync::Arc::new(json(row, 1)?),
+        state: JobState::parse(&column::<String>(row, 2)?)?,
+        created: time(row, 3)?,
+        started: optional_time(4)?,
+        ended: optional_time(5)?,
+        progress: progress.as_deref().map(records::from_json).transpose()?,
+        last_sequence: number(row, 7)?,
+        outcome: outcome.as_deref().map(records::outcome_from_json).transpose()?,
+        attempt: number(row, 9)?,
+    })
+}
+
+fn column<'r, T>(row: &'r AnyRow, index: usize) -> Result<T>
+where
+    T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
+{
+    row.try_get(index).map_err(failed)
+}
+
+fn number(row: &AnyRow, index: usize) -> Result<u64> {
+    u64::try_from(column::<i64>(row, index)?).map_err(|_| broken())
+}
+
+fn json<T: DeserializeOwned>(row: &AnyRow, index: usize) -> Result<T> {
+    records::from_json(&column::<String>(row, index)?)
+}
+
+fn time(row: &AnyRow, index: usize) -> Result<jiff::Timestamp> {
+    from_ms(column(row, index)?)
+}
+
+fn from_ms(ms: i64) -> Result<jiff::Timestamp> {
+    jiff::Timestamp::from_millisecond(ms).map_err(|_| broken())
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
+}
+
+fn cancelled() -> JobOutcome {
+    Err(std::sync::Arc::new(Error::Cancelled))
+}
+
+fn broken() -> Error {
+    Error::internal("a job in the database is not as it was written")
+}
+
+fn not_found(id: &JobId) -> Error {
+    Error::NotFound { kind: "operation", name: id.operation() }
+}
