@@ -19,7 +19,8 @@ build: setup
 demo: build
 	@scripts/demo.sh
 
-test: setup
+test:
+	@scripts/setup.sh test
 	@scripts/test.sh
 
 bench: build

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Makes the machine ready to build: compiler, Rust, and libtorch from PyPI in .venv. Instant when
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
-# libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU.
+# libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
+# what only the tests need: the programs of a PostgreSQL server, which they start by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,7 +25,20 @@ packages() {
   fi
   say "installing system packages: $*"
   "${sudo[@]}" apt-get update -qq
-  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
+  "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+    -o Dpkg::Options::=--force-confold "$@" >/dev/null
+}
+
+# Debian's package would set up a database of its own and keep it running.
+check_postgresql() {
+  local settings=/etc/postgresql-common/createcluster.conf sudo=()
+  if compgen -G '/usr/lib/postgresql/*/bin/postgres' >/dev/null; then return; fi
+  if [ "$(id -u)" -ne 0 ]; then sudo=(sudo -n); fi
+  if [ ! -e "$settings" ] && command -v apt-get >/dev/null; then
+    "${sudo[@]}" mkdir -p "${settings%/*}"
+    echo "create_main_cluster = false" | "${sudo[@]}" tee "$settings" >/dev/null
+  fi
+  packages postgresql
 }
 
 check_rust() {
@@ -97,6 +111,7 @@ if command -v flock >/dev/null; then
 fi
 
 check_rust
+if [ "${1:-}" = test ]; then check_postgresql; fi
 if ! installed; then
   check_system
   rm -f "$stamp"

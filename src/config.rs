@@ -1,7 +1,10 @@
 //! The server's configuration: flags, each with an environment variable. Checked once, at start.
 
+use std::convert::Infallible;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
 use clap::Args;
@@ -23,12 +26,47 @@ pub struct ServeConfig {
     /// Address of the gRPC services; port 0 takes a free one.
     #[arg(long, env = "VITQ_LISTEN", default_value = "127.0.0.1:50051", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// Images that may be in the server at once; more are refused with RESOURCE_EXHAUSTED.
+    #[arg(long, env = "VITQ_QUEUE_IMAGES", default_value_t = 256, value_name = "IMAGES",
+          value_parser = at_least_one)]
+    pub queue_images: usize,
+    /// Quantization and evaluation jobs that this server runs at the same time; 0 leaves them to
+    /// workers.
+    #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS")]
+    pub workers: usize,
+    /// What servers and workers have in common.
+    #[command(flatten)]
+    pub process: ProcessConfig,
+}
+
+/// Flags of `vitq worker`.
+#[derive(Args, Clone, Debug)]
+pub struct WorkerConfig {
+    /// Quantization and evaluation jobs that this process runs at the same time.
+    #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS",
+          value_parser = at_least_one)]
+    pub workers: usize,
+    /// What servers and workers have in common.
+    #[command(flatten)]
+    pub process: ProcessConfig,
+}
+
+/// Flags that servers and workers have in common.
+#[derive(Args, Clone, Debug)]
+pub struct ProcessConfig {
     /// Address of the plaintext probes /livez and /readyz.
     #[arg(long, env = "VITQ_OPS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS")]
     pub ops_listen: SocketAddr,
-    /// Folder of models and artifacts; created if missing.
+    /// Folder of jobs, models and artifacts, as far as they are not elsewhere; created if missing.
     #[arg(long, env = "VITQ_DATA_DIR", default_value = "./vitq-data", value_name = "DIR")]
     pub data_dir: PathBuf,
+    /// Database of jobs and model names, postgres://…; without one, a file in the data folder.
+    #[arg(long, env = "VITQ_DATABASE", value_name = "URL", hide_env_values = true)]
+    pub database: Option<DatabaseUrl>,
+    /// Store of artifacts: s3://, gs:// or az://BUCKET/PREFIX, or file:///DIR; without one, the data
+    /// folder. Credentials come from the services' own environment variables.
+    #[arg(long, env = "VITQ_STORE", value_name = "URL")]
+    pub store: Option<String>,
     /// Folder of float checkpoints (folders with config.json and model.safetensors).
     #[arg(long, env = "VITQ_CHECKPOINTS", value_name = "DIR")]
     pub checkpoints: Option<PathBuf>,
@@ -45,14 +83,6 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_MAX_BATCH", default_value_t = 32, value_name = "IMAGES",
           value_parser = at_least_one)]
     pub max_batch: usize,
-    /// Images that may be in the server at once; more are refused with RESOURCE_EXHAUSTED.
-    #[arg(long, env = "VITQ_QUEUE_IMAGES", default_value_t = 256, value_name = "IMAGES",
-          value_parser = at_least_one)]
-    pub queue_images: usize,
-    /// Quantization and evaluation jobs that run at the same time.
-    #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS",
-          value_parser = at_least_one)]
-    pub workers: usize,
     /// Jobs that may wait for a worker; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "VITQ_MAX_QUEUED_JOBS", default_value_t = 64, value_name = "JOBS",
           value_parser = at_least_one)]
@@ -76,7 +106,7 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_MAX_MESSAGE_BYTES", default_value_t = 32 << 20, value_name = "BYTES",
           value_parser = at_least_one)]
     pub max_message_bytes: usize,
-    /// How the server logs.
+    /// How the process logs.
     #[command(flatten)]
     pub log: LogConfig,
 }
@@ -84,15 +114,51 @@ pub struct ServeConfig {
 impl ServeConfig {
     /// The engine's part; `devices` is what `device` stands for on this machine.
     pub fn engine(&self, devices: Vec<Device>) -> EngineConfig {
+        let Self { process, queue_images, workers, .. } = self;
+        EngineConfig { queue_images: *queue_images, ..process.engine(devices, *workers) }
+    }
+
+    /// The services' part.
+    pub fn server(&self) -> ServerConfig {
+        ServerConfig {
+            max_message_bytes: self.process.max_message_bytes,
+            drain_timeout: self.process.drain_timeout,
+        }
+    }
+}
+
+impl WorkerConfig {
+    /// The engine's part.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `database` when there is none: nobody could give this process a job.
+    pub fn engine(&self, devices: Vec<Device>) -> Result<EngineConfig> {
+        if self.process.database.is_none() {
+            let reason = "a worker needs the database that it shares with the servers";
+            return Err(Error::invalid("database", reason));
+        }
+        Ok(self.process.engine(devices, self.workers))
+    }
+}
+
+impl ProcessConfig {
+    /// Whether the data folder holds anything of this process, which then has it to itself.
+    pub fn uses_data_dir(&self) -> bool {
+        self.database.is_none() || self.store.is_none()
+    }
+
+    fn engine(&self, devices: Vec<Device>, workers: usize) -> EngineConfig {
         EngineConfig {
             data_dir: self.data_dir.clone(),
+            database: self.database.as_ref().map(|url| url.0.clone()),
+            store: self.store.clone(),
             checkpoints: self.checkpoints.clone(),
             datasets: self.datasets.clone(),
             devices,
             backend: self.executor,
             max_batch: self.max_batch,
-            queue_images: self.queue_images,
-            workers: self.workers,
+            queue_images: 0,
+            workers,
             jobs: JobLimits {
                 queued: self.max_queued_jobs,
                 attempts: self.job_attempts,
@@ -102,13 +168,23 @@ impl ServeConfig {
             limits: DecodeLimits { max_bytes: self.max_message_bytes, ..DecodeLimits::default() },
         }
     }
+}
 
-    /// The services' part.
-    pub fn server(&self) -> ServerConfig {
-        ServerConfig {
-            max_message_bytes: self.max_message_bytes,
-            drain_timeout: self.drain_timeout,
-        }
+/// A URL that may hold a password: never shown.
+#[derive(Clone)]
+pub struct DatabaseUrl(String);
+
+impl fmt::Debug for DatabaseUrl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(database URL)")
+    }
+}
+
+impl FromStr for DatabaseUrl {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.to_owned()))
     }
 }
 
@@ -141,9 +217,19 @@ mod tests {
     #[test]
     fn defaults_are_local_and_bounded() {
         let Command { serve } = Command::try_parse_from(["vitq"]).unwrap();
-        assert!(serve.listen.ip().is_loopback() && serve.ops_listen.ip().is_loopback());
-        assert_eq!((serve.max_batch, serve.queue_images, serve.workers), (32, 256, 1));
+        let ServeConfig { listen, queue_images, workers, process } = &serve;
+        assert!(listen.ip().is_loopback() && process.ops_listen.ip().is_loopback());
+        assert_eq!((process.max_batch, *queue_images, *workers), (32, 256, 1));
+        assert!(process.uses_data_dir());
         assert_eq!(serve.server().drain_timeout, Duration::from_secs(30));
+    }
+
+    #[test]
+    fn passwords_are_not_shown() {
+        let url = "postgres://user:secret@host/db";
+        let Command { serve } = Command::try_parse_from(["vitq", "--database", url]).unwrap();
+        assert!(!format!("{serve:?}").contains("secret"));
+        assert_eq!(serve.engine(vec![]).database.as_deref(), Some(url));
     }
 
     #[test]
@@ -153,6 +239,8 @@ mod tests {
             ("--queue-images", "-1"),
             ("--drain-timeout", "soon"),
             ("--drain-timeout", "-1"),
+            ("--workers", "-1"),
+            ("--job-attempts", "0"),
             ("--executor", "magic"),
             ("--listen", "somewhere"),
             ("--unknown", "1"),

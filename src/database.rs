@@ -11,8 +11,10 @@ use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, SqlSafeStr as _, Transact
 use crate::error::{Error, Result};
 
 /// Schema changes in order: version, name, text.
-const MIGRATIONS: [(i64, &str, &str); 1] =
-    [(1, "jobs", include_str!("../migrations/0001_jobs.sql"))];
+const MIGRATIONS: [(i64, &str, &str); 2] = [
+    (1, "jobs", include_str!("../migrations/0001_jobs.sql")),
+    (2, "models", include_str!("../migrations/0002_models.sql")),
+];
 /// Connections at once; on SQLite, readers beside the one writer.
 const MAX_CONNECTIONS: u32 = 8;
 /// How long a statement waits for a connection before the database counts as unavailable.
@@ -143,6 +145,14 @@ impl Database {
         match self.dialect {
             Dialect::Sqlite => "",
             Dialect::Postgres => " FOR UPDATE SKIP LOCKED",
+        }
+    }
+
+    /// Makes others wait for the selected rows. On SQLite a write transaction is alone anyway.
+    pub fn for_update(&self) -> &'static str {
+        match self.dialect {
+            Dialect::Sqlite => "",
+            Dialect::Postgres => " FOR UPDATE",
         }
     }
 

@@ -1,9 +1,13 @@
-//! Servers that are killed in the middle of their work, and what the next one makes of it.
+//! Servers that are killed in the middle of their work, and what the others make of it: one server
+//! on a folder, and two servers and a worker on PostgreSQL and an S3-compatible store.
 //!
 //! `CRASHES=N` sets how often (10 unless given), `CRASH_SEED=N` at which moments.
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the moments of the kills are shown with --nocapture")]
+
+mod postgres;
+mod s3;
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,9 +16,9 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use sha2::{Digest as _, Sha256};
 use tokio_stream::StreamExt as _;
 use tonic::transport::Channel;
+use vitq::artifact::store::{ArtifactStore, LocalArtifactStore, RemoteArtifactStore};
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::longrunning::{ListOperationsRequest, WaitOperationRequest};
@@ -26,34 +30,58 @@ use vitq::grpc::proto::{
     QuantizeRequest,
 };
 
-/// The real program; killed, without a chance to say goodbye, when dropped.
-struct Program {
-    child: Child,
-    channel: Channel,
+/// The flags and variables that tell a process where its stores are.
+struct Stores {
+    flags: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
-impl Program {
-    async fn start(data: &Path) -> Self {
+impl Stores {
+    /// The real program, with probes and jobs as all have them.
+    fn program(&self, command: &str) -> Command {
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
-        let mut child = Command::new(env!("CARGO_BIN_EXE_vitq"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
+        let mut program = Command::new(env!("CARGO_BIN_EXE_vitq"));
+        program
             .env("OMP_NUM_THREADS", "1")
-            .args(["--device", "cpu", "--job-attempts", "1000", "--max-queued-jobs", "1000"])
-            .arg("--data-dir")
-            .arg(data)
+            .envs(self.variables.iter().map(|(key, value)| (key, value)))
+            .args([command, "--ops-listen", "127.0.0.1:0", "--device", "cpu"])
+            .args(["--job-attempts", "1000", "--max-queued-jobs", "1000"])
+            .args(&self.flags)
             .arg("--checkpoints")
             .arg(demo.join("checkpoints"))
             .arg("--datasets")
             .arg(demo.join("datasets"))
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::null());
+        program
+    }
+}
+
+/// A process; killed, without a chance to say goodbye, when dropped.
+struct Process(Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A server.
+struct Program {
+    _process: Process,
+    channel: Channel,
+}
+
+impl Program {
+    async fn start(stores: &Stores) -> Self {
+        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let process = Process(child);
         let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
         let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
-        Self { child, channel }
+        Self { _process: process, channel }
     }
 
     /// Submits job `number`; its operation, if the server lived long enough to answer.
@@ -65,7 +93,7 @@ impl Program {
             activation_bits: 4,
             calibration: Some(Calibration::Dataset(CalibrationDataset {
                 name: "digits/calib".to_owned(),
-                count: 8,
+                count: 24,
                 files: vec![],
             })),
             model_id: format!("m{number}"),
@@ -75,13 +103,6 @@ impl Program {
         let mut client = QuantizationServiceClient::new(self.channel.clone());
         let mut events = client.quantize(request).await.ok()?.into_inner();
         Some(events.next().await?.ok()?.operation)
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
     }
 }
 
@@ -101,30 +122,46 @@ impl Moments {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_killed_server_loses_no_job_and_leaves_no_broken_model() {
-    let data = tempfile::tempdir().unwrap();
+/// Kills one of the servers and workers at a random moment, again and again, while clients submit
+/// jobs; then looks at what is left.
+async fn survives(
+    stores: &Stores,
+    (servers, workers): (usize, usize),
+    artifacts: &dyn ArtifactStore,
+) {
     let crashes = number("CRASHES", 10);
     let mut moments = Moments(number("CRASH_SEED", 1));
     let mut accepted = BTreeSet::new();
+    let mut programs: Vec<Program> = Vec::new();
+    let mut helpers: Vec<Process> = Vec::new();
     for crash in 0..crashes {
-        let program = Program::start(data.path()).await;
+        while programs.len() < servers {
+            programs.push(Program::start(stores).await);
+        }
+        while helpers.len() < workers {
+            helpers.push(Process(stores.program("worker").spawn().unwrap()));
+        }
         let moment = moments.next();
         let submitting = async {
             // A client repeats what the last crash may have swallowed, then goes on.
             for number in crash.saturating_sub(1)..=crash {
-                if let Some(operation) = program.submit(number).await {
+                if let Some(operation) = programs[0].submit(number).await {
                     accepted.insert(operation);
                 }
             }
             std::future::pending::<()>().await;
         };
         let _ = tokio::time::timeout(moment, submitting).await;
-        drop(program);
+        // The one that took the jobs, or another.
+        match moments.next().as_millis() as usize % (servers + workers) {
+            server if server < servers => drop(programs.remove(server)),
+            worker => drop(helpers.remove(worker - servers)),
+        }
         println!("kill {crash} after {} ms, {} jobs accepted", moment.as_millis(), accepted.len());
     }
 
-    let program = Program::start(data.path()).await;
+    drop((programs, helpers));
+    let program = Program::start(stores).await;
     for number in 0..crashes {
         accepted.insert(program.submit(number).await.unwrap());
     }
@@ -153,9 +190,9 @@ async fn a_killed_server_loses_no_job_and_leaves_no_broken_model() {
     assert_eq!(models.len() as u64, crashes + 1);
     let digests: BTreeSet<&str> = models.iter().map(|model| model.digest.as_str()).collect();
     assert_eq!(digests.len(), 1);
-    let image =
-        fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/datasets/digits/val/3"));
-    let content = fs::read(image.unwrap().next().unwrap().unwrap().path()).unwrap();
+    let images = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/datasets/digits/val/3");
+    let image = fs::read_dir(images).unwrap().next().unwrap().unwrap().path();
+    let content = fs::read(image).unwrap();
     let mut inference = InferenceServiceClient::new(program.channel.clone());
     for model in &models {
         let images = vec![Image { content: content.clone().into() }];
@@ -163,12 +200,37 @@ async fn a_killed_server_loses_no_job_and_leaves_no_broken_model() {
         inference.classify(request).await.unwrap();
     }
     // Whatever carries a digest for a name has it.
-    for entry in fs::read_dir(data.path().join("objects/sha256")).unwrap() {
-        let path = entry.unwrap().path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
-            let digest = Sha256::digest(fs::read(&path).unwrap());
-            let hex: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
-            assert_eq!(path.file_stem().unwrap().to_str().unwrap(), hex);
-        }
+    let stored = artifacts.older_than(Duration::ZERO).await.unwrap();
+    assert!(stored.iter().any(|digest| digests.contains(digest.as_str())));
+    for digest in stored {
+        artifacts.get(&digest).await.unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_killed_server_loses_no_job_and_leaves_no_broken_model() {
+    let data = tempfile::tempdir().unwrap();
+    let folder = data.path().to_str().unwrap().to_owned();
+    let stores = Stores { flags: vec!["--data-dir".to_owned(), folder], variables: vec![] };
+    let artifacts = LocalArtifactStore::shared(data.path()).unwrap();
+    survives(&stores, (1, 0), &artifacts).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_go_on_where_a_killed_one_stopped() {
+    let s3 = s3::S3::start().await;
+    let flags = [
+        "--database",
+        &postgres::database().await,
+        "--store",
+        &s3.url(),
+        "--job-lease",
+        "1",
+        "--data-dir",
+        "/nowhere",
+    ];
+    let flags = flags.map(str::to_owned).to_vec();
+    let stores = Stores { flags, variables: s3.settings() };
+    let artifacts = RemoteArtifactStore::with_settings(&s3.url(), s3.settings()).unwrap();
+    survives(&stores, (2, 1), &artifacts).await;
 }

@@ -90,6 +90,7 @@ fn show(paths: &[PathBuf], answers: &[ClassifyResponse], output: &Output) -> Res
     let text = lines.collect::<Vec<_>>().join("\n");
     let images = paths.iter().zip(&items).map(|(path, item)| item_json(path, item));
     let json = json!({
+        "answered_by": answers.first().map(|answer| answer.model.clone()),
         "model_version": version,
         "total_seconds": total,
         "images": images.collect::<Vec<Value>>(),

@@ -20,6 +20,7 @@ mod progress;
 mod quantize;
 mod render;
 mod serve;
+mod worker;
 
 use std::process::ExitCode;
 
@@ -43,6 +44,8 @@ struct Cli {
 enum Command {
     /// Run the server.
     Serve(Box<serve::Args>),
+    /// Run jobs for servers that share a database with this process.
+    Worker(Box<worker::Args>),
     /// Quantize a checkpoint on a server and watch the progress.
     Quantize(quantize::Args),
     /// Classify images with a model of a server.
@@ -79,6 +82,7 @@ impl Command {
     fn run(self, output: &Output) -> Result<(), Failure> {
         match self {
             Self::Serve(args) => args.run(),
+            Self::Worker(args) => args.run(),
             Self::Quantize(args) => args.run(output),
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),

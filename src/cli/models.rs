@@ -10,8 +10,8 @@ use crate::cli::output::{Output, bytes, columns};
 use crate::cli::render::{bits, model_json, model_state, model_text, report_json, report_text};
 use crate::grpc::proto::model_service_client::ModelServiceClient;
 use crate::grpc::proto::{
-    DeleteModelRequest, GetModelRequest, ListModelsRequest, LoadModelRequest, Model,
-    UnloadModelRequest,
+    DeleteAliasRequest, DeleteModelRequest, GetModelRequest, ListModelsRequest, LoadModelRequest,
+    Model, SetAliasRequest, UnloadModelRequest,
 };
 
 #[derive(Debug, clap::Args)]
@@ -35,6 +35,25 @@ enum Action {
     Unload(One),
     /// Remove a model for good.
     Delete(One),
+    /// Point an alias to a model: calls that name the alias go there from now on.
+    Alias {
+        /// The alias, new or old.
+        #[arg(value_name = "ALIAS")]
+        alias: String,
+        /// Model id.
+        #[arg(value_name = "ID")]
+        model: String,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
+    /// Forget an alias; its model stays.
+    Unalias {
+        /// The alias.
+        #[arg(value_name = "ALIAS")]
+        alias: String,
+        #[command(flatten)]
+        server: ServerArgs,
+    },
 }
 
 #[derive(Debug, clap::Args)]
@@ -70,6 +89,16 @@ impl Args {
                     let mut client = connect(&server).await?;
                     client.delete_model(DeleteModelRequest { model: model.clone() }).await?;
                     output.result(format!("deleted {model}"), &json!({ "deleted": model }))
+                }
+                Action::Alias { alias, model, server } => {
+                    let mut client = connect(&server).await?;
+                    let request = SetAliasRequest { alias: alias.clone(), model };
+                    show(client.set_alias(request).await?.into_inner().model, output)
+                }
+                Action::Unalias { alias, server } => {
+                    let mut client = connect(&server).await?;
+                    client.delete_alias(DeleteAliasRequest { alias: alias.clone() }).await?;
+                    output.result(format!("forgot {alias}"), &json!({ "forgot": alias }))
                 }
             }
         })

@@ -108,6 +108,9 @@ pub(super) fn model_text(model: &Model) -> String {
             output::bytes(model.source_bytes)
         ),
     ];
+    if !model.aliases.is_empty() {
+        lines.push(format!("  aliases      {}", model.aliases.join(", ")));
+    }
     if model.resident_bytes > 0 {
         let resident = output::bytes(model.resident_bytes);
         lines.push(format!("  loaded       {resident} on {}, {}", model.device, model.executor));
@@ -148,6 +151,7 @@ pub(super) fn model_json(model: &Model) -> Value {
         "device": model.device,
         "executor": model.executor,
         "labels": model.labels,
+        "aliases": model.aliases,
         "create_time": time(model.create_time.as_ref()),
         "error": model.error.clone().map(|error| status_json(&inner_status(error))),
     })

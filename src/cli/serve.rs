@@ -1,12 +1,15 @@
 //! `vitq serve`: the server.
 
+use std::fs::File;
+use std::net::SocketAddr;
+
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 use crate::artifact::store::claim_folder;
 use crate::cli::failure::Failure;
-use crate::config::ServeConfig;
+use crate::config::{ProcessConfig, ServeConfig};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::grpc::{self, Readiness, ops};
@@ -26,7 +29,7 @@ impl Args {
     /// # Errors
     /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
     pub(super) fn run(self) -> Result<(), Failure> {
-        telemetry::start(&self.config.log)?;
+        telemetry::start(&self.config.process.log)?;
         device::open_cuda_libraries();
         let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
         let result = runtime.block_on(self.serve());
@@ -37,14 +40,11 @@ impl Args {
 
     async fn serve(self) -> Result<()> {
         let Self { config } = self;
-        let devices = device::parse_list(&config.device)?;
-        let _claim = claim_folder(&config.data_dir)?;
+        let devices = device::parse_list(&config.process.device)?;
+        let _claim = claim(&config.process)?;
         let stop = shutdown::on_signal()?;
-        let listen = |address| async move {
-            TcpListener::bind(address).await.map_err(|e| Error::io(format!("port {address}"), e))
-        };
         let (listener, ops_listener) =
-            (listen(config.listen).await?, listen(config.ops_listen).await?);
+            (listen(config.listen).await?, listen(config.process.ops_listen).await?);
         let readiness = Readiness::new();
         let ops_stop = CancellationToken::new();
         let _ops_ends_last = ops_stop.clone().drop_guard();
@@ -55,6 +55,15 @@ impl Args {
         grpc::run(listener, engine, grpc::Running { config: config.server(), readiness, stop })
             .await
     }
+}
+
+/// The data folder, if the process uses it.
+pub(super) fn claim(config: &ProcessConfig) -> Result<Option<File>> {
+    config.uses_data_dir().then(|| claim_folder(&config.data_dir)).transpose()
+}
+
+pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| Error::io(format!("port {address}"), error))
 }
 
 /// Scripts read the address from stdout; everything else goes to the log.

@@ -19,7 +19,7 @@ use crate::model::ModelSpec;
 /// Images to classify.
 #[derive(Debug)]
 pub struct ClassifyCall {
-    /// The model.
+    /// The model, by its id or an alias.
     pub model: ModelId,
     /// Encoded images, at least one.
     pub images: Vec<Bytes>,
@@ -44,6 +44,8 @@ pub struct ClassifyReply {
     pub batch_size: usize,
     /// Digest of the artifact that answered.
     pub model_version: String,
+    /// Id of the model that answered.
+    pub model: String,
 }
 
 /// A class and its score.
@@ -83,8 +85,7 @@ impl Classifier {
         let started = Instant::now();
         let ClassifyCall { model, images, top_k } = call;
         let permits = self.admission.admit(images.len())?;
-        let record = self.registry.get(&model)?.record;
-        let placement = self.registry.ensure_loaded(&model).await?;
+        let (record, placement) = self.registry.ensure_loaded(&model).await?;
         let spec = Arc::new(record.model.clone());
         let mut decoding = Vec::with_capacity(images.len());
         for (index, (content, permit)) in images.into_iter().zip(permits).enumerate() {
@@ -109,6 +110,7 @@ impl Classifier {
             total: Duration::ZERO,
             batch_size: 0,
             model_version: record.digest.clone(),
+            model: record.id.clone(),
         };
         for image in waiting {
             let item = reply.receive(image).await;

@@ -3,6 +3,7 @@
 //! An [`Engine`] is everything behind the services: it speaks plain Rust types, never protos.
 
 pub mod batcher;
+pub mod catalog;
 pub mod classify;
 pub mod device;
 pub mod evaluator;
@@ -12,16 +13,19 @@ pub mod pipeline;
 pub mod quantized_model;
 pub mod registry;
 pub mod resources;
+mod upkeep;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use tch::Device;
 use tokio::runtime::Handle;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::artifact::store::{LocalArtifactStore, ModelCatalog};
+use crate::artifact::store;
 use crate::data::DecodeLimits;
-use crate::database::Database;
+use crate::database::{Database, Dialect};
+use crate::engine::catalog::ModelCatalog;
 use crate::engine::classify::Classifier;
 use crate::engine::device::DeviceHandle;
 use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
@@ -33,11 +37,18 @@ use crate::exec::Backend;
 
 pub use quantized_model::{FloatModel, QuantizedModel};
 
+/// The database's name in the data folder.
+const DATABASE_FILE: &str = "vitq.sqlite";
+
 /// What an [`Engine`] is made of.
 #[derive(Clone, Debug)]
 pub struct EngineConfig {
     /// Folder of jobs, models and artifacts; created if missing.
     pub data_dir: PathBuf,
+    /// URL of the database; without one, a file in the data folder.
+    pub database: Option<String>,
+    /// URL of the artifact store; without one, the data folder.
+    pub store: Option<String>,
     /// Folder of checkpoints.
     pub checkpoints: Option<PathBuf>,
     /// Folder of data sets.
@@ -69,6 +80,7 @@ pub struct Engine {
     pub classifier: Classifier,
     /// Checkpoints and data sets.
     pub resources: Resources,
+    _upkeep: DropGuard,
 }
 
 impl Engine {
@@ -76,23 +88,12 @@ impl Engine {
     ///
     /// # Errors
     /// `Io` for unusable folders; `Unavailable` for an unusable database; `InvalidArgument` on
-    /// `device` for an empty list.
+    /// `database`, `store`, or on `device` for an empty list.
     pub async fn start(config: EngineConfig) -> Result<Arc<Self>> {
-        let data_dir = config.data_dir.clone();
-        blocking(move || std::fs::create_dir_all(&data_dir).map_err(|e| Error::io(data_dir, e)))
-            .await?;
-        let database = Database::file(&config.data_dir.join("vitq.sqlite")).await?;
-        let store = Arc::new(JobStore::new(database, config.jobs.clone()));
-        // The folder is this process's alone: whoever held a lease is gone.
-        store.forget_leases().await?;
-        let runtime = Handle::current();
-        blocking(move || Self::assemble(config, store, runtime)).await
-    }
-
-    /// What blocks.
-    fn assemble(config: EngineConfig, store: Arc<JobStore>, runtime: Handle) -> Result<Arc<Self>> {
         let EngineConfig {
             data_dir,
+            database,
+            store,
             checkpoints,
             datasets,
             devices,
@@ -100,24 +101,37 @@ impl Engine {
             max_batch,
             queue_images,
             workers,
-            jobs: _,
+            jobs,
             limits,
         } = config;
         let first = *devices.first().ok_or_else(|| Error::invalid("device", "names no device"))?;
-        let handles = devices
-            .iter()
-            .map(|device| DeviceHandle::start(*device, max_batch))
-            .collect::<Result<Vec<_>>>()?;
-        let registry = ModelRegistry::open(RegistryParts {
-            store: Arc::new(LocalArtifactStore::open(&data_dir)?),
-            catalog: ModelCatalog::open(&data_dir)?,
-            devices: handles,
-            backend,
-        })?;
+        let folder = data_dir.clone();
+        let needs_folder = database.is_none();
+        let (store, handles) = blocking(move || {
+            if needs_folder {
+                std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
+            }
+            let start = |device: &Device| DeviceHandle::start(*device, max_batch);
+            let handles = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
+            Ok((store::open(store.as_deref(), &folder)?, handles))
+        })
+        .await?;
+        let database = match database {
+            Some(url) => Database::open(&url).await?,
+            None => Database::file(&data_dir.join(DATABASE_FILE)).await?,
+        };
+        let job_store = Arc::new(JobStore::new(database.clone(), jobs));
+        if database.dialect() == Dialect::Sqlite {
+            // The file is this process's alone: whoever held a lease is gone.
+            job_store.forget_leases().await?;
+        }
+        let catalog = ModelCatalog::new(database);
+        let parts = RegistryParts { store, catalog, devices: handles, backend };
+        let registry = ModelRegistry::open(parts).await?;
         let checkpoints = NamedFolder::open(checkpoints.as_deref(), "checkpoint")?;
         let datasets = NamedFolder::open(datasets.as_deref(), "dataset")?;
         let parts = RunnerParts {
-            store,
+            store: Arc::clone(&job_store),
             registry: Arc::clone(&registry),
             checkpoints: checkpoints.clone(),
             datasets: datasets.clone(),
@@ -125,11 +139,14 @@ impl Engine {
             limits: limits.clone(),
             workers,
         };
+        let stop = CancellationToken::new();
+        tokio::spawn(upkeep::run(Arc::clone(&registry), job_store, stop.clone()));
         Ok(Arc::new(Self {
             classifier: Classifier::new(Arc::clone(&registry), queue_images, limits),
-            jobs: JobRunner::start(parts, runtime)?,
+            jobs: JobRunner::start(parts, Handle::current())?,
             registry,
             resources: Resources::new(checkpoints, datasets),
+            _upkeep: stop.drop_guard(),
         }))
     }
 }

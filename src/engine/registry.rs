@@ -1,17 +1,19 @@
 //! The models of this server by id: what is stored, what is loaded where, and the way between.
 
 use std::collections::BTreeMap;
-use std::collections::btree_map::Entry as MapEntry;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use crate::artifact::Artifact;
-use crate::artifact::store::{ArtifactStore, ModelCatalog, ModelRecord, RecordOrigin};
+use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin};
 use crate::engine::QuantizedModel;
+use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
+use crate::engine::jobs::Lease;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
@@ -27,11 +29,16 @@ pub struct ModelRegistry {
     devices: Vec<DeviceHandle>,
     backend: Backend,
     read: ReadArtifact,
-    models: Mutex<BTreeMap<ModelId, Slot>>,
+    names: Mutex<Names>,
     next_key: AtomicU64,
-    /// One publish or delete at a time: whether an artifact has other users is asked and acted upon
-    /// in one piece.
-    writes: Semaphore,
+    /// The catalogue's version that the names are of; whoever holds it brings them up to date.
+    seen: tokio::sync::Mutex<Option<i64>>,
+}
+
+#[derive(Debug, Default)]
+struct Names {
+    models: BTreeMap<ModelId, Slot>,
+    aliases: BTreeMap<ModelId, ModelId>,
 }
 
 /// A model and whether it can answer at once.
@@ -43,6 +50,8 @@ pub struct ModelView {
     pub state: ModelState,
     /// The arithmetic that serves it.
     pub backend: Backend,
+    /// Its other names, in order.
+    pub aliases: Vec<String>,
 }
 
 /// Whether a model can answer at once.
@@ -104,62 +113,137 @@ pub struct RegistryParts {
 }
 
 impl ModelRegistry {
-    /// Reads the catalogue; everything in it can be served at once. Blocking.
+    /// Reads the catalogue; everything in it can be served at once.
     ///
     /// # Errors
-    /// `Io` when the catalogue cannot be read.
-    pub fn open(parts: RegistryParts) -> Result<Arc<Self>> {
-        Self::with_reader(parts, read_artifact)
+    /// `Unavailable` when the catalogue cannot be read.
+    pub async fn open(parts: RegistryParts) -> Result<Arc<Self>> {
+        Self::with_reader(parts, read_artifact).await
     }
 
-    fn with_reader(parts: RegistryParts, read: ReadArtifact) -> Result<Arc<Self>> {
+    async fn with_reader(parts: RegistryParts, read: ReadArtifact) -> Result<Arc<Self>> {
         let RegistryParts { store, catalog, devices, backend } = parts;
-        let mut models = BTreeMap::new();
-        for record in catalog.list()? {
-            match ModelId::parse(&record.id, "id") {
-                Ok(id) => {
-                    let slot = Slot { record: Arc::new(record), state: SlotState::Stored };
-                    models.insert(id, slot);
-                }
-                Err(error) => tracing::error!(%error, "a model record is left out"),
-            }
-        }
-        Ok(Arc::new(Self {
+        let registry = Self {
             store,
             catalog,
             devices,
             backend,
             read,
-            models: Mutex::new(models),
+            names: Mutex::default(),
             next_key: AtomicU64::new(1),
-            writes: Semaphore::new(1),
-        }))
+            seen: tokio::sync::Mutex::new(None),
+        };
+        registry.refresh().await?;
+        Ok(Arc::new(registry))
+    }
+
+    /// Takes over what changed in the catalogue, here or elsewhere: new models can be served, models
+    /// that were deleted are unloaded. Cheap when nothing changed.
+    ///
+    /// # Errors
+    /// `Unavailable` when the catalogue cannot be read: then everything stays as it was.
+    pub async fn refresh(&self) -> Result<()> {
+        let mut seen = self.seen.lock().await;
+        // Asked before the content is read: what changes in between is read again next time.
+        let version = self.catalog.version().await?;
+        if *seen == Some(version) {
+            return Ok(());
+        }
+        let CatalogContent { models, aliases } = self.catalog.read().await?;
+        for placement in self.take_over(models, aliases) {
+            if let Err(error) = placement.device.unload(placement.key).await {
+                tracing::error!(%error, "a deleted model could not be unloaded");
+            }
+        }
+        *seen = Some(version);
+        Ok(())
+    }
+
+    /// What is to be unloaded.
+    fn take_over(
+        &self,
+        records: Vec<ModelRecord>,
+        aliases: Vec<(String, String)>,
+    ) -> Vec<Placement> {
+        let id_of = |text: &str| {
+            ModelId::parse(text, "id")
+                .inspect_err(|error| tracing::error!(%error, "a name is left out"))
+                .ok()
+        };
+        let mut names = self.lock();
+        let mut before = std::mem::take(&mut names.models);
+        for record in records {
+            let Some(id) = id_of(&record.id) else { continue };
+            let slot = match before.remove(&id) {
+                Some(slot) if *slot.record == record => slot,
+                other => {
+                    before.extend(other.map(|slot| (id.clone(), slot)));
+                    Slot { record: Arc::new(record), state: SlotState::Stored }
+                }
+            };
+            names.models.insert(id, slot);
+        }
+        names.aliases = aliases
+            .iter()
+            .filter_map(|(alias, model)| Some((id_of(alias)?, id_of(model)?)))
+            .collect();
+        let gone = before.into_values().filter_map(|slot| match slot.state {
+            SlotState::Ready(placement) => Some(placement),
+            // A load in progress finds its slot gone.
+            SlotState::Stored | SlotState::Loading(..) | SlotState::Failed(_) => None,
+        });
+        gone.collect()
     }
 
     /// At most `count` models whose id follows `after`, by id.
     pub fn list(&self, after: Option<&str>, count: usize) -> Vec<ModelView> {
-        let models = self.lock();
+        let Names { models, aliases } = &*self.lock();
         let follows = |id: &ModelId| after.is_none_or(|after| id.as_str() > after);
         let selected = models.iter().filter(|(id, _)| follows(id)).take(count);
-        selected.map(|(_, slot)| self.view(slot)).collect()
+        selected.map(|(_, slot)| self.view(slot, aliases)).collect()
     }
 
-    /// One model.
+    /// One model, by its id or an alias.
     ///
     /// # Errors
     /// `NotFound`.
-    pub fn get(&self, id: &ModelId) -> Result<ModelView> {
-        self.lock().get(id).map(|slot| self.view(slot)).ok_or_else(|| not_found(id))
+    pub fn get(&self, name: &ModelId) -> Result<ModelView> {
+        let names = self.lock();
+        let id = names.aliases.get(name).unwrap_or(name);
+        names
+            .models
+            .get(id)
+            .map(|slot| self.view(slot, &names.aliases))
+            .ok_or_else(|| not_found(name))
+    }
+
+    /// Points an alias to a model; calls that come from now on go there.
+    ///
+    /// # Errors
+    /// As [`ModelCatalog::set_alias`].
+    pub async fn set_alias(&self, alias: &ModelId, model: &ModelId) -> Result<()> {
+        self.catalog.set_alias(alias, model).await?;
+        self.refresh().await
+    }
+
+    /// Forgets an alias.
+    ///
+    /// # Errors
+    /// As [`ModelCatalog::remove_alias`].
+    pub async fn remove_alias(&self, alias: &ModelId) -> Result<()> {
+        self.catalog.remove_alias(alias).await?;
+        self.refresh().await
     }
 
     /// A stored model with the state it is in by now; as merely stored when it was deleted since.
     pub fn view_of(&self, record: &Arc<ModelRecord>) -> ModelView {
-        let models = self.lock();
-        let current = models.values().find(|slot| slot.record == *record);
-        current.map(|slot| self.view(slot)).unwrap_or_else(|| ModelView {
+        let names = self.lock();
+        let current = names.models.values().find(|slot| slot.record == *record);
+        current.map(|slot| self.view(slot, &names.aliases)).unwrap_or_else(|| ModelView {
             record: Arc::clone(record),
             state: ModelState::Stored,
             backend: self.backend,
+            aliases: Vec::new(),
         })
     }
 
@@ -179,19 +263,28 @@ impl ModelRegistry {
             .ok_or_else(|| Error::internal("the server has no device"))
     }
 
-    /// Where a model answers; loads it first if need be. Callers that ask at the same time share
-    /// one load, which goes on when they leave.
+    /// Where a model, or the model of an alias, answers, and what it is; loads it first if need be.
+    /// Callers that ask at the same time share one load, which goes on when they leave.
     ///
     /// # Errors
     /// `NotFound`; whatever the load reports.
-    pub async fn ensure_loaded(self: &Arc<Self>, id: &ModelId) -> Result<Placement> {
+    pub async fn ensure_loaded(
+        self: &Arc<Self>,
+        name: &ModelId,
+    ) -> Result<(Arc<ModelRecord>, Placement)> {
+        if self.get(name).is_err() {
+            self.refresh().await?; // it may be new elsewhere
+        }
         let mut waited = false;
         loop {
             let mut done = {
-                let mut models = self.lock();
-                let slot = models.get_mut(id).ok_or_else(|| not_found(id))?;
+                let Names { models, aliases } = &mut *self.lock();
+                let id = aliases.get(name).unwrap_or(name);
+                let slot = models.get_mut(id).ok_or_else(|| not_found(name))?;
                 match &slot.state {
-                    SlotState::Ready(placement) => return Ok(placement.clone()),
+                    SlotState::Ready(placement) => {
+                        return Ok((Arc::clone(&slot.record), placement.clone()));
+                    }
                     SlotState::Failed(error) if waited => return Err(error.replica()),
                     SlotState::Loading(_, done) => done.clone(),
                     SlotState::Stored | SlotState::Failed(_) => self.start_load(id, slot),
@@ -210,15 +303,17 @@ impl ModelRegistry {
     pub async fn unload(&self, id: &ModelId) -> Result<ModelView> {
         loop {
             let step = {
-                let mut models = self.lock();
+                let Names { models, aliases } = &mut *self.lock();
                 let slot = models.get_mut(id).ok_or_else(|| not_found(id))?;
                 match std::mem::replace(&mut slot.state, SlotState::Stored) {
                     SlotState::Loading(key, done) => {
                         slot.state = SlotState::Loading(key, done.clone());
                         Unload::After(done)
                     }
-                    SlotState::Ready(placement) => Unload::From(placement, self.view(slot)),
-                    SlotState::Stored | SlotState::Failed(_) => return Ok(self.view(slot)),
+                    SlotState::Ready(placement) => {
+                        Unload::From(placement, self.view(slot, aliases))
+                    }
+                    SlotState::Stored | SlotState::Failed(_) => return Ok(self.view(slot, aliases)),
                 }
             };
             match step {
@@ -234,68 +329,80 @@ impl ModelRegistry {
         }
     }
 
-    /// Stores an artifact and gives it a name. Publishing the same artifact under the same name
-    /// again gives what is there: a job that died behind this step comes back to it.
+    /// Stores an artifact and gives it a name, on behalf of the job that made it.
     ///
     /// # Errors
-    /// `AlreadyExists` when the id is another artifact's; `Io`, and then nothing is listed.
-    pub async fn publish(&self, origin: RecordOrigin, artifact: Artifact) -> Result<ModelView> {
+    /// As [`ModelCatalog::publish`] and [`ArtifactStore::put`]; then nothing is listed.
+    pub async fn publish(
+        &self,
+        origin: RecordOrigin,
+        artifact: Artifact,
+        lease: &Lease,
+    ) -> Result<ModelView> {
         let id = ModelId::parse(&origin.id, "model_id")?;
         let (header, bytes) = blocking(move || {
             let bytes = Bytes::from(artifact.to_bytes()?);
             Ok((artifact.header, bytes))
         })
         .await?;
-        let _one_at_a_time = self.writes.acquire().await.map_err(|_| Error::Draining)?;
         let size = bytes.len() as u64;
-        let digest = self.store.put(bytes).await?;
-        if let Some(slot) = self.lock().get(&id)
-            && slot.record.digest == digest
-        {
-            return Ok(self.view(slot));
-        }
-        let record = Arc::new(ModelRecord::new(origin, header, (digest.clone(), size)));
-        let (catalog, entry) = (self.catalog.clone(), Arc::clone(&record));
-        if let Err(error) = blocking(move || catalog.create(&entry)).await {
-            self.forget_unused(&digest).await;
+        let digest = self.store.put(bytes.clone()).await?;
+        let record = ModelRecord::new(origin, header, (digest.clone(), size));
+        if let Err(error) = self.catalog.publish(&record, lease).await {
+            if !matches!(error, Error::Unavailable { .. }) {
+                self.forget_unused(&[digest]).await;
+            }
             return Err(error);
         }
-        let mut models = self.lock();
-        match models.entry(id) {
-            MapEntry::Occupied(taken) => {
-                Err(Error::AlreadyExists { kind: "model", name: taken.key().to_string() })
-            }
-            MapEntry::Vacant(free) => {
-                Ok(self.view(free.insert(Slot { record, state: SlotState::Stored })))
-            }
+        // Somebody may have deleted the artifact as nobody's before it had a name. Not any more.
+        if !self.store.contains(&digest).await? {
+            self.store.put(bytes).await?;
         }
+        self.refresh().await?;
+        self.get(&id)
     }
 
     /// Removes a model, and its artifact unless another model has the same.
     ///
     /// # Errors
-    /// `NotFound`; `Io` when the store refuses, and then the model is still listed.
+    /// `NotFound`; `FailedPrecondition` while an alias names it; `Io` or `Unavailable` when the
+    /// catalogue refuses, and then the model is still listed.
     pub async fn delete(&self, id: &ModelId) -> Result<()> {
-        let _one_at_a_time = self.writes.acquire().await.map_err(|_| Error::Draining)?;
-        let view = self.unload(id).await?;
-        let (catalog, name) = (self.catalog.clone(), id.to_string());
-        blocking(move || catalog.remove(&name)).await?;
-        let slot = self.lock().remove(id);
-        // A call may have loaded it again in between.
-        if let Some(SlotState::Ready(placement)) = slot.map(|slot| slot.state) {
-            placement.device.unload(placement.key).await?;
+        self.refresh().await?;
+        if !self.lock().models.contains_key(id) {
+            return Err(not_found(id));
         }
-        self.forget_unused(&view.record.digest).await;
+        self.catalog.remove(id).await?;
+        match self.unload(id).await {
+            Ok(_) | Err(Error::NotFound { .. }) => {}
+            Err(error) => return Err(error),
+        }
+        self.refresh().await?;
+        self.collect_garbage().await;
         Ok(())
     }
 
-    /// Deletes an artifact that no model names. A failure costs disk space, nothing else.
-    async fn forget_unused(&self, digest: &str) {
-        if self.lock().values().any(|slot| slot.record.digest == digest) {
-            return;
+    /// Deletes artifacts that no model names: those condemned, and those stored longer ago than
+    /// any job that could still name them. A failure costs disk space, nothing else.
+    pub async fn collect_orphans(&self, age: Duration) {
+        match self.store.older_than(age).await {
+            Ok(stored) => self.forget_unused(&stored).await,
+            Err(error) => tracing::warn!(%error, "stored artifacts could not be listed"),
         }
-        if let Err(error) = self.store.delete(digest).await {
-            tracing::warn!(%error, digest, "an unused artifact stays in the store");
+    }
+
+    async fn forget_unused(&self, digests: &[String]) {
+        if let Err(error) = self.catalog.condemn_orphans(digests).await {
+            tracing::warn!(%error, "unused artifacts stay in the store");
+        }
+        self.collect_garbage().await;
+    }
+
+    async fn collect_garbage(&self) {
+        match self.catalog.collect(&*self.store).await {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count, "deleted artifacts that no model names"),
+            Err(error) => tracing::warn!(%error, "unused artifacts stay in the store"),
         }
     }
 
@@ -327,8 +434,8 @@ impl ModelRegistry {
 
     async fn finish_load(&self, id: &ModelId, key: LoadKey, loaded: Result<Placement>) {
         let orphan = {
-            let mut models = self.lock();
-            let slot = models.get_mut(id).filter(
+            let mut names = self.lock();
+            let slot = names.models.get_mut(id).filter(
                 |slot| matches!(&slot.state, SlotState::Loading(current, _) if *current == key),
             );
             match (slot, loaded) {
@@ -352,19 +459,21 @@ impl ModelRegistry {
         }
     }
 
-    fn view(&self, slot: &Slot) -> ModelView {
+    fn view(&self, slot: &Slot, names: &BTreeMap<ModelId, ModelId>) -> ModelView {
         let state = match &slot.state {
             SlotState::Stored => ModelState::Stored,
             SlotState::Loading(..) => ModelState::Loading,
             SlotState::Ready(placement) => ModelState::Ready(placement.clone()),
             SlotState::Failed(error) => ModelState::Failed(Arc::clone(error)),
         };
-        ModelView { record: Arc::clone(&slot.record), state, backend: self.backend }
+        let of_model = names.iter().filter(|(_, model)| model.as_str() == slot.record.id);
+        let aliases = of_model.map(|(alias, _)| alias.to_string()).collect();
+        ModelView { record: Arc::clone(&slot.record), state, backend: self.backend, aliases }
     }
 
     /// No code panics while it holds the lock, so a poisoned map is still whole.
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ModelId, Slot>> {
-        self.models.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Names> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -56,7 +56,8 @@ fn call(request: ClassifyRequest) -> Result<ClassifyCall> {
 }
 
 fn response(reply: ClassifyReply) -> ClassifyResponse {
-    let ClassifyReply { items, queue, decode, compute, total, batch_size, model_version } = reply;
+    let ClassifyReply { items, queue, decode, compute, total, batch_size, model_version, model } =
+        reply;
     ClassifyResponse {
         items: items.into_iter().map(item).collect(),
         timings: Some(proto::Timings {
@@ -67,6 +68,7 @@ fn response(reply: ClassifyReply) -> ClassifyResponse {
         }),
         batch_size: count(batch_size),
         model_version,
+        model,
     }
 }
 

@@ -91,7 +91,8 @@ impl Readiness {
         self.0.load(Ordering::Acquire)
     }
 
-    fn set(&self, ready: bool) {
+    /// Says whether new calls, or jobs, are taken from now on.
+    pub fn set(&self, ready: bool) {
         self.0.store(ready, Ordering::Release);
     }
 }

@@ -9,9 +9,10 @@ use super::fields::{count, stem_head, timestamp};
 use super::page::PageRequest;
 use super::proto::model_service_server::ModelService;
 use super::proto::{
-    self, DeleteModelRequest, DeleteModelResponse, GetModelRequest, GetModelResponse,
-    ListModelsRequest, ListModelsResponse, LoadModelRequest, LoadModelResponse, UnloadModelRequest,
-    UnloadModelResponse, model::State,
+    self, DeleteAliasRequest, DeleteAliasResponse, DeleteModelRequest, DeleteModelResponse,
+    GetModelRequest, GetModelResponse, ListModelsRequest, ListModelsResponse, LoadModelRequest,
+    LoadModelResponse, SetAliasRequest, SetAliasResponse, UnloadModelRequest, UnloadModelResponse,
+    model::State,
 };
 use super::status::{rpc_status, status};
 use crate::artifact::store::ModelRecord;
@@ -41,6 +42,7 @@ impl ModelService for Models {
     ) -> Result<Response<ListModelsResponse>, Status> {
         let ListModelsRequest { page_size, page_token } = request.into_inner();
         let page = PageRequest::parse("models".to_owned(), page_size, &page_token)?;
+        self.engine.registry.refresh().await?;
         let mut views = self.engine.registry.list(page.after.as_deref(), page.size + 1);
         let next_page_token = page.cut(&mut views, |view| view.record.id.clone());
         let models = views.iter().map(model).collect();
@@ -52,6 +54,7 @@ impl ModelService for Models {
         request: Request<GetModelRequest>,
     ) -> Result<Response<GetModelResponse>, Status> {
         let GetModelRequest { model: id } = request.into_inner();
+        self.engine.registry.refresh().await?;
         let view = self.engine.registry.get(&ModelId::parse(&id, "model")?)?;
         Ok(Response::new(GetModelResponse {
             model: Some(model(&view)),
@@ -88,11 +91,31 @@ impl ModelService for Models {
         self.engine.registry.delete(&ModelId::parse(&id, "model")?).await?;
         Ok(Response::new(DeleteModelResponse {}))
     }
+
+    async fn set_alias(
+        &self,
+        request: Request<SetAliasRequest>,
+    ) -> Result<Response<SetAliasResponse>, Status> {
+        let SetAliasRequest { alias, model: id } = request.into_inner();
+        let (alias, id) = (ModelId::parse(&alias, "alias")?, ModelId::parse(&id, "model")?);
+        self.engine.registry.set_alias(&alias, &id).await?;
+        let view = self.engine.registry.get(&id)?;
+        Ok(Response::new(SetAliasResponse { model: Some(model(&view)) }))
+    }
+
+    async fn delete_alias(
+        &self,
+        request: Request<DeleteAliasRequest>,
+    ) -> Result<Response<DeleteAliasResponse>, Status> {
+        let DeleteAliasRequest { alias } = request.into_inner();
+        self.engine.registry.remove_alias(&ModelId::parse(&alias, "alias")?).await?;
+        Ok(Response::new(DeleteAliasResponse {}))
+    }
 }
 
 /// A model as clients see it.
 pub(super) fn model(view: &ModelView) -> proto::Model {
-    let ModelView { record, state, backend } = view;
+    let ModelView { record, state, backend, aliases } = view;
     let ModelRecord {
         id,
         digest,
@@ -143,6 +166,7 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         create_time: Timestamp::from_millisecond(*created_ms).ok().map(timestamp),
         error: None,
         role_bits: role_bits.iter().map(proto::RoleBits::from).collect(),
+        aliases: aliases.clone(),
     };
     match state {
         ModelState::Stored => {}

@@ -5,16 +5,69 @@ use std::fs;
 use tonic::Code;
 use vitq::grpc::proto::model::State;
 use vitq::grpc::proto::{
-    DeleteModelRequest, GetModelRequest, ListModelsRequest, LoadModelRequest, Model,
-    UnloadModelRequest,
+    DeleteAliasRequest, DeleteModelRequest, GetModelRequest, ListModelsRequest, LoadModelRequest,
+    Model, QuantizeRequest, SetAliasRequest, UnloadModelRequest,
 };
 
-use crate::server::{TestServer, digit, refusal};
+use crate::server::{TestServer, digit, quick, refusal, result};
 
 async fn list(server: &TestServer, page_size: i32, page_token: &str) -> (Vec<Model>, String) {
     let request = ListModelsRequest { page_size, page_token: page_token.to_owned() };
     let response = server.models().list_models(request).await.unwrap().into_inner();
     (response.models, response.next_page_token)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alias_moves_traffic_from_model_to_model() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let first = server.make("first").await.model.unwrap();
+    let request = QuantizeRequest { weight_bits: 6, ..quick("second") };
+    let second = result(server.quantize(request).await.unwrap()).model.unwrap();
+    assert_ne!(first.digest, second.digest);
+    let mut models = server.models();
+    let set = async |alias: &str, model: &str| {
+        let request = SetAliasRequest { alias: alias.to_owned(), model: model.to_owned() };
+        server.models().set_alias(request).await
+    };
+    for model in [&first, &second] {
+        let answer = set("live", &model.id).await.unwrap().into_inner().model.unwrap();
+        assert_eq!(
+            (answer.id.as_str(), &answer.aliases[..]),
+            (model.id.as_str(), &["live".to_owned()][..])
+        );
+        let answer = server.classify("live", vec![digit(0, 0)]).await.unwrap();
+        assert_eq!((&answer.model, &answer.model_version), (&model.id, &model.digest));
+        let get = GetModelRequest { model: "live".to_owned() };
+        assert_eq!(models.get_model(get).await.unwrap().into_inner().model.unwrap().id, model.id);
+    }
+    let delete = |model: &str| DeleteModelRequest { model: model.to_owned() };
+    let status = models.delete_model(delete("second")).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition, "an alias names it");
+    // The two kinds of names do not mix.
+    assert_eq!(refusal(&set("first", "second").await.unwrap_err()).2, "MODEL_ALREADY_EXISTS");
+    assert_eq!(refusal(&set("new", "unknown").await.unwrap_err()).2, "MODEL_NOT_FOUND");
+    assert_eq!(refusal(&set("Not An Id", "first").await.unwrap_err()).1, "alias");
+    let error = failure(server.quantize(quick("live")).await);
+    assert_eq!(error, "MODEL_ALREADY_EXISTS");
+    server.stop().await;
+
+    let server = TestServer::start(&data).await;
+    let mut models = server.models();
+    assert_eq!(server.classify("live", vec![digit(0, 0)]).await.unwrap().model, "second");
+    let forget = || DeleteAliasRequest { alias: "live".to_owned() };
+    models.delete_alias(forget()).await.unwrap();
+    let status = models.delete_alias(forget()).await.unwrap_err();
+    assert_eq!(refusal(&status).2, "ALIAS_NOT_FOUND");
+    let status = server.classify("live", vec![digit(0, 0)]).await.unwrap_err();
+    assert_eq!(refusal(&status).2, "MODEL_NOT_FOUND");
+    models.delete_model(delete("second")).await.unwrap();
+    server.stop().await;
+}
+
+/// The reason of a call that was refused at once.
+fn failure<T: std::fmt::Debug>(answer: Result<T, tonic::Status>) -> String {
+    refusal(&answer.unwrap_err()).2
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -81,6 +81,8 @@ impl TestServer {
         let Setup { checkpoints, datasets, queue_images } = setup;
         let config = EngineConfig {
             data_dir: data.path().to_path_buf(),
+            database: None,
+            store: None,
             checkpoints,
             datasets,
             devices: vec![tch::Device::Cpu],
@@ -188,7 +190,11 @@ pub(crate) fn slow(model_id: &str) -> QuantizeRequest {
 
 /// A quantization that takes seconds: long enough to be interrupted, short enough to be repeated.
 pub(crate) fn medium(model_id: &str) -> QuantizeRequest {
-    QuantizeRequest { calibration: drawn("digits/calib", 16), ..slow(model_id) }
+    QuantizeRequest {
+        checkpoint: "digits-vit".to_owned(),
+        calibration: drawn("digits/calib", 24),
+        ..slow(model_id)
+    }
 }
 
 /// So many images of a data set.

@@ -57,12 +57,11 @@ pub(super) fn sync_folder(folder: &Path) -> Result<()> {
     File::open(folder).and_then(|f| f.sync_all()).map_err(|error| Error::io(folder, error))
 }
 
-/// Creates the folder and removes what interrupted writes left in it.
+/// Removes what interrupted writes left in the folder, if this process is the only one to write.
 ///
 /// # Errors
 /// `Io` on the folder.
-pub(super) fn open_folder(folder: &Path) -> Result<()> {
-    fs::create_dir_all(folder).map_err(|error| Error::io(folder, error))?;
+pub(super) fn clear_interrupted(folder: &Path) -> Result<()> {
     for entry in fs::read_dir(folder).map_err(|error| Error::io(folder, error))? {
         let entry = entry.map_err(|error| Error::io(folder, error))?;
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
@@ -120,11 +119,11 @@ mod tests {
     }
 
     #[test]
-    fn opening_clears_interrupted_writes_only() {
+    fn interrupted_writes_and_nothing_else_are_cleared() {
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join(".writing-01"), b"half").unwrap();
         fs::write(folder.path().join("whole"), b"whole").unwrap();
-        open_folder(folder.path()).unwrap();
+        clear_interrupted(folder.path()).unwrap();
         assert_eq!(names(folder.path()), ["whole"]);
     }
 }

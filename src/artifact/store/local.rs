@@ -3,12 +3,13 @@
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
-use super::ArtifactStore;
 use super::atomic::{self, Place, WriteFn};
+use super::{ArtifactStore, is_digest, not_found, verified};
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
@@ -20,24 +21,33 @@ pub struct LocalArtifactStore {
 }
 
 impl LocalArtifactStore {
-    /// Opens, or creates, the store below `data_dir`. Blocking.
+    /// Opens, or creates, the store below a folder that other processes may use, too. Blocking.
+    ///
+    /// # Errors
+    /// `Io` when the folder cannot be used.
+    pub fn shared(folder: &Path) -> Result<Self> {
+        Self::with_writer(folder, atomic::write_all)
+    }
+
+    /// The same below the data folder of this process alone, without what a crash left there.
     ///
     /// # Errors
     /// `Io` when the folder cannot be used.
     pub fn open(data_dir: &Path) -> Result<Self> {
-        Self::with_writer(data_dir, atomic::write_all)
+        let store = Self::shared(data_dir)?;
+        atomic::clear_interrupted(&store.folder)?;
+        Ok(store)
     }
 
-    pub(super) fn with_writer(data_dir: &Path, write: WriteFn) -> Result<Self> {
-        let folder = data_dir.join("objects").join("sha256");
-        atomic::open_folder(&folder)?;
+    pub(super) fn with_writer(folder: &Path, write: WriteFn) -> Result<Self> {
+        let folder = folder.join("objects").join("sha256");
+        fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
         Ok(Self { folder, write })
     }
 
     /// The only way from a digest to a path: anything but 64 hex digits names nothing.
     fn path(&self, name: &str) -> Result<PathBuf> {
-        let is_hex = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
-        if name.len() != 64 || !name.bytes().all(is_hex) {
+        if !is_digest(name) {
             return Err(not_found(name));
         }
         Ok(self.folder.join(format!("{name}.safetensors")))
@@ -62,10 +72,24 @@ impl LocalArtifactStore {
             let missing = error.kind() == io::ErrorKind::NotFound;
             if missing { not_found(name) } else { Error::io(&path, error) }
         })?;
-        if sha256_hex(&bytes) != name {
-            return Err(Error::corrupt(name, "the stored bytes do not have this digest"));
+        verified(name, bytes.into())
+    }
+
+    fn older_than_blocking(&self, age: Duration) -> Result<Vec<String>> {
+        let failed = |error| Error::io(&self.folder, error);
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.folder).map_err(failed)? {
+            let entry = entry.map_err(failed)?;
+            let stored = entry.metadata().and_then(|metadata| metadata.modified());
+            let path = entry.path();
+            let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default();
+            // A file from the future is young; so is one that vanished meanwhile.
+            let is_old = stored.ok().and_then(|time| time.elapsed().ok()).is_some_and(|t| t >= age);
+            if is_old && is_digest(name) {
+                names.push(name.to_owned());
+            }
         }
-        Ok(bytes.into())
+        Ok(names)
     }
 
     fn delete_blocking(&self, name: &str) -> Result<()> {
@@ -99,14 +123,19 @@ impl ArtifactStore for LocalArtifactStore {
         self.blocking(move |store| store.get_blocking(&name)).await
     }
 
+    async fn contains(&self, digest: &str) -> Result<bool> {
+        let name = digest.to_owned();
+        self.blocking(move |store| Ok(store.path(&name)?.is_file())).await
+    }
+
+    async fn older_than(&self, age: Duration) -> Result<Vec<String>> {
+        self.blocking(move |store| store.older_than_blocking(age)).await
+    }
+
     async fn delete(&self, digest: &str) -> Result<()> {
         let name = digest.to_owned();
         self.blocking(move |store| store.delete_blocking(&name)).await
     }
-}
-
-fn not_found(name: &str) -> Error {
-    Error::NotFound { kind: "artifact", name: name.to_owned() }
 }
 
 #[cfg(test)]

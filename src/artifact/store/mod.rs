@@ -1,21 +1,26 @@
-//! Where artifacts live: content-addressed, create-only. And the catalogue that gives them names.
+//! Where artifacts live: content-addressed, create-only; in a folder or in an object store.
 
 mod atomic;
-mod catalog;
 mod local;
+mod record;
+mod remote;
 
 use std::fs::{self, File, TryLockError};
 use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
 
+use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
-#[cfg(test)]
-pub(crate) use catalog::example_record;
-pub use catalog::{ModelCatalog, ModelRecord, RecordOrigin};
 pub use local::LocalArtifactStore;
+#[cfg(test)]
+pub(crate) use record::example_record;
+pub use record::{ModelRecord, RecordOrigin};
+pub use remote::RemoteArtifactStore;
 
 /// Stores immutable artifacts under the sha256 of their bytes.
 #[async_trait]
@@ -23,20 +28,68 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
     /// Stores the bytes under their digest, which is returned. Storing equal bytes again is fine.
     ///
     /// # Errors
-    /// `Io` when they cannot be stored; then nothing is visible under the digest.
+    /// `Io` or `Unavailable` when they cannot be stored; then nothing is visible under the digest.
     async fn put(&self, bytes: Bytes) -> Result<String>;
 
     /// The bytes of that digest, verified.
     ///
     /// # Errors
-    /// `NotFound`; `CorruptArtifact` when the content no longer has that digest.
+    /// `NotFound`; `CorruptArtifact` when the content no longer has that digest; `Io`;
+    /// `Unavailable`.
     async fn get(&self, digest: &str) -> Result<Bytes>;
+
+    /// Whether an artifact of that digest is there; its content is not looked at.
+    ///
+    /// # Errors
+    /// `Io` or `Unavailable` when the store cannot be asked.
+    async fn contains(&self, digest: &str) -> Result<bool>;
+
+    /// Digests of the artifacts that were stored longer than `age` ago.
+    ///
+    /// # Errors
+    /// `Io` or `Unavailable` when the store cannot be asked.
+    async fn older_than(&self, age: Duration) -> Result<Vec<String>>;
 
     /// Forgets an artifact. Forgetting an unknown one is fine.
     ///
     /// # Errors
-    /// `Io` when the store refuses.
+    /// `Io` or `Unavailable` when the store refuses.
     async fn delete(&self, digest: &str) -> Result<()>;
+}
+
+/// The store that a URL names: `s3://`, `gs://`, `az://` (or another URL of these services), or
+/// `file:///…`; without one, the folder `data_dir`. Blocking.
+///
+/// # Errors
+/// `InvalidArgument` on `store`; `Io` when a folder cannot be used.
+pub fn open(url: Option<&str>, data_dir: &Path) -> Result<Arc<dyn ArtifactStore>> {
+    match url {
+        None => Ok(Arc::new(LocalArtifactStore::open(data_dir)?)),
+        Some(url) => match url.strip_prefix("file://") {
+            Some(path) if path.starts_with('/') => {
+                Ok(Arc::new(LocalArtifactStore::shared(Path::new(path))?))
+            }
+            Some(_) => Err(Error::invalid("store", "a file URL has three slashes and a full path")),
+            None => Ok(Arc::new(RemoteArtifactStore::open(url)?)),
+        },
+    }
+}
+
+/// Whether a name is a sha256 in hexadecimal digits: anything else names no artifact.
+fn is_digest(name: &str) -> bool {
+    name.len() == 64 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+fn not_found(name: &str) -> Error {
+    Error::NotFound { kind: "artifact", name: name.to_owned() }
+}
+
+/// Checks what was read under a digest.
+fn verified(name: &str, bytes: Bytes) -> Result<Bytes> {
+    if sha256_hex(&bytes) == name {
+        return Ok(bytes);
+    }
+    Err(Error::corrupt(name, "the stored bytes do not have this digest"))
 }
 
 /// Claims a data folder for this process, until the returned file is dropped. Blocking.

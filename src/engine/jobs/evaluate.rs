@@ -41,8 +41,7 @@ pub(super) fn run(
 ) -> Result<JobOutput> {
     let RunnerParts { registry, .. } = &runner.parts;
     reporter.stage("load");
-    let placement = runner.runtime.block_on(registry.ensure_loaded(&job.model))?;
-    let record = registry.get(&job.model)?.record;
+    let (record, placement) = runner.runtime.block_on(registry.ensure_loaded(&job.model))?;
     let samples = samples(&runner.parts, job, &record)?;
     let mut warnings = Vec::new();
     let reference = match float_reference(runner, &record, &placement.device) {

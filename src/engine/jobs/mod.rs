@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 
 pub use runner::{JobRunner, RunnerParts};
 pub use spec::{Afterwards, EvaluateJob, ImageChoice, JobSpec, QuantizeJob};
+pub(super) use store::standing_of;
 pub use store::{Claimed, JobFilter, JobLimits, JobStore, Lease, Standing};
 
 /// Identifies a job: a ULID.

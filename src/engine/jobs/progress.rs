@@ -61,6 +61,11 @@ impl JobReporter {
         Self { store, hold, runtime, throttle }
     }
 
+    /// The right to run the job.
+    pub(super) fn lease(&self) -> &Lease {
+        &self.hold.lease
+    }
+
     /// Starts a stage without units.
     pub(super) fn stage(&self, stage: &str) {
         self.report(ProgressUpdate { stage: stage.to_owned(), ..ProgressUpdate::default() });

@@ -74,7 +74,8 @@ pub(super) fn run(
         created_ms: Timestamp::now().as_millisecond(),
         calibration_seconds: quantized.calibration_seconds,
     };
-    let view = runner.runtime.block_on(registry.publish(origin, quantized.artifact))?;
+    let view =
+        runner.runtime.block_on(registry.publish(origin, quantized.artifact, reporter.lease()))?;
     if job.afterwards == Afterwards::Load {
         reporter.stage("serve");
         // The model is made and stored whatever comes of the load; its state tells.

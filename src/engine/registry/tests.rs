@@ -2,11 +2,13 @@
 
 use async_trait::async_trait;
 use tempfile::TempDir;
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use super::*;
 use crate::artifact::store::{LocalArtifactStore, example_record};
 use crate::data::Pixels;
+use crate::database::Database;
 use crate::engine::device::Network;
 
 /// Size of every model here, in bytes.
@@ -35,18 +37,22 @@ fn read_word(_digest: &str, bytes: &[u8], _backend: Backend) -> Result<BuildNetw
 /// A registry with one model per word; ids are the words with hyphens.
 async fn registry(data: &TempDir, words: &[&'static str]) -> Arc<ModelRegistry> {
     let store = LocalArtifactStore::open(data.path()).unwrap();
-    let catalog = ModelCatalog::open(data.path()).unwrap();
+    let catalog = catalog(data).await;
     for word in words {
         let digest = store.put(Bytes::from_static(word.as_bytes())).await.unwrap();
-        catalog.create(&example_record(&word.replace(' ', "-"), &digest)).unwrap();
+        catalog.create(&example_record(&word.replace(' ', "-"), &digest)).await.unwrap();
     }
-    open(Arc::new(store), catalog)
+    open(Arc::new(store), catalog).await
 }
 
-fn open(store: Arc<dyn ArtifactStore>, catalog: ModelCatalog) -> Arc<ModelRegistry> {
+async fn catalog(data: &TempDir) -> ModelCatalog {
+    ModelCatalog::new(Database::file(&data.path().join("db")).await.unwrap())
+}
+
+async fn open(store: Arc<dyn ArtifactStore>, catalog: ModelCatalog) -> Arc<ModelRegistry> {
     let devices = vec![DeviceHandle::start(tch::Device::Cpu, 4).unwrap()];
     let parts = RegistryParts { store, catalog, devices, backend: Backend::Simulated };
-    ModelRegistry::with_reader(parts, read_word).unwrap()
+    ModelRegistry::with_reader(parts, read_word).await.unwrap()
 }
 
 fn id(text: &str) -> ModelId {
@@ -60,14 +66,14 @@ async fn callers_share_one_load() {
     let mut calls = JoinSet::new();
     for _ in 0..8 {
         let registry = Arc::clone(&registry);
-        calls.spawn(async move { registry.ensure_loaded(&id("good")).await.unwrap().key });
+        calls.spawn(async move { registry.ensure_loaded(&id("good")).await.unwrap().1.key });
     }
     let keys: Vec<LoadKey> = calls.join_all().await;
     assert!(keys.iter().all(|key| *key == keys[0]), "{keys:?}");
     assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), SIZE);
     registry.unload(&id("good")).await.unwrap();
     assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
-    assert_ne!(registry.ensure_loaded(&id("good")).await.unwrap().key, keys[0]);
+    assert_ne!(registry.ensure_loaded(&id("good")).await.unwrap().1.key, keys[0]);
 }
 
 #[tokio::test]
@@ -105,6 +111,14 @@ impl ArtifactStore for Gated {
         self.inner.get(digest).await
     }
 
+    async fn contains(&self, digest: &str) -> Result<bool> {
+        self.inner.contains(digest).await
+    }
+
+    async fn older_than(&self, age: Duration) -> Result<Vec<String>> {
+        self.inner.older_than(age).await
+    }
+
     async fn delete(&self, digest: &str) -> Result<()> {
         self.inner.delete(digest).await
     }
@@ -114,11 +128,11 @@ impl ArtifactStore for Gated {
 async fn a_caller_that_leaves_does_not_stop_the_load_and_unload_waits_for_it() {
     let data = tempfile::tempdir().unwrap();
     let inner = LocalArtifactStore::open(data.path()).unwrap();
-    let catalog = ModelCatalog::open(data.path()).unwrap();
+    let catalog = catalog(&data).await;
     let digest = inner.put("good".into()).await.unwrap();
-    catalog.create(&example_record("good", &digest)).unwrap();
+    catalog.create(&example_record("good", &digest)).await.unwrap();
     let store = Arc::new(Gated { inner, gate: Semaphore::new(0) });
-    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, catalog);
+    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, catalog).await;
 
     let name = id("good");
     tokio::select! {

@@ -14,9 +14,10 @@ use super::{
     ImageChoice, JobEvent, JobEventKind, JobId, JobOutcome, JobRecord, JobSpec, JobState, NewJob,
     Novelty, QuantizeJob, Submitted,
 };
-use crate::database::{Database, Dialect, failed, is_duplicate};
+use crate::database::{Database, failed, is_duplicate};
 use crate::error::{Error, Result};
 
+pub(in crate::engine) use worker::standing_of;
 pub use worker::{Claimed, Lease, Standing};
 
 /// Columns of a [`JobRecord`], in the order of [`record`].
@@ -286,8 +287,10 @@ impl JobStore {
     /// `NotFound`; `Unavailable`.
     pub async fn request_cancel(&self, id: &JobId) -> Result<()> {
         let mut tx = self.database.write().await?;
-        let sql =
-            AssertSqlSafe(format!("SELECT state FROM jobs WHERE id = $1{}", self.for_update()));
+        let sql = AssertSqlSafe(format!(
+            "SELECT state FROM jobs WHERE id = $1{}",
+            self.database.for_update()
+        ));
         let state: Option<String> = sqlx::query_scalar(sql)
             .bind(id.as_str())
             .fetch_optional(&mut *tx)
@@ -385,14 +388,6 @@ impl JobStore {
     async fn now(&self, tx: &mut Transaction<'static, Any>) -> Result<i64> {
         let sql = AssertSqlSafe(format!("SELECT {}", self.database.now()));
         sqlx::query_scalar(sql).fetch_one(&mut **tx).await.map_err(failed)
-    }
-
-    /// Makes others wait for the selected rows. On SQLite a write transaction is alone anyway.
-    fn for_update(&self) -> &'static str {
-        match self.database.dialect() {
-            Dialect::Sqlite => "",
-            Dialect::Postgres => " FOR UPDATE",
-        }
     }
 
     /// The images that came with a job.

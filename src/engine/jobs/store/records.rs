@@ -96,6 +96,9 @@ impl From<&Error> for Failure {
             Error::CorruptArtifact { path, reason } => {
                 Self::CorruptArtifact { path: path.clone(), reason: reason.clone() }
             }
+            Error::Device { source: tch::TchError::Torch(reason) } => {
+                Self::Device { reason: reason.clone() }
+            }
             Error::Device { source } => Self::Device { reason: source.to_string() },
             Error::Io { path, .. } if error.is_disk_full() => {
                 Self::DiskFull { path: path.display().to_string() }

@@ -7,6 +7,7 @@
 use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::{JobStore, append_event, cancelled, column, failed, milliseconds, records};
+use crate::database::Database;
 use crate::engine::jobs::{JobId, JobOutcome, JobProgress, JobRecord, JobState};
 use crate::error::{Error, Result};
 
@@ -120,7 +121,7 @@ impl JobStore {
     /// `Unavailable`.
     pub async fn report(&self, lease: &Lease, progress: &JobProgress) -> Result<Standing> {
         let mut tx = self.database.write().await?;
-        let standing = self.lock(&mut tx, lease).await?;
+        let standing = standing_of(&self.database, &mut tx, lease).await?;
         if standing == Standing::Lost {
             return Ok(standing);
         }
@@ -148,7 +149,7 @@ impl JobStore {
     /// `Unavailable`.
     pub async fn finish(&self, lease: &Lease, outcome: &JobOutcome) -> Result<Standing> {
         let mut tx = self.database.write().await?;
-        let standing = self.lock(&mut tx, lease).await?;
+        let standing = standing_of(&self.database, &mut tx, lease).await?;
         if standing != Standing::Lost {
             self.end(&mut tx, &lease.id, outcome).await?;
             tx.commit().await.map_err(failed)?;
@@ -163,7 +164,7 @@ impl JobStore {
     /// `Unavailable`.
     pub async fn release(&self, lease: &Lease) -> Result<()> {
         let mut tx = self.database.write().await?;
-        match self.lock(&mut tx, lease).await? {
+        match standing_of(&self.database, &mut tx, lease).await? {
             Standing::Lost => return Ok(()),
             Standing::CancelRequested => self.end(&mut tx, &lease.id, &cancelled()).await?,
             Standing::Held => {
@@ -187,22 +188,29 @@ impl JobStore {
         sqlx::query(sql).execute(self.database.pool()).await.map_err(failed)?;
         Ok(())
     }
+}
 
-    /// Locks the job of a lease, if the lease still holds.
-    async fn lock(&self, tx: &mut Transaction<'static, Any>, lease: &Lease) -> Result<Standing> {
-        let sql = AssertSqlSafe(format!(
-            "SELECT state FROM jobs WHERE id = $1 AND attempt = $2 AND active = 1 \
-             AND lease_owner IS NOT NULL{}",
-            self.for_update()
-        ));
-        let state: Option<String> = sqlx::query_scalar(sql)
-            .bind(lease.id.as_str())
-            .bind(attempt(lease))
-            .fetch_optional(&mut **tx)
-            .await
-            .map_err(failed)?;
-        standing(state.as_deref())
-    }
+/// Locks the job of a lease for the transaction, if the lease still holds.
+///
+/// # Errors
+/// `Unavailable`.
+pub(in crate::engine) async fn standing_of(
+    database: &Database,
+    tx: &mut Transaction<'static, Any>,
+    lease: &Lease,
+) -> Result<Standing> {
+    let sql = AssertSqlSafe(format!(
+        "SELECT state FROM jobs WHERE id = $1 AND attempt = $2 AND active = 1 \
+         AND lease_owner IS NOT NULL{}",
+        database.for_update()
+    ));
+    let state: Option<String> = sqlx::query_scalar(sql)
+        .bind(lease.id.as_str())
+        .bind(attempt(lease))
+        .fetch_optional(&mut **tx)
+        .await
+        .map_err(failed)?;
+    standing(state.as_deref())
 }
 
 fn attempt(lease: &Lease) -> i64 {
