@@ -11,9 +11,10 @@ use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, SqlSafeStr as _, Transact
 use crate::error::{Error, Result};
 
 /// Schema changes in order: version, name, text.
-const MIGRATIONS: [(i64, &str, &str); 2] = [
+const MIGRATIONS: [(i64, &str, &str); 3] = [
     (1, "jobs", include_str!("../migrations/0001_jobs.sql")),
     (2, "models", include_str!("../migrations/0002_models.sql")),
+    (3, "units", include_str!("../migrations/0003_units.sql")),
 ];
 /// Connections at once; on SQLite, readers beside the one writer.
 const MAX_CONNECTIONS: u32 = 8;

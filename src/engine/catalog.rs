@@ -8,7 +8,8 @@ use crate::engine::jobs::{Lease, Standing, standing_of};
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
-/// Names of models, shared by all servers on one database.
+/// Names of models, shared by all servers on one database, and with them the answer to which stored
+/// artifacts are still of use.
 #[derive(Clone, Debug)]
 pub struct ModelCatalog {
     database: Database,
@@ -181,7 +182,7 @@ impl ModelCatalog {
     /// # Errors
     /// `Unavailable`.
     pub async fn condemn_orphans(&self, stored: &[String]) -> Result<usize> {
-        let sql = "SELECT DISTINCT digest FROM models";
+        let sql = "SELECT digest FROM models UNION SELECT digest FROM job_units";
         let query = sqlx::query_scalar::<_, String>(sql);
         let named = query.fetch_all(self.database.pool()).await.map_err(failed)?;
         let mut count = 0;
@@ -249,6 +250,8 @@ async fn condemn(tx: &mut Transaction<'static, Any>, digest: &str) -> Result<()>
 }
 
 async fn is_named(tx: &mut Transaction<'static, Any>, digest: &str) -> Result<bool> {
-    let query = sqlx::query("SELECT id FROM models WHERE digest = $1 LIMIT 1").bind(digest);
+    let sql = "SELECT digest FROM models WHERE digest = $1 \
+               UNION SELECT digest FROM job_units WHERE digest = $1";
+    let query = sqlx::query(sql).bind(digest);
     Ok(query.fetch_optional(&mut **tx).await.map_err(failed)?.is_some())
 }

@@ -273,6 +273,25 @@ async fn a_dead_workers_job_goes_on_elsewhere_and_the_dead_cannot_write() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn finished_units_are_found_by_the_next_attempt_and_gone_with_the_job() {
+    on_both(async |store| {
+        let id = submit(&store, quantize("a", 0)).await;
+        let first = claim(&store).await.lease;
+        assert_eq!(store.keep_unit(&first, "u1", "d1").await.unwrap(), Standing::Held);
+        store.forget_leases().await.unwrap();
+        let second = claim(&store).await.lease;
+        assert_eq!(store.keep_unit(&first, "u2", "d2").await.unwrap(), Standing::Lost);
+        assert_eq!(store.kept_unit(&id, "u1").await.unwrap().as_deref(), Some("d1"));
+        assert_eq!(store.kept_unit(&id, "u2").await.unwrap(), None);
+        store.keep_unit(&second, "u1", "d3").await.unwrap();
+        assert_eq!(store.kept_unit(&id, "u1").await.unwrap().as_deref(), Some("d3"));
+        store.finish(&second, &failure(Error::Deadline)).await.unwrap();
+        assert_eq!(store.kept_unit(&id, "u1").await.unwrap(), None);
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn given_back_jobs_start_again_and_cancelled_ones_end() {
     on_both(async |store| {
         let id = submit(&store, quantize("a", 0)).await;

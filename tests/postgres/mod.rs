@@ -23,7 +23,7 @@ if [ "$(id -u)" -eq 0 ]; then
 fi
 cd "$work"
 "${as[@]}" "$bin/initdb" -D "$work/data" -U vitq --auth=trust --no-sync -E UTF8 --locale=C >&2
-"${as[@]}" "$bin/postgres" -D "$work/data" -h 127.0.0.1 -p "$1" -k "$work" -c fsync=off \
+"${as[@]}" "$bin/postgres" -D "$work/data" -h 127.0.0.1 -p "$1" -k "$work" \
   -c max_connections=200 >&2 &
 server=$!
 trap 'kill -INT $server 2>/dev/null || true; wait $server || true; rm -rf "$work"' EXIT

@@ -1,38 +1,33 @@
 //! Jobs in the database: submitted, found, watched. `worker` is the side that runs them.
 
 mod records;
+mod rows;
+mod submit;
 mod worker;
 
 use std::time::Duration;
 
-use serde::de::DeserializeOwned;
-use sqlx::any::AnyRow;
-use sqlx::{Any, AssertSqlSafe, Row as _, Transaction};
+use sqlx::{Any, AssertSqlSafe, Transaction};
 use tokio::sync::watch;
 
 use super::{
-    ImageChoice, JobEvent, JobEventKind, JobId, JobOutcome, JobRecord, JobSpec, JobState, NewJob,
-    Novelty, QuantizeJob, Submitted,
+    ImageChoice, JobEvent, JobEventKind, JobId, JobOutcome, JobRecord, JobSpec, JobState,
+    QuantizeJob,
 };
 use crate::database::{Database, failed, is_duplicate};
 use crate::error::{Error, Result};
 
+use rows::{RECORD, column, json, milliseconds, number, record, time};
+
 pub(in crate::engine) use worker::standing_of;
 pub use worker::{Claimed, Lease, Standing};
 
-/// Columns of a [`JobRecord`], in the order of [`record`].
-const RECORD: &str =
-    "id, spec, state, created_ms, started_ms, ended_ms, progress, last_sequence, outcome, attempt";
 /// Events that are kept per job: an hour and more at five a second.
 const MAX_EVENTS: i64 = 20_000;
 /// Events that one reading gives.
 const EVENTS_PAGE: i64 = 1000;
 /// How often a watcher looks for what another process did.
 const POLL: Duration = Duration::from_millis(500);
-/// When a caller who met a full queue should come back.
-const RETRY_AFTER: Duration = Duration::from_secs(10);
-/// Submissions that lose a race look again so often.
-const SUBMIT_ROUNDS: usize = 5;
 
 /// Bounds of a [`JobStore`].
 #[derive(Clone, Debug)]
@@ -89,128 +84,6 @@ impl JobStore {
     /// Bounds of the store.
     pub fn limits(&self) -> &JobLimits {
         &self.limits
-    }
-
-    /// The job that an earlier call with this request id made or found.
-    ///
-    /// # Errors
-    /// `InvalidArgument` on `request_id` when that call asked for something else; `Unavailable`.
-    pub async fn find_request(&self, request_id: &str, spec_hash: &str) -> Result<Option<JobId>> {
-        let sql = "SELECT job_id, spec_hash FROM job_requests WHERE request_id = $1";
-        let row = sqlx::query(sql).bind(request_id).fetch_optional(self.database.pool()).await;
-        let Some(row) = row.map_err(failed)? else { return Ok(None) };
-        if column::<String>(&row, 1)? == spec_hash {
-            return Ok(Some(JobId::given(&column::<String>(&row, 0)?)));
-        }
-        let reason = "an earlier call with this id asked for something else";
-        Err(Error::invalid("request_id", reason))
-    }
-
-    /// Adds a job as queued, with its first event. While an equal job is under way, that one is
-    /// returned instead.
-    ///
-    /// # Errors
-    /// As [`JobStore::find_request`]; `Busy` while a different job makes the same model;
-    /// `Overloaded` when too many jobs wait; `Unavailable`.
-    pub async fn submit(&self, job: &NewJob) -> Result<Submitted> {
-        let spec_hash = job.spec.fingerprint()?;
-        for _ in 0..SUBMIT_ROUNDS {
-            if let Some(id) = self.standing_in(job, &spec_hash).await? {
-                return Ok(Submitted { id, novelty: Novelty::Replayed });
-            }
-            match self.insert(job, &spec_hash).await? {
-                Some(id) => {
-                    self.changed.send_replace(());
-                    return Ok(Submitted { id, novelty: Novelty::New });
-                }
-                None => continue, // somebody else was faster: it is found in the next round
-            }
-        }
-        Err(Error::Overloaded {
-            reason: "too many clients ask for this job at once".to_owned(),
-            retry_after: Duration::from_secs(1),
-        })
-    }
-
-    /// The job that answers a submission without a new one.
-    async fn standing_in(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
-        if let Some(request_id) = &job.request_id
-            && let Some(id) = self.find_request(request_id, spec_hash).await?
-        {
-            return Ok(Some(id));
-        }
-        let sql = "SELECT id, spec_hash FROM jobs \
-                   WHERE active = 1 AND (spec_hash = $1 OR target = $2) ORDER BY id LIMIT 1";
-        let target = job.spec.target().map(|model| model.as_str().to_owned());
-        let query = sqlx::query(sql).bind(spec_hash).bind(target);
-        let row = query.fetch_optional(self.database.pool()).await.map_err(failed)?;
-        let Some(row) = row else { return Ok(None) };
-        let id = JobId::given(&column::<String>(&row, 0)?);
-        if column::<String>(&row, 1)? != spec_hash {
-            let model = job.spec.model().to_string();
-            return Err(Error::Busy { model, operation: id.operation() });
-        }
-        let Some(request_id) = &job.request_id else { return Ok(Some(id)) };
-        let sql = "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
-        let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
-        match query.execute(self.database.pool()).await {
-            Ok(_) => Ok(Some(id)),
-            Err(error) if is_duplicate(&error) => self.find_request(request_id, spec_hash).await,
-            Err(error) => Err(failed(error)),
-        }
-    }
-
-    /// `None` when a job or request that stands in the way appeared meanwhile.
-    async fn insert(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
-        let id = JobId::new();
-        let mut tx = self.database.write().await?;
-        let sql = "SELECT COUNT(*) FROM jobs WHERE state = 'queued' AND active = 1";
-        let queued: i64 = sqlx::query_scalar(sql).fetch_one(&mut *tx).await.map_err(failed)?;
-        if usize::try_from(queued).unwrap_or(usize::MAX) >= self.limits.queued {
-            return Err(Error::Overloaded {
-                reason: format!("{queued} jobs are waiting already"),
-                retry_after: RETRY_AFTER,
-            });
-        }
-        let now = self.now(&mut tx).await?;
-        let sql = "INSERT INTO jobs (id, kind, model, target, spec, spec_hash, priority, state, \
-                   active, attempt, attempts_left, created_ms, last_sequence) \
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0)";
-        let inserted = sqlx::query(sql)
-            .bind(id.as_str())
-            .bind(job.spec.kind())
-            .bind(job.spec.model().as_str())
-            .bind(job.spec.target().map(|model| model.as_str().to_owned()))
-            .bind(records::to_json(&job.spec)?)
-            .bind(spec_hash)
-            .bind(i64::from(job.priority))
-            .bind(i64::from(self.limits.attempts))
-            .bind(now)
-            .execute(&mut *tx)
-            .await;
-        match inserted {
-            Ok(_) => {}
-            Err(error) if is_duplicate(&error) => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        }
-        if let Some(request_id) = &job.request_id {
-            let sql =
-                "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
-            let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
-            match query.execute(&mut *tx).await {
-                Ok(_) => {}
-                Err(error) if is_duplicate(&error) => return Ok(None),
-                Err(error) => return Err(failed(error)),
-            }
-        }
-        for (position, content) in (0_i64..).zip(job.spec.contents()) {
-            let sql = "INSERT INTO job_images (job_id, position, content) VALUES ($1, $2, $3)";
-            let query = sqlx::query(sql).bind(id.as_str()).bind(position).bind(content.to_vec());
-            query.execute(&mut *tx).await.map_err(failed)?;
-        }
-        append_event(&mut tx, &id, now, "accepted", None).await?;
-        tx.commit().await.map_err(failed)?;
-        Ok(Some(id))
     }
 
     /// One job.
@@ -379,8 +252,14 @@ impl JobStore {
             .execute(&mut **tx)
             .await
             .map_err(failed)?;
-        let sql = "DELETE FROM job_images WHERE job_id = $1";
-        sqlx::query(sql).bind(id.as_str()).execute(&mut **tx).await.map_err(failed)?;
+        for sql in [
+            "DELETE FROM job_images WHERE job_id = $1",
+            "INSERT INTO condemned (digest) SELECT DISTINCT digest FROM job_units \
+             WHERE job_id = $1 ON CONFLICT (digest) DO NOTHING",
+            "DELETE FROM job_units WHERE job_id = $1",
+        ] {
+            sqlx::query(sql).bind(id.as_str()).execute(&mut **tx).await.map_err(failed)?;
+        }
         append_event(tx, id, now, "ended", None).await
     }
 
@@ -436,51 +315,6 @@ async fn append_event(
         query.execute(&mut **tx).await.map_err(failed)?;
     }
     Ok(())
-}
-
-fn record(row: &AnyRow) -> Result<JobRecord> {
-    let optional_time = |index| column::<Option<i64>>(row, index)?.map(from_ms).transpose();
-    let progress = column::<Option<String>>(row, 6)?;
-    let outcome = column::<Option<String>>(row, 8)?;
-    Ok(JobRecord {
-        id: JobId::given(&column::<String>(row, 0)?),
-        spec: std::sync::Arc::new(json(row, 1)?),
-        state: JobState::parse(&column::<String>(row, 2)?)?,
-        created: time(row, 3)?,
-        started: optional_time(4)?,
-        ended: optional_time(5)?,
-        progress: progress.as_deref().map(records::from_json).transpose()?,
-        last_sequence: number(row, 7)?,
-        outcome: outcome.as_deref().map(records::outcome_from_json).transpose()?,
-        attempt: number(row, 9)?,
-    })
-}
-
-fn column<'r, T>(row: &'r AnyRow, index: usize) -> Result<T>
-where
-    T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
-{
-    row.try_get(index).map_err(failed)
-}
-
-fn number(row: &AnyRow, index: usize) -> Result<u64> {
-    u64::try_from(column::<i64>(row, index)?).map_err(|_| broken())
-}
-
-fn json<T: DeserializeOwned>(row: &AnyRow, index: usize) -> Result<T> {
-    records::from_json(&column::<String>(row, index)?)
-}
-
-fn time(row: &AnyRow, index: usize) -> Result<jiff::Timestamp> {
-    from_ms(column(row, index)?)
-}
-
-fn from_ms(ms: i64) -> Result<jiff::Timestamp> {
-    jiff::Timestamp::from_millisecond(ms).map_err(|_| broken())
-}
-
-fn milliseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }
 
 fn cancelled() -> JobOutcome {

@@ -179,6 +179,37 @@ impl JobStore {
         Ok(())
     }
 
+    /// Notes that a unit of the calculation is done, and which stored object holds its result.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn keep_unit(&self, lease: &Lease, unit: &str, digest: &str) -> Result<Standing> {
+        let mut tx = self.database.write().await?;
+        let standing = standing_of(&self.database, &mut tx, lease).await?;
+        if standing == Standing::Lost {
+            return Ok(standing);
+        }
+        // Waits for whoever is deleting these very bytes, and keeps others from it.
+        let query = sqlx::query("DELETE FROM condemned WHERE digest = $1").bind(digest);
+        query.execute(&mut *tx).await.map_err(failed)?;
+        let sql = "INSERT INTO job_units (job_id, unit, digest) VALUES ($1, $2, $3) \
+                   ON CONFLICT (job_id, unit) DO UPDATE SET digest = excluded.digest";
+        let query = sqlx::query(sql).bind(lease.id.as_str()).bind(unit).bind(digest);
+        query.execute(&mut *tx).await.map_err(failed)?;
+        tx.commit().await.map_err(failed)?;
+        Ok(standing)
+    }
+
+    /// The object that holds the result of a unit, of this attempt or an earlier one.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn kept_unit(&self, id: &JobId, unit: &str) -> Result<Option<String>> {
+        let sql = "SELECT digest FROM job_units WHERE job_id = $1 AND unit = $2";
+        let query = sqlx::query_scalar(sql).bind(id.as_str()).bind(unit);
+        query.fetch_optional(self.database.pool()).await.map_err(failed)
+    }
+
     /// Ends all leases at once: for the one process that has the database to itself, at its start.
     ///
     /// # Errors
