@@ -7,17 +7,16 @@
 #![allow(clippy::print_stdout, reason = "the moments of the kills are shown with --nocapture")]
 
 mod postgres;
+mod program;
 mod s3;
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::{BufRead as _, BufReader};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use program::{Process, Program, Stores};
 use tokio_stream::StreamExt as _;
-use tonic::transport::Channel;
 use vitq::artifact::store::{ArtifactStore, LocalArtifactStore, RemoteArtifactStore};
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
@@ -30,80 +29,25 @@ use vitq::grpc::proto::{
     QuantizeRequest,
 };
 
-/// The flags and variables that tell a process where its stores are.
-struct Stores {
-    flags: Vec<String>,
-    variables: Vec<(String, String)>,
-}
-
-impl Stores {
-    /// The real program, with probes and jobs as all have them.
-    fn program(&self, command: &str) -> Command {
-        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
-        let mut program = Command::new(env!("CARGO_BIN_EXE_vitq"));
-        program
-            .env("OMP_NUM_THREADS", "1")
-            .envs(self.variables.iter().map(|(key, value)| (key, value)))
-            .args([command, "--ops-listen", "127.0.0.1:0", "--device", "cpu"])
-            .args(["--job-attempts", "1000", "--max-queued-jobs", "1000"])
-            .args(&self.flags)
-            .arg("--checkpoints")
-            .arg(demo.join("checkpoints"))
-            .arg("--datasets")
-            .arg(demo.join("datasets"))
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null());
-        program
-    }
-}
-
-/// A process; killed, without a chance to say goodbye, when dropped.
-struct Process(Child);
-
-impl Drop for Process {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-/// A server.
-struct Program {
-    _process: Process,
-    channel: Channel,
-}
-
-impl Program {
-    async fn start(stores: &Stores) -> Self {
-        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let process = Process(child);
-        let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
-        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
-        Self { _process: process, channel }
-    }
-
-    /// Submits job `number`; its operation, if the server lived long enough to answer.
-    async fn submit(&self, number: u64) -> Option<String> {
-        let request = QuantizeRequest {
-            checkpoint: "digits-vit".to_owned(),
-            method: "minmax".to_owned(),
-            weight_bits: 4,
-            activation_bits: 4,
-            calibration: Some(Calibration::Dataset(CalibrationDataset {
-                name: "digits/calib".to_owned(),
-                count: 24,
-                files: vec![],
-            })),
-            model_id: format!("m{number}"),
-            request_id: format!("request-{number}"),
-            ..QuantizeRequest::default()
-        };
-        let mut client = QuantizationServiceClient::new(self.channel.clone());
-        let mut events = client.quantize(request).await.ok()?.into_inner();
-        Some(events.next().await?.ok()?.operation)
-    }
+/// Submits job `number`; its operation, if the server lived long enough to answer.
+async fn submit(program: &Program, number: u64) -> Option<String> {
+    let request = QuantizeRequest {
+        checkpoint: "digits-vit".to_owned(),
+        method: "minmax".to_owned(),
+        weight_bits: 4,
+        activation_bits: 4,
+        calibration: Some(Calibration::Dataset(CalibrationDataset {
+            name: "digits/calib".to_owned(),
+            count: 24,
+            files: vec![],
+        })),
+        model_id: format!("m{number}"),
+        request_id: format!("request-{number}"),
+        ..QuantizeRequest::default()
+    };
+    let mut client = QuantizationServiceClient::new(program.channel.clone());
+    let mut events = client.quantize(request).await.ok()?.into_inner();
+    Some(events.next().await?.ok()?.operation)
 }
 
 fn number(variable: &str, default: u64) -> u64 {
@@ -145,7 +89,7 @@ async fn survives(
         let submitting = async {
             // A client repeats what the last crash may have swallowed, then goes on.
             for number in crash.saturating_sub(1)..=crash {
-                if let Some(operation) = programs[0].submit(number).await {
+                if let Some(operation) = submit(&programs[0], number).await {
                     accepted.insert(operation);
                 }
             }
@@ -163,7 +107,7 @@ async fn survives(
     drop((programs, helpers));
     let program = Program::start(stores).await;
     for number in 0..crashes {
-        accepted.insert(program.submit(number).await.unwrap());
+        accepted.insert(submit(&program, number).await.unwrap());
     }
     assert_eq!(accepted.len() as u64, crashes, "one job for every request id");
     let mut operations = OperationsClient::new(program.channel.clone());
@@ -181,7 +125,7 @@ async fn survives(
     println!("{} jobs in {attempts} attempts", accepted.len());
 
     // Every model is there, is the same as an undisturbed run's, and answers.
-    let undisturbed = program.submit(crashes).await.unwrap();
+    let undisturbed = submit(&program, crashes).await.unwrap();
     let wait = WaitOperationRequest { name: undisturbed, timeout: None };
     assert!(operations.wait_operation(wait).await.unwrap().into_inner().done);
     let mut models = ModelServiceClient::new(program.channel.clone());

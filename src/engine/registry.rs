@@ -8,8 +8,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::artifact::Artifact;
 use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin};
+use crate::artifact::{Artifact, Header};
 use crate::engine::QuantizedModel;
 use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
@@ -259,22 +259,19 @@ impl ModelRegistry {
             .ok_or_else(|| Error::internal("the server has no device"))
     }
 
-    /// Stores an artifact and gives it a name, on behalf of the job that made it.
+    /// Stores an artifact, with this header, and gives it a name, on behalf of the job that made it.
+    /// May be tried again after any error.
     ///
     /// # Errors
     /// As [`ModelCatalog::publish`] and [`ArtifactStore::put`]; then nothing is listed.
     pub async fn publish(
         &self,
         origin: RecordOrigin,
-        artifact: Artifact,
+        header: Header,
+        bytes: Bytes,
         lease: &Lease,
     ) -> Result<ModelView> {
         let id = ModelId::parse(&origin.id, "model_id")?;
-        let (header, bytes) = blocking(move || {
-            let bytes = Bytes::from(artifact.to_bytes()?);
-            Ok((artifact.header, bytes))
-        })
-        .await?;
         let size = bytes.len() as u64;
         let digest = self.store.put(bytes.clone()).await?;
         let record = ModelRecord::new(origin, header, (digest.clone(), size));

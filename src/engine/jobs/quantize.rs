@@ -1,6 +1,7 @@
 //! The quantization job: checkpoint and images in, a named model out.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use bytes::Bytes;
 use jiff::Timestamp;
@@ -9,13 +10,17 @@ use rayon::prelude::*;
 use super::progress::JobReporter;
 use super::runner::{JobRunner, RunnerParts};
 use super::{Afterwards, ImageChoice, JobOutput, QuantizeJob};
+use crate::artifact::Artifact;
 use crate::artifact::store::RecordOrigin;
 use crate::calib::Progress as _;
 use crate::data::{Dataset, DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
 use crate::engine::pipeline::{self, CalibrationImages};
+use crate::engine::registry::ModelView;
 use crate::error::{Error, Result};
 use crate::model::{Checkpoint, Preprocessing};
 
+/// Pause before a store that could not be reached is tried again.
+const STORE_RETRY: Duration = Duration::from_secs(2);
 /// Most images that one calibration may ask for; their pixels are held in memory.
 const MAX_IMAGES: usize = 4096;
 
@@ -74,8 +79,7 @@ pub(super) fn run(
         created_ms: Timestamp::now().as_millisecond(),
         calibration_seconds: quantized.calibration_seconds,
     };
-    let view =
-        runner.runtime.block_on(registry.publish(origin, quantized.artifact, reporter.lease()))?;
+    let view = publish(runner, &origin, &quantized.artifact, reporter)?;
     if job.afterwards == Afterwards::Load {
         reporter.stage("serve");
         // The model is made and stored whatever comes of the load; its state tells.
@@ -84,6 +88,30 @@ pub(super) fn run(
         }
     }
     Ok(JobOutput::Quantized(view.record))
+}
+
+/// Stores and names the result. What took hours to make is not lost because a store is out of
+/// reach: it waits, until it is told to stop.
+fn publish(
+    runner: &JobRunner,
+    origin: &RecordOrigin,
+    artifact: &Artifact,
+    reporter: &JobReporter,
+) -> Result<ModelView> {
+    let registry = &runner.parts.registry;
+    let bytes = Bytes::from(artifact.to_bytes()?);
+    loop {
+        let (origin, header) = (origin.clone(), artifact.header.clone());
+        let published = registry.publish(origin, header, bytes.clone(), reporter.lease());
+        match runner.runtime.block_on(published) {
+            Err(error @ Error::Unavailable { .. }) => {
+                tracing::warn!(%error, "the new model cannot be stored yet");
+                std::thread::sleep(STORE_RETRY);
+                reporter.check_cancelled()?;
+            }
+            published => return published,
+        }
+    }
 }
 
 fn checkpoint_folder(parts: &RunnerParts, job: &QuantizeJob) -> Result<PathBuf> {

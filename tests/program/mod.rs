@@ -1,0 +1,65 @@
+//! The real program as a process of its own.
+
+#![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
+#![allow(unreachable_pub, reason = "the module is part of each test that names it")]
+
+use std::io::{BufRead as _, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use tonic::transport::Channel;
+
+/// The flags and variables that tell a process where its stores are.
+pub struct Stores {
+    pub flags: Vec<String>,
+    pub variables: Vec<(String, String)>,
+}
+
+impl Stores {
+    /// The real program, with probes and jobs as all have them.
+    pub fn program(&self, command: &str) -> Command {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+        let mut program = Command::new(env!("CARGO_BIN_EXE_vitq"));
+        program
+            .env("OMP_NUM_THREADS", "1")
+            .envs(self.variables.iter().map(|(key, value)| (key, value)))
+            .args([command, "--ops-listen", "127.0.0.1:0", "--device", "cpu"])
+            .args(["--job-attempts", "1000", "--max-queued-jobs", "1000"])
+            .args(&self.flags)
+            .arg("--checkpoints")
+            .arg(demo.join("checkpoints"))
+            .arg("--datasets")
+            .arg(demo.join("datasets"))
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null());
+        program
+    }
+}
+
+/// A process; killed, without a chance to say goodbye, when dropped.
+pub struct Process(pub Child);
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// A server, and a connection to it.
+pub struct Program {
+    _process: Process,
+    pub channel: Channel,
+}
+
+impl Program {
+    pub async fn start(stores: &Stores) -> Self {
+        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let process = Process(child);
+        let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+        Self { _process: process, channel }
+    }
+}
