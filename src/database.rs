@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
-use sqlx::migrate::{Migration, MigrationType, Migrator};
+use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
 use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, SqlSafeStr as _, Transaction};
 
 use crate::error::{Error, Result};
@@ -102,10 +102,10 @@ impl Database {
             Migration::new(version, name.into(), MigrationType::Simple, sql, false)
         });
         Migrator::with_migrations(migrations.into()).run(&self.pool).await.map_err(|error| {
-            match error {
-                sqlx::migrate::MigrateError::Execute(error) => failed(error),
-                other => Error::FailedPrecondition { reason: format!("the database: {other}") },
+            if let MigrateError::Execute(error) = error {
+                return failed(error);
             }
+            Error::FailedPrecondition { reason: format!("the database: {error}") }
         })
     }
 
@@ -184,18 +184,16 @@ pub fn failed(error: sqlx::Error) -> Error {
             Error::Unavailable { what: "database", reason: error.to_string() }
         }
         Some(_) => Error::internal(format!("database: {error}")),
-        None => match error {
-            sqlx::Error::Io(_)
-            | sqlx::Error::Tls(_)
-            | sqlx::Error::Protocol(_)
-            | sqlx::Error::PoolTimedOut
-            | sqlx::Error::PoolClosed
-            | sqlx::Error::WorkerCrashed => {
-                Error::Unavailable { what: "database", reason: error.to_string() }
-            }
-            other => Error::internal(format!("database: {other}")),
-        },
+        None if is_out_of_reach(&error) => {
+            Error::Unavailable { what: "database", reason: error.to_string() }
+        }
+        None => Error::internal(format!("database: {error}")),
     }
+}
+
+fn is_out_of_reach(error: &sqlx::Error) -> bool {
+    use sqlx::Error::{Io, PoolClosed, PoolTimedOut, Protocol, Tls, WorkerCrashed};
+    matches!(error, Io(_) | Tls(_) | Protocol(_) | PoolTimedOut | PoolClosed | WorkerCrashed)
 }
 
 #[cfg(test)]

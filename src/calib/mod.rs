@@ -1,6 +1,7 @@
 //! Calibration: what every method shares. A method sees a task and returns a [`Quantization`].
 
 pub mod capture;
+pub mod kept;
 pub mod progress;
 pub mod reconstruct;
 pub mod reparam;

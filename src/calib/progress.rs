@@ -1,7 +1,9 @@
 //! Progress of a calibration, and the way to stop one.
 
 use serde::{Deserialize, Serialize};
+use tch::Tensor;
 
+use crate::calib::kept::Tensors;
 use crate::error::{Error, Result};
 
 /// One step of a long calculation.
@@ -32,13 +34,23 @@ pub struct SiteSqnr {
     pub sqnr_db: f64,
 }
 
-/// Receives progress and says whether to stop. Reporting never fails a job.
+/// Receives progress, keeps what is finished, and says whether to stop. Neither reporting nor keeping
+/// ever fails a job.
 pub trait Progress: Sync {
     /// Takes note of a step. Must return quickly.
     fn report(&self, update: ProgressUpdate);
 
     /// Whether the work is to stop at the next safe point.
     fn is_cancelled(&self) -> bool;
+
+    /// What [`Progress::keep`] was given for this unit by an earlier attempt at the very same
+    /// calibration, bit for bit; `None` if it is not there, or damaged.
+    fn restore(&self, _unit: &str) -> Option<Tensors> {
+        None
+    }
+
+    /// Keeps the result of a finished unit for a later attempt, if it can.
+    fn keep(&self, _unit: &str, _result: &[(String, Tensor)]) {}
 
     /// A safe point between two reports.
     ///

@@ -126,12 +126,14 @@ impl Engine {
             job_store.forget_leases().await?;
         }
         let catalog = ModelCatalog::new(database);
+        let artifacts = Arc::clone(&store);
         let parts = RegistryParts { store, catalog, devices: handles, backend };
         let registry = ModelRegistry::open(parts).await?;
         let checkpoints = NamedFolder::open(checkpoints.as_deref(), "checkpoint")?;
         let datasets = NamedFolder::open(datasets.as_deref(), "dataset")?;
         let parts = RunnerParts {
             store: Arc::clone(&job_store),
+            artifacts,
             registry: Arc::clone(&registry),
             checkpoints: checkpoints.clone(),
             datasets: datasets.clone(),

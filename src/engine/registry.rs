@@ -325,7 +325,8 @@ impl ModelRegistry {
         self.collect_garbage().await;
     }
 
-    async fn collect_garbage(&self) {
+    /// Deletes what is condemned. A failure costs disk space, nothing else.
+    pub(super) async fn collect_garbage(&self) {
         match self.catalog.collect(&*self.store).await {
             Ok(0) => {}
             Ok(count) => tracing::info!(count, "deleted artifacts that no model names"),

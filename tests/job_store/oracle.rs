@@ -184,7 +184,10 @@ async fn apply(store: &JobStore, oracle: &mut Oracle, step: Step) {
                     (job.state, job.events) = (JobState::Cancelled, job.events + 1);
                 }
                 JobState::Running => job.state = JobState::Cancelling,
-                _ => {}
+                JobState::Cancelling
+                | JobState::Succeeded
+                | JobState::Failed
+                | JobState::Cancelled => {}
             }
         }
         Step::Delete(index) => {

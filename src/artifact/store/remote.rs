@@ -164,9 +164,10 @@ impl ArtifactStore for RemoteArtifactStore {
 }
 
 fn of(digest: &str, error: &object_store::Error) -> Error {
-    match error {
-        object_store::Error::NotFound { .. } => not_found(digest),
-        other => unavailable(other),
+    if matches!(error, object_store::Error::NotFound { .. }) {
+        not_found(digest)
+    } else {
+        unavailable(error)
     }
 }
 

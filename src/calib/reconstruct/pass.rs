@@ -1,8 +1,9 @@
 //! One reconstruction pass over a model, unit after unit, with caches that advance with it.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::calib::CalibrationTask;
+use crate::calib::kept::{Tensors, restore_or_compute};
 use crate::calib::reconstruct::{Examples, Schedule, Student, Trained, reconstruct, trainable};
 use crate::error::{Error, Result};
 use crate::exec::{Executor, Float, Simulated, WeightSource};
@@ -12,6 +13,9 @@ use crate::quant::QuantPlan;
 
 /// Iterations between two reports of progress, which are also the points where a pass can stop.
 const ITERATIONS_PER_STEP: usize = 10;
+
+/// Name of the flag among a unit's kept parameters; no parameter has it.
+const DIVERGED: &str = "diverged";
 
 /// Where a unit's inputs come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,13 +85,13 @@ impl Pass<'_, '_> {
                     unit: index,
                     trainable: &trainable(&teacher, &start, index)?,
                 };
-                let trained = self.train(&teacher, &student, [&inputs, &targets])?;
-                if trained.diverged {
+                let (edits, diverged) = self.trained(&teacher, &student, [&inputs, &targets])?;
+                if diverged {
                     let path = unit.path();
                     let remark = format!("{path}: reconstruction diverged, parameters restored");
                     found.warnings.push(remark);
                 }
-                found.edits.extend(trained.edits);
+                found.edits.extend(edits);
             }
             if self.inputs == InputSource::Quantized {
                 let student = Model::build(&self.task.spec, &weights.with(&found.edits))?;
@@ -98,6 +102,40 @@ impl Pass<'_, '_> {
             float = targets;
         }
         Ok(found)
+    }
+
+    /// The trained parameters of a unit, and whether its training diverged: from an earlier attempt
+    /// at this calibration, if one got that far.
+    fn trained(
+        &self,
+        teacher: &Model,
+        student: &Student<'_>,
+        examples: [&Tensor; 2],
+    ) -> Result<(WeightEdits, bool)> {
+        let unit = format!("{}.{:03}", self.stage.replace(' ', "-"), student.unit);
+        let fits = |kept: &Tensors| {
+            let is_ours = |(name, tensor): &(String, Tensor)| match name.as_str() {
+                DIVERGED => tensor.size() == [1] && tensor.kind() == Kind::Int64,
+                name => {
+                    student.trainable.iter().any(|known| known == name)
+                        && student.weights.find(name).is_some_and(|known| {
+                            known.size() == tensor.size() && known.kind() == tensor.kind()
+                        })
+                }
+            };
+            kept.iter().all(is_ours) && kept.iter().any(|(name, _)| name == DIVERGED)
+        };
+        let kept = restore_or_compute(self.task, &unit, fits, || {
+            let Trained { edits, diverged, .. } = self.train(teacher, student, examples)?;
+            let flag = Tensor::f_from_slice(&[i64::from(diverged)])?;
+            Ok(edits.into_iter().chain([(DIVERGED.to_owned(), flag)]).collect())
+        })?;
+        let mut edits: WeightEdits = kept.into_iter().collect();
+        let diverged = match edits.remove(DIVERGED) {
+            Some(flag) => flag.f_int64_value(&[0])? != 0,
+            None => false,
+        };
+        Ok((edits, diverged))
     }
 
     /// Trains one unit on inputs and targets.

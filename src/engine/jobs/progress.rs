@@ -2,15 +2,21 @@
 
 use std::mem;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use tch::Tensor;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::store::{JobStore, Lease, Standing};
 use super::{Figures, JobProgress};
+use crate::artifact::store::ArtifactStore;
+use crate::calib::kept::{Tensors, from_bytes, to_bytes};
 use crate::calib::{Progress, ProgressUpdate};
+use crate::digest::sha256_hex;
+use crate::error::Result;
 
 /// Least time between two events of one stage.
 const INTERVAL: Duration = Duration::from_millis(200);
@@ -19,9 +25,13 @@ const INTERVAL: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(super) struct JobReporter {
     store: Arc<JobStore>,
+    artifacts: Arc<dyn ArtifactStore>,
     hold: Arc<Hold>,
     runtime: Handle,
     throttle: Mutex<Throttle>,
+    /// What the request's names stood for when the work began: a checkpoint or an image may be
+    /// another one by the next attempt.
+    inputs: OnceLock<String>,
 }
 
 /// A running job as everything that may stop it sees it.
@@ -56,9 +66,37 @@ impl Hold {
 }
 
 impl JobReporter {
-    pub(super) fn new(store: Arc<JobStore>, hold: Arc<Hold>, runtime: Handle) -> Self {
+    pub(super) fn new(
+        store: Arc<JobStore>,
+        artifacts: Arc<dyn ArtifactStore>,
+        hold: Arc<Hold>,
+        runtime: Handle,
+    ) -> Self {
         let throttle = Mutex::new(Throttle::new(Instant::now()));
-        Self { store, hold, runtime, throttle }
+        Self { store, artifacts, hold, runtime, throttle, inputs: OnceLock::new() }
+    }
+
+    /// Says what the work is made of, by digests. Before this nothing is restored or kept.
+    pub(super) fn made_of(&self, inputs: &[&str]) {
+        let _ = self.inputs.set(sha256_hex(inputs.join(" ").as_bytes())); // the first call counts
+    }
+
+    async fn read_unit(&self, unit: &str) -> Result<Option<Tensors>> {
+        let Some(digest) = self.store.kept_unit(&self.hold.lease.id, unit).await? else {
+            return Ok(None);
+        };
+        from_bytes(&self.artifacts.get(&digest).await?).map(Some)
+    }
+
+    async fn write_unit(&self, unit: &str, result: &[(String, Tensor)]) -> Result<()> {
+        let bytes = Bytes::from(to_bytes(result)?);
+        let digest = self.artifacts.put(bytes.clone()).await?;
+        self.hold.note(self.store.keep_unit(&self.hold.lease, unit, &digest).await?);
+        // Somebody may have deleted it as nobody's in between. Not any more.
+        if !self.artifacts.contains(&digest).await? {
+            self.artifacts.put(bytes).await?;
+        }
+        Ok(())
     }
 
     /// The right to run the job.
@@ -100,6 +138,25 @@ impl JobReporter {
 impl Progress for JobReporter {
     fn report(&self, update: ProgressUpdate) {
         self.send(self.throttle(|throttle| throttle.step(update, Instant::now())));
+    }
+
+    fn restore(&self, unit: &str) -> Option<Tensors> {
+        let unit = format!("{}/{unit}", self.inputs.get()?);
+        match self.runtime.block_on(self.read_unit(&unit)) {
+            Ok(found) => found,
+            Err(error) => {
+                tracing::warn!(%error, unit, "a finished unit is computed again");
+                None
+            }
+        }
+    }
+
+    fn keep(&self, unit: &str, result: &[(String, Tensor)]) {
+        let Some(inputs) = self.inputs.get() else { return };
+        let unit = format!("{inputs}/{unit}");
+        if let Err(error) = self.runtime.block_on(self.write_unit(&unit, result)) {
+            tracing::warn!(%error, unit, "a finished unit is not kept");
+        }
     }
 
     fn is_cancelled(&self) -> bool {

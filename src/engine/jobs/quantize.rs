@@ -66,6 +66,7 @@ pub(super) fn run(
         }
     };
     let images = CalibrationImages::from_pixels(&pixels)?;
+    reporter.made_of(&[&checkpoint.digest, &images.digest]);
     reporter.check_cancelled()?;
 
     let quantized = pipeline::quantize(&checkpoint, &images, &job.request, *device, reporter)?;

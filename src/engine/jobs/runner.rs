@@ -17,6 +17,7 @@ use super::{
     JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, NewJob, Novelty, Submitted,
     evaluate, quantize,
 };
+use crate::artifact::store::ArtifactStore;
 use crate::data::DecodeLimits;
 use crate::engine::device::panic_text;
 use crate::engine::names::NamedFolder;
@@ -37,6 +38,8 @@ const STREAM_BUFFER: usize = 16;
 pub struct RunnerParts {
     /// Where jobs are kept.
     pub store: Arc<JobStore>,
+    /// Where finished units of unfinished jobs are kept.
+    pub artifacts: Arc<dyn ArtifactStore>,
     /// Where models go and come from.
     pub registry: Arc<ModelRegistry>,
     /// Where checkpoints are found.
@@ -278,7 +281,8 @@ impl JobRunner {
         // Its first beat is at once: a cancellation may have come between the claim and the entry.
         let heart = self.runtime.spawn(beat(Arc::clone(&self.parts.store), Arc::clone(&hold)));
         let store = Arc::clone(&self.parts.store);
-        let reporter = JobReporter::new(store, Arc::clone(&hold), self.runtime.clone());
+        let artifacts = Arc::clone(&self.parts.artifacts);
+        let reporter = JobReporter::new(store, artifacts, Arc::clone(&hold), self.runtime.clone());
         tracing::info!(attempt = lease.attempt, "job started");
         let result = catch_unwind(AssertUnwindSafe(|| match &*job.spec {
             JobSpec::Quantize(spec) => quantize::run(self, spec, &reporter),
@@ -323,7 +327,11 @@ impl JobRunner {
                     tracing::warn!("the job's lease was lost, its end was not stored");
                     return;
                 }
-                Ok(Standing::Held | Standing::CancelRequested) => return,
+                Ok(Standing::Held | Standing::CancelRequested) => {
+                    // Units of a job that ended are nobody's.
+                    self.parts.registry.collect_garbage().await;
+                    return;
+                }
                 // Another process finds the lease expired.
                 Err(error) if self.stop.is_cancelled() => {
                     tracing::error!(%error, "the end of a job was not stored");
