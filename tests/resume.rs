@@ -81,10 +81,14 @@ impl Job {
         let all = calibration(&checkpoint, "digits-vit/n32/seed0");
         let images = CalibrationImages { images: all.images.narrow(0, 0, 4), ..all };
         let bits = BitWidth::new(4, "bits").unwrap();
-        let options = [("iterations", "2"), ("batch", "2")];
+        let options: &[(&str, &str)] = match method {
+            "ptq4vit" => &[("candidates", "8"), ("rounds", "1")],
+            "igq" => &[],
+            _ => &[("iterations", "2"), ("batch", "2")],
+        };
         let request = QuantizeSpec {
             method: method.to_owned(),
-            options: options.map(|(key, value)| (key.to_owned(), value.to_owned())).into(),
+            options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
             weight_bits: bits.into(),
             activation_bits: bits.into(),
             stem_head: StemHeadPolicy::Float,
@@ -103,8 +107,11 @@ impl Job {
 #[test]
 fn a_resumed_calibration_gives_the_same_artifact() {
     for (checkpoint, method) in [
+        ("digits-vit", "ptq4vit"),
+        ("digits-vit", "igq"),
         ("digits-vit", "ias"),
         ("digits-vit", "dopq"),
+        ("digits-swin", "ptq4vit"),
         ("digits-swin", "ias"),
         ("digits-swin", "dopq"),
     ] {

@@ -10,8 +10,9 @@ mod clusters;
 mod quantizer;
 mod sensitivity;
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::calib::kept::{Tensors, restore_or_compute};
 use crate::calib::report::{Seen, SiteLog, require_finite};
 use crate::calib::{CalibrationTask, Quantization};
 use crate::error::{Error, Result};
@@ -23,7 +24,7 @@ use crate::quant::quantizer::boxed;
 use crate::quant::search::uniform_grid;
 use crate::quant::uniform::{Range, Uniform};
 use crate::quant::{BitWidth, QuantPlan};
-use crate::tensor::quantile_range;
+use crate::tensor::{quantile_range, to_vec_f64};
 
 use allocation::{Decision, allocate};
 use clusters::{Extent, cluster};
@@ -294,13 +295,25 @@ impl Search<'_, '_> {
     fn counts(&self, operands: &[GroupedOperand]) -> Result<Vec<i64>> {
         let mut decisions = Vec::with_capacity(operands.len());
         for (index, operand) in operands.iter().enumerate() {
-            let mut losses = Vec::with_capacity(CANDIDATES.len());
-            for count in CANDIDATES {
-                self.task.step("allocate", index + 1, operands.len())?;
-                let mut plan = QuantPlan::default();
-                let quantizer = operand.grouped(count, self.settings, self.task.device)?;
-                plan.insert(operand.site, operand.operand, Box::new(quantizer));
-                losses.push(self.float.divergence(self.model, operand.unit, &plan)?);
+            let fits = |kept: &Tensors| {
+                kept.iter().all(|(_, losses)| losses.kind() == Kind::Double)
+                    && kept.iter().map(|(_, losses)| losses.numel()).eq([CANDIDATES.len()])
+            };
+            let kept =
+                restore_or_compute(self.task, &format!("allocate.{index:03}"), fits, || {
+                    let mut losses = Vec::with_capacity(CANDIDATES.len());
+                    for count in CANDIDATES {
+                        self.task.step("allocate", index + 1, operands.len())?;
+                        let mut plan = QuantPlan::default();
+                        let quantizer = operand.grouped(count, self.settings, self.task.device)?;
+                        plan.insert(operand.site, operand.operand, Box::new(quantizer));
+                        losses.push(self.float.divergence(self.model, operand.unit, &plan)?);
+                    }
+                    Ok(vec![("losses".to_owned(), Tensor::f_from_slice(&losses)?)])
+                })?;
+            let mut losses = Vec::new();
+            for (_, kept) in &kept {
+                losses.extend(to_vec_f64(kept)?);
             }
             decisions.push(Decision { cost: operand.cost, fixed: operand.groups, losses });
         }

@@ -2,9 +2,11 @@
 
 use tch::Tensor;
 
+use crate::calib::kept::Tensors;
 use crate::error::Result;
 use crate::nn::Operand;
 use crate::quant::Quantizer;
+use crate::tensor::to_vec_f32;
 
 use super::grid::{Candidates, Factors, Grid, GridShape};
 use super::search::{Product, Trial};
@@ -151,6 +153,30 @@ pub(super) struct Schedule {
 }
 
 impl SiteFit {
+    /// The scales found so far, by operand: float32 [parts].
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub(super) fn scales(&self) -> Result<Tensors> {
+        let fits = [("lhs", &self.lhs), ("rhs", &self.rhs)].into_iter();
+        let known = fits.filter_map(|(name, fit)| Some((name, fit.as_ref()?)));
+        known.map(|(name, fit)| Ok((name.to_owned(), Tensor::f_from_slice(&fit.scales)?))).collect()
+    }
+
+    /// Takes over scales that [`SiteFit::scales`] gave after a search of the same site.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub(super) fn set_scales(&mut self, scales: &Tensors) -> Result<()> {
+        for (name, scales) in scales {
+            let fit = if name == "lhs" { &mut self.lhs } else { &mut self.rhs };
+            if let Some(fit) = fit {
+                fit.scales = to_vec_f32(scales)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Searches the operands as scheduled. A search whose outcome is known, because
     /// the other operand has not changed since the last one, is left out.
     ///

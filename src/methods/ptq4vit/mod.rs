@@ -19,8 +19,9 @@ mod twin_softmax;
 
 use std::collections::BTreeMap;
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
+use crate::calib::kept::{Tensors, restore_or_compute};
 use crate::calib::report::{Seen, SiteLog, require_finite};
 use crate::calib::{CalibrationTask, Quantization};
 use crate::error::{Error, Result};
@@ -164,7 +165,15 @@ impl Calibration<'_, '_> {
         };
         let task = self.log.task();
         let stop = || task.progress.check_cancelled();
-        fit.search(&product, Schedule { order, rounds: self.settings.rounds }, &stop)?;
+        let before = fit.scales()?;
+        let fits = |kept: &Tensors| {
+            kept.iter().map(layout).eq(before.iter().map(layout)) // the same operands and parts
+        };
+        let found = restore_or_compute(task, &format!("search.{}", site.path), fits, || {
+            fit.search(&product, Schedule { order, rounds: self.settings.rounds }, &stop)?;
+            fit.scales()
+        })?;
+        fit.set_scales(&found)?;
         for (operand, fit, x) in
             [(Operand::Lhs, fit.lhs, &product.lhs), (Operand::Rhs, fit.rhs, &product.rhs)]
         {
@@ -183,6 +192,11 @@ impl Calibration<'_, '_> {
         }
         Ok(())
     }
+}
+
+/// What two results of the same search have in common.
+fn layout((name, tensor): &(String, Tensor)) -> (&str, Vec<i64>, Kind) {
+    (name, tensor.size(), tensor.kind())
 }
 
 /// A site's product with the images first: [images, rows, k] · [n, k]ᵀ of a linear,
