@@ -164,6 +164,7 @@ impl ProcessConfig {
                 attempts: self.job_attempts,
                 lease: self.job_lease,
                 keep: DAY * self.job_retention_days,
+                ..JobLimits::default()
             },
             limits: DecodeLimits { max_bytes: self.max_message_bytes, ..DecodeLimits::default() },
         }

@@ -24,8 +24,8 @@ enum What<R> {
     Progress(JobProgress, Option<EvaluationMetrics>),
     Done(R),
     Failed(Status),
-    /// An event of a newer server.
-    Unknown,
+    /// A heartbeat, or an event of a newer server.
+    Nothing,
 }
 
 /// How long to stay with a job.
@@ -92,7 +92,7 @@ where
             What::Progress(progress, metrics) => display.step(&step(progress, metrics)),
             What::Done(result) => return Ok(Outcome::Done { operation, result }),
             What::Failed(status) => return Err(status.into()),
-            What::Accepted | What::Unknown => {}
+            What::Accepted | What::Nothing => {}
         }
     }
 }
@@ -153,7 +153,7 @@ impl From<QuantizeEvent> for Event<QuantizeResult> {
             Some(quantize_event::Event::Progress(progress)) => What::Progress(progress, None),
             Some(quantize_event::Event::Result(result)) => What::Done(result),
             Some(quantize_event::Event::Error(status)) => What::Failed(inner_status(status)),
-            None => What::Unknown,
+            Some(quantize_event::Event::Heartbeat(_)) | None => What::Nothing,
         };
         Self { operation, what }
     }
@@ -170,7 +170,7 @@ impl From<EvaluateEvent> for Event<EvaluateResult> {
             }
             Some(evaluate_event::Event::Result(result)) => What::Done(result),
             Some(evaluate_event::Event::Error(status)) => What::Failed(inner_status(status)),
-            None => What::Unknown,
+            Some(evaluate_event::Event::Heartbeat(_)) | None => What::Nothing,
         };
         Self { operation, what }
     }

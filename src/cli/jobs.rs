@@ -37,6 +37,15 @@ pub(super) struct Args {
 enum Action {
     /// All jobs.
     List {
+        /// Only jobs in that state: queued, running, cancelling, succeeded, failed, cancelled.
+        #[arg(long, value_name = "STATE")]
+        state: Option<String>,
+        /// Only jobs that make or read that model.
+        #[arg(long, value_name = "ID")]
+        model: Option<String>,
+        /// Only jobs of that kind: quantize, evaluate.
+        #[arg(long, value_name = "KIND")]
+        kind: Option<String>,
         #[command(flatten)]
         server: ServerArgs,
     },
@@ -73,7 +82,13 @@ impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
         block_on(async move {
             match self.action {
-                Action::List { server } => list(connect(&server).await?, output).await,
+                Action::List { state, model, kind, server } => {
+                    let terms = [("state", state), ("model", model), ("kind", kind)];
+                    let terms = terms.into_iter().filter_map(|(name, value)| Some((name, value?)));
+                    let terms = terms.map(|(name, value)| format!("metadata.{name}={value}"));
+                    let filter = terms.collect::<Vec<_>>().join(" AND ");
+                    list(connect(&server).await?, filter, output).await
+                }
                 Action::Get(One { job, server }) => {
                     let mut client = connect(&server).await?;
                     let operation = client.get_operation(GetOperationRequest { name: job }).await?;
@@ -104,9 +119,9 @@ async fn connect(server: &ServerArgs) -> Result<Client, Failure> {
     Ok(Client::new(server.connect().await?).max_decoding_message_size(MAX_ANSWER))
 }
 
-async fn list(mut client: Client, output: &Output) -> Result<(), Failure> {
+async fn list(mut client: Client, filter: String, output: &Output) -> Result<(), Failure> {
     let mut jobs = Vec::new();
-    let mut request = ListOperationsRequest::default();
+    let mut request = ListOperationsRequest { filter, ..ListOperationsRequest::default() };
     loop {
         let page = client.list_operations(request.clone()).await?.into_inner();
         jobs.extend(page.operations.into_iter().map(Job::of).collect::<Result<Vec<_>, _>>()?);

@@ -84,6 +84,7 @@ fn event(source: &EventSource, event: JobEvent) -> EvaluateEvent {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),
         },
+        JobEventKind::Heartbeat => Event::Heartbeat(proto::JobHeartbeat {}),
     };
     EvaluateEvent { operation, sequence, time: Some(timestamp(time)), event: Some(event) }
 }

@@ -146,6 +146,7 @@ fn event(source: &EventSource, event: JobEvent) -> QuantizeEvent {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),
         },
+        JobEventKind::Heartbeat => Event::Heartbeat(proto::JobHeartbeat {}),
     };
     QuantizeEvent { operation, sequence, time: Some(timestamp(time)), event: Some(event) }
 }

@@ -7,17 +7,18 @@ use tokio_stream::StreamExt as _;
 use tonic::Code;
 use tonic_types::StatusExt as _;
 use vitq::data::Dataset;
+use vitq::engine::jobs::JobLimits;
 use vitq::grpc::proto::longrunning::{
     DeleteOperationRequest, GetOperationRequest, ListOperationsRequest, WaitOperationRequest,
 };
 use vitq::grpc::proto::quantize_event::Event;
 use vitq::grpc::proto::quantize_request::Calibration;
 use vitq::grpc::proto::{
-    CalibrationDataset, CalibrationImages, Image, JobMetadata, JobState, QuantizeRequest,
-    QuantizeResult, RoleBits, WatchRequest,
+    CalibrationDataset, CalibrationImages, Image, JobHeartbeat, JobMetadata, JobState,
+    QuantizeRequest, QuantizeResult, RoleBits, WatchRequest,
 };
 
-use crate::server::{TestServer, demo, digit, drawn, quick, refusal, result, slow};
+use crate::server::{Setup, TestServer, demo, digit, drawn, quick, refusal, result, slow};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn events_are_numbered_and_end_with_the_model_and_its_report() {
@@ -180,6 +181,21 @@ async fn a_client_that_leaves_can_come_back() {
     operations.delete_operation(DeleteOperationRequest { name: name.clone() }).await.unwrap();
     let status = operations.get_operation(GetOperationRequest { name }).await.unwrap_err();
     assert_eq!(refusal(&status).2, "OPERATION_NOT_FOUND");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_silent_stream_shows_that_it_is_alive() {
+    let data = tempfile::tempdir().unwrap();
+    let jobs = JobLimits { heartbeat: Duration::from_millis(50), ..JobLimits::default() };
+    let server = TestServer::with(&data, Setup { jobs, ..Setup::default() }).await;
+    let _running = server.quantization().quantize(slow("m")).await.unwrap().into_inner();
+    let mut waiting = server.quantization().quantize(quick("n")).await.unwrap().into_inner();
+    assert!(matches!(waiting.next().await.unwrap().unwrap().event, Some(Event::Accepted(_))));
+    for _ in 0..3 {
+        let event = waiting.next().await.unwrap().unwrap();
+        assert_eq!((event.sequence, event.event), (1, Some(Event::Heartbeat(JobHeartbeat {}))));
+    }
     server.stop().await;
 }
 

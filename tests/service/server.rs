@@ -45,6 +45,7 @@ pub(crate) struct Setup {
     pub(crate) checkpoints: Option<PathBuf>,
     pub(crate) datasets: Option<PathBuf>,
     pub(crate) queue_images: usize,
+    pub(crate) jobs: JobLimits,
 }
 
 impl Default for Setup {
@@ -53,6 +54,7 @@ impl Default for Setup {
             checkpoints: Some(demo("checkpoints")),
             datasets: Some(demo("datasets")),
             queue_images: 64,
+            jobs: JobLimits::default(),
         }
     }
 }
@@ -78,7 +80,7 @@ impl TestServer {
     }
 
     pub(crate) async fn with(data: &TempDir, setup: Setup) -> Self {
-        let Setup { checkpoints, datasets, queue_images } = setup;
+        let Setup { checkpoints, datasets, queue_images, jobs } = setup;
         let config = EngineConfig {
             data_dir: data.path().to_path_buf(),
             database: None,
@@ -90,7 +92,7 @@ impl TestServer {
             max_batch: 8,
             queue_images,
             workers: 1,
-            jobs: JobLimits::default(),
+            jobs,
             limits: DecodeLimits::default(),
         };
         let engine: Arc<Engine> = Engine::start(config).await.unwrap();

@@ -233,6 +233,9 @@ pub enum JobEventKind {
     Progress(JobProgress),
     /// It ended. Nothing follows.
     Ended(JobOutcome),
+    /// Nothing happened for a while. Told to watchers, never stored; carries the number of the event
+    /// before it.
+    Heartbeat,
 }
 
 /// A job to be stored.

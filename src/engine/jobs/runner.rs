@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
@@ -182,16 +183,23 @@ impl JobRunner {
                     Ok(job) if job.state.is_done() && after >= job.last_sequence => return,
                     Ok(_) | Err(_) => {}
                 }
-                let error = tokio::select! {
+                let message = tokio::select! {
                     () = sender.closed() => return,
-                    () = stop.cancelled() => Error::Draining,
+                    () = stop.cancelled() => Err(Error::Draining),
                     changed = store.changed(&id, after) => match changed {
                         Ok(()) => continue,
-                        Err(error) => error,
-                    }
+                        Err(error) => Err(error),
+                    },
+                    () = tokio::time::sleep(store.limits().heartbeat) => Ok(JobEvent {
+                        sequence: after,
+                        time: Timestamp::now(),
+                        kind: JobEventKind::Heartbeat,
+                    }),
                 };
-                let _ = sender.send(Err(error)).await; // nobody else to tell
-                return;
+                let last = message.is_err();
+                if sender.send(message).await.is_err() || last {
+                    return;
+                }
             }
         });
         Ok(receiver)

@@ -40,6 +40,8 @@ pub struct JobLimits {
     pub lease: Duration,
     /// Time for which jobs are kept after their end.
     pub keep: Duration,
+    /// Silence after which watchers get a sign of life.
+    pub heartbeat: Duration,
 }
 
 impl Default for JobLimits {
@@ -49,6 +51,7 @@ impl Default for JobLimits {
             attempts: 3,
             lease: Duration::from_secs(60),
             keep: Duration::from_secs(30 * 24 * 60 * 60),
+            heartbeat: Duration::from_secs(15),
         }
     }
 }
