@@ -31,7 +31,9 @@ const STORE_RETRY: Duration = Duration::from_secs(1);
 const POLL: Duration = Duration::from_secs(1);
 /// Heartbeats within the time of a lease: so many may go missing.
 const BEATS_PER_LEASE: u32 = 12;
-/// Events between the store and a slow reader.
+/// How long a reader may leave an event before it counts as slow.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// Events between the store and a reader.
 const STREAM_BUFFER: usize = 16;
 
 /// What jobs work with.
@@ -155,8 +157,8 @@ impl JobRunner {
     }
 
     /// The job's events after a sequence number, as they come; the channel closes after the last.
-    /// A reader that goes away changes nothing for the job; a server that stops ends the channel
-    /// with `Draining`, and the job goes on elsewhere or later.
+    /// A reader that goes away changes nothing for the job; a slow one misses progress, not the end; a
+    /// server that stops ends the channel with `Draining`, and the job goes on elsewhere or later.
     ///
     /// # Errors
     /// `NotFound`; `Unavailable`.
@@ -175,9 +177,27 @@ impl JobRunner {
                     }
                 };
                 for event in events {
-                    after = event.sequence;
-                    let last = matches!(event.kind, JobEventKind::Ended(_));
-                    if sender.send(Ok(event)).await.is_err() || last {
+                    let (sequence, last) =
+                        (event.sequence, matches!(event.kind, JobEventKind::Ended(_)));
+                    match tokio::time::timeout(PATIENCE, sender.reserve()).await {
+                        Ok(Ok(room)) => {
+                            after = sequence;
+                            room.send(Ok(event));
+                        }
+                        Ok(Err(_)) => return,
+                        // What piled up in front of a slow reader is old by the time there is room
+                        // again: it gets the newest event, and the gap in the numbers tells.
+                        Err(_) => {
+                            if sender.reserve().await.is_err() {
+                                return;
+                            }
+                            if let Ok(job) = store.get(&id).await {
+                                after = after.max(job.last_sequence.saturating_sub(1));
+                            }
+                            break;
+                        }
+                    }
+                    if last {
                         return;
                     }
                 }
