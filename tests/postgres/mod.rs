@@ -28,10 +28,15 @@ cd "$work"
 server=$!
 trap 'kill -INT $server 2>/dev/null || true; wait $server || true; rm -rf "$work"' EXIT
 for _ in $(seq 300); do
-  if "$bin/pg_isready" -q -h 127.0.0.1 -p "$1"; then echo ready; break; fi
+  kill -0 $server 2>/dev/null || exit 1
+  if "$bin/pg_isready" -q -h 127.0.0.1 -p "$1"; then
+    echo ready
+    cat >/dev/null
+    exit
+  fi
   sleep 0.1
 done
-cat >/dev/null
+exit 1
 "#;
 
 struct Server {
@@ -41,23 +46,25 @@ struct Server {
 
 fn server() -> &'static Server {
     static SERVER: OnceLock<Server> = OnceLock::new();
+    // Somebody else may take the free port first.
+    let tries = || (0..3).find_map(|_| start());
     SERVER.get_or_init(|| {
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-        let mut script = Command::new("bash")
-            .args(["-c", SCRIPT, "postgres", &port.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(script.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        assert_eq!(
-            line, "ready\n",
-            "PostgreSQL did not start: is Debian's `postgresql` installed?"
-        );
-        Server { port, _script: script }
+        tries().expect("PostgreSQL did not start: is Debian's `postgresql` installed?")
     })
+}
+
+fn start() -> Option<Server> {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let mut script = Command::new("bash")
+        .args(["-c", SCRIPT, "postgres", &port.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(script.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    (line == "ready\n").then_some(Server { port, _script: script })
 }
 
 /// The URL of a new, empty database.
