@@ -218,6 +218,10 @@ impl Job {
         let mut lines = vec![format!("job {} ({state})", self.name)];
         lines.push(format!("  {kind} {model}"));
         lines.push(format!("  created {}", time(self.metadata.create_time.as_ref())));
+        if !self.metadata.worker.is_empty() {
+            let JobMetadata { worker, attempt, .. } = &self.metadata;
+            lines.push(format!("  running on {worker}, attempt {attempt}"));
+        }
         match &self.ended {
             None => lines.extend(progress.clone().map(|progress| {
                 let step = step(progress, None);

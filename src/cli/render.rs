@@ -277,6 +277,8 @@ pub(super) fn job_json(name: &str, job: &JobMetadata) -> Value {
         "end_time": time(job.end_time.as_ref()),
         "progress": progress,
         "last_sequence": job.last_sequence,
+        "attempt": job.attempt,
+        "worker": job.worker,
     })
 }
 

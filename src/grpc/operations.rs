@@ -153,6 +153,7 @@ fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
         last_sequence,
         outcome,
         attempt,
+        worker,
     } = job;
     let name = id.operation();
     let metadata = proto::JobMetadata {
@@ -165,6 +166,7 @@ fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
         progress: progress.map(events::progress),
         last_sequence,
         attempt: count(attempt),
+        worker: worker.unwrap_or_default(),
     };
     let result = outcome.map(|outcome| match outcome {
         Ok(output) => OperationResult::Response(response(jobs, &output)),

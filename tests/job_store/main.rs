@@ -126,6 +126,7 @@ async fn events_are_numbered_replayed_and_end_once() {
         let id = submit(&store, quantize("a", 0)).await;
         let Claimed { record, lease } = claim(&store).await;
         assert_eq!((&record.id, record.state, record.attempt), (&id, JobState::Running, 1));
+        assert_eq!(record.worker.as_deref(), Some("worker"));
         assert!(store.claim("other").await.unwrap().is_none());
         let figures = Figures { images_per_second: 0.1, ..Figures::default() };
         let progress = JobProgress {
@@ -155,6 +156,7 @@ async fn events_are_numbered_replayed_and_end_once() {
         assert!(matches!(**error, Error::Cancelled));
         let record = store.get(&id).await.unwrap();
         assert_eq!((record.state, record.last_sequence), (JobState::Cancelled, 4));
+        assert_eq!(record.worker, None);
         assert!(store.events(&JobId::given("unknown"), 0).await.is_err());
     })
     .await;

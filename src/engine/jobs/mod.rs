@@ -152,6 +152,8 @@ pub struct JobRecord {
     pub outcome: Option<JobOutcome>,
     /// How often a worker took it.
     pub attempt: u64,
+    /// Who runs it: machine and process; `None` unless it is running.
+    pub worker: Option<String>,
 }
 
 /// How a job ended.

@@ -81,7 +81,7 @@ impl JobRunner {
             parts,
             runtime,
             running: Mutex::default(),
-            name: ulid::Ulid::generate().to_string(),
+            name: process_name(),
             wake: Notify::new(),
             stop: CancellationToken::new(),
             threads: Mutex::default(),
@@ -374,6 +374,13 @@ impl JobRunner {
             }
         }
     }
+}
+
+/// Names this process among the workers of a database: the machine, in a cluster the pod, and a
+/// part that no other process has.
+fn process_name() -> String {
+    let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}/{}", host.trim(), ulid::Ulid::generate())
 }
 
 /// Keeps a lease alive, and learns from the store when the job is to stop.

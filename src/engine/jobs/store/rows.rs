@@ -12,8 +12,8 @@ use crate::engine::jobs::{JobId, JobRecord, JobState};
 use crate::error::Result;
 
 /// Columns of a [`JobRecord`], in the order of [`record`].
-pub(super) const RECORD: &str =
-    "id, spec, state, created_ms, started_ms, ended_ms, progress, last_sequence, outcome, attempt";
+pub(super) const RECORD: &str = "id, spec, state, created_ms, started_ms, ended_ms, progress, last_sequence, outcome, attempt, \
+     lease_owner";
 
 pub(super) fn record(row: &AnyRow) -> Result<JobRecord> {
     let optional_time = |index| column::<Option<i64>>(row, index)?.map(from_ms).transpose();
@@ -30,6 +30,7 @@ pub(super) fn record(row: &AnyRow) -> Result<JobRecord> {
         last_sequence: number(row, 7)?,
         outcome: outcome.as_deref().map(records::outcome_from_json).transpose()?,
         attempt: number(row, 9)?,
+        worker: column(row, 10)?,
     })
 }
 
