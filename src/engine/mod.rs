@@ -106,7 +106,7 @@ impl Engine {
         } = config;
         let first = *devices.first().ok_or_else(|| Error::invalid("device", "names no device"))?;
         let folder = data_dir.clone();
-        let needs_folder = database.is_none();
+        let (needs_folder, is_local) = (database.is_none(), store.is_none());
         let (store, handles) = blocking(move || {
             if needs_folder {
                 std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
@@ -116,6 +116,11 @@ impl Engine {
             Ok((store::open(store.as_deref(), &folder)?, handles))
         })
         .await?;
+        if database.is_some() && is_local {
+            tracing::warn!(
+                "artifacts are in the data folder: other servers on this database cannot load them"
+            );
+        }
         let database = match database {
             Some(url) => Database::open(&url).await?,
             None => Database::file(&data_dir.join(DATABASE_FILE)).await?,
