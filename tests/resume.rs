@@ -144,15 +144,21 @@ fn what_does_not_fit_is_computed_again() {
     let mut damaged = whole.kept.into_inner().unwrap();
     let mut keys = damaged.clone().into_keys();
     let mut next = || keys.next().unwrap();
-    let flag = || ("diverged".to_owned(), Tensor::from_slice(&[0_i64]));
+    let flag = || ("outcome".to_owned(), Tensor::from_slice(&[0_i64, 1]));
     let wrong =
         |name: &str, tensor: Tensor| to_bytes(&[(name.to_owned(), tensor), flag()]).unwrap();
     damaged.insert(next(), to_bytes(&[]).unwrap());
     damaged.insert(next(), wrong("no.such.parameter", Tensor::from_slice(&[1_f32])));
     damaged.insert(next(), wrong("blocks.1.attn.qkv.weight", Tensor::from_slice(&[1_f32])));
+    // One that lost a parameter.
+    let short = next();
+    let mut rest = from_bytes(&damaged[&short]).unwrap();
+    let lost = rest.iter().position(|(name, _)| name.ends_with(".weight")).unwrap();
+    drop(rest.remove(lost));
+    damaged.insert(short, to_bytes(&rest).unwrap());
     let attempt = Attempt::with(damaged, None);
     assert!(job.run(&attempt).unwrap() == expected);
-    assert_eq!(attempt.computed(), 3, "of {units}");
+    assert_eq!(attempt.computed(), 4, "of {units}");
 }
 
 fn request(model: &str) -> QuantizeRequest {

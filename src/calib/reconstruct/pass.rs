@@ -14,8 +14,9 @@ use crate::quant::QuantPlan;
 /// Iterations between two reports of progress, which are also the points where a pass can stop.
 const ITERATIONS_PER_STEP: usize = 10;
 
-/// Name of the flag among a unit's kept parameters; no parameter has it.
-const DIVERGED: &str = "diverged";
+/// Name, among a unit's kept parameters, of what came of its training: whether it diverged, and how
+/// many parameters it changed. No parameter has it.
+const OUTCOME: &str = "outcome";
 
 /// Where a unit's inputs come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,7 +116,12 @@ impl Pass<'_, '_> {
         let unit = format!("{}.{:03}", self.stage.replace(' ', "-"), student.unit);
         let fits = |kept: &Tensors| {
             let is_ours = |(name, tensor): &(String, Tensor)| match name.as_str() {
-                DIVERGED => tensor.size() == [1] && tensor.kind() == Kind::Int64,
+                OUTCOME => {
+                    // All trained parameters are there, or none where the initial ones stayed.
+                    tensor.size() == [2]
+                        && tensor.kind() == Kind::Int64
+                        && tensor.f_int64_value(&[1]).is_ok_and(|n| n == kept.len() as i64 - 1)
+                }
                 name => {
                     student.trainable.iter().any(|known| known == name)
                         && student.weights.find(name).is_some_and(|known| {
@@ -123,16 +129,16 @@ impl Pass<'_, '_> {
                         })
                 }
             };
-            kept.iter().all(is_ours) && kept.iter().any(|(name, _)| name == DIVERGED)
+            kept.iter().all(is_ours) && kept.iter().any(|(name, _)| name == OUTCOME)
         };
         let kept = restore_or_compute(self.task, &unit, fits, || {
             let Trained { edits, diverged, .. } = self.train(teacher, student, examples)?;
-            let flag = Tensor::f_from_slice(&[i64::from(diverged)])?;
-            Ok(edits.into_iter().chain([(DIVERGED.to_owned(), flag)]).collect())
+            let outcome = Tensor::f_from_slice(&[i64::from(diverged), edits.len() as i64])?;
+            Ok(edits.into_iter().chain([(OUTCOME.to_owned(), outcome)]).collect())
         })?;
         let mut edits: WeightEdits = kept.into_iter().collect();
-        let diverged = match edits.remove(DIVERGED) {
-            Some(flag) => flag.f_int64_value(&[0])? != 0,
+        let diverged = match edits.remove(OUTCOME) {
+            Some(outcome) => outcome.f_int64_value(&[0])? != 0,
             None => false,
         };
         Ok((edits, diverged))
