@@ -57,8 +57,8 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
     async fn delete(&self, digest: &str) -> Result<()>;
 }
 
-/// The store that a URL names: `s3://`, `gs://`, `az://` (or another URL of these services), or
-/// `file:///…`; without one, the folder `data_dir`. Blocking.
+/// The store that a URL names: `s3://`, `gs://`, `az://` or `file:///…`; without one, the folder
+/// `data_dir`. Blocking.
 ///
 /// # Errors
 /// `InvalidArgument` on `store`; `Io` when a folder cannot be used.

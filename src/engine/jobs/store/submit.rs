@@ -8,6 +8,9 @@ use crate::error::{Error, Result};
 
 /// When a caller who met a full queue should come back.
 const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Notes which job a request made or found.
+const REMEMBER: &str =
+    "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
 /// Submissions that lose a race look again so often.
 const SUBMIT_ROUNDS: usize = 5;
 
@@ -72,8 +75,7 @@ impl JobStore {
             return Err(Error::Busy { model, operation: id.operation() });
         }
         let Some(request_id) = &job.request_id else { return Ok(Some(id)) };
-        let sql = "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
-        let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
+        let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(spec_hash);
         match query.execute(self.database.pool()).await {
             Ok(_) => Ok(Some(id)),
             Err(error) if is_duplicate(&error) => self.find_request(request_id, spec_hash).await,
@@ -115,9 +117,7 @@ impl JobStore {
             Err(error) => return Err(failed(error)),
         }
         if let Some(request_id) = &job.request_id {
-            let sql =
-                "INSERT INTO job_requests (request_id, job_id, spec_hash) VALUES ($1, $2, $3)";
-            let query = sqlx::query(sql).bind(request_id).bind(id.as_str()).bind(spec_hash);
+            let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(spec_hash);
             match query.execute(&mut *tx).await {
                 Ok(_) => {}
                 Err(error) if is_duplicate(&error) => return Ok(None),
