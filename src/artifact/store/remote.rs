@@ -1,5 +1,6 @@
 //! Artifacts in an object store: `<prefix>/sha256/<digest>.safetensors` in a bucket.
 
+use std::ffi::OsString;
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -33,7 +34,11 @@ impl RemoteArtifactStore {
     /// # Errors
     /// `InvalidArgument` on `store` for an unusable URL or settings that do not fit.
     pub fn open(url: &str) -> Result<Self> {
-        Self::with_settings(url, std::env::vars())
+        // A variable that is no text is no setting.
+        let text = |(key, value): (OsString, OsString)| {
+            Some((key.into_string().ok()?, value.into_string().ok()?))
+        };
+        Self::with_settings(url, std::env::vars_os().filter_map(text))
     }
 
     /// As [`RemoteArtifactStore::open`], with these settings instead of the environment's.
