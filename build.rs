@@ -37,6 +37,8 @@ fn compile_protos() -> Result<(), Box<dyn Error>> {
         .include_file("proto.rs")
         .extern_path(".google.rpc", "::tonic_types::pb")
         .bytes(".vitq.v1.Image.content")
+        .bytes(".vitq.v1.UploadImage.content")
+        .bytes(".vitq.v1.UploadRequest.chunk")
         .btree_map(".vitq.v1")
         // Foreign comments hold indented text that rustdoc would take for tests.
         .disable_comments([".google"])

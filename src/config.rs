@@ -70,9 +70,18 @@ pub struct ProcessConfig {
     /// Folder of float checkpoints (folders with config.json and model.safetensors).
     #[arg(long, env = "VITQ_CHECKPOINTS", value_name = "DIR")]
     pub checkpoints: Option<PathBuf>,
-    /// Folder of data sets (folders of class folders).
+    /// Folder of data sets (folders of class folders, or tar files of them).
     #[arg(long, env = "VITQ_DATASETS", value_name = "DIR")]
     pub datasets: Option<PathBuf>,
+    /// Bytes that uploaded checkpoints and data sets may have together; 0 refuses uploads.
+    #[arg(long, env = "VITQ_UPLOAD_QUOTA_BYTES", default_value_t = 256 << 30, value_name = "BYTES")]
+    pub upload_quota_bytes: u64,
+    /// Folder of local copies of uploads; without one, a folder in the data folder.
+    #[arg(long, env = "VITQ_CACHE_DIR", value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// Bytes that local copies may take; those not used for longest make room.
+    #[arg(long, env = "VITQ_CACHE_BYTES", default_value_t = 256 << 30, value_name = "BYTES")]
+    pub cache_bytes: u64,
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
@@ -154,6 +163,9 @@ impl ProcessConfig {
             store: self.store.clone(),
             checkpoints: self.checkpoints.clone(),
             datasets: self.datasets.clone(),
+            cache: self.cache_dir.clone(),
+            cache_bytes: self.cache_bytes,
+            upload_quota: self.upload_quota_bytes,
             devices,
             backend: self.executor,
             max_batch: self.max_batch,

@@ -4,17 +4,19 @@
 use std::path::Path;
 use std::time::Duration;
 
-use sqlx::any::{AnyConnectOptions, AnyPoolOptions};
+use jiff::Timestamp;
+use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, SqlSafeStr as _, Transaction};
+use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, Row as _, SqlSafeStr as _, Transaction};
 
 use crate::error::{Error, Result};
 
 /// Schema changes in order: version, name, text.
-const MIGRATIONS: [(i64, &str, &str); 3] = [
+const MIGRATIONS: [(i64, &str, &str); 4] = [
     (1, "jobs", include_str!("../migrations/0001_jobs.sql")),
     (2, "models", include_str!("../migrations/0002_models.sql")),
     (3, "units", include_str!("../migrations/0003_units.sql")),
+    (4, "uploads", include_str!("../migrations/0004_uploads.sql")),
 ];
 /// Connections at once; on SQLite, readers beside the one writer.
 const MAX_CONNECTIONS: u32 = 8;
@@ -140,6 +142,15 @@ impl Database {
         }
     }
 
+    /// The database's clock in milliseconds since the Unix epoch: what leases and times go by.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn clock(&self, tx: &mut Transaction<'static, Any>) -> Result<i64> {
+        let sql = AssertSqlSafe(format!("SELECT {}", self.now()));
+        sqlx::query_scalar(sql).fetch_one(&mut **tx).await.map_err(failed)
+    }
+
     /// Locks the selected rows and passes over those that somebody else holds. On SQLite a write
     /// transaction is alone anyway.
     pub fn skip_locked(&self) -> &'static str {
@@ -161,6 +172,51 @@ impl Database {
     pub async fn close(&self) {
         self.pool.close().await;
     }
+}
+
+/// A value of a row.
+///
+/// # Errors
+/// `Internal` when it is not of this type.
+pub fn column<'r, T>(row: &'r AnyRow, index: usize) -> Result<T>
+where
+    T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
+{
+    row.try_get(index).map_err(failed)
+}
+
+/// A count in a row.
+///
+/// # Errors
+/// `Internal` when it is none.
+pub fn number(row: &AnyRow, index: usize) -> Result<u64> {
+    u64::try_from(column::<i64>(row, index)?).map_err(|_| broken())
+}
+
+/// A point in time in a row.
+///
+/// # Errors
+/// `Internal` when it is none.
+pub fn time(row: &AnyRow, index: usize) -> Result<Timestamp> {
+    from_ms(column(row, index)?)
+}
+
+/// A point in time as the database has it.
+///
+/// # Errors
+/// `Internal` for an impossible one.
+pub fn from_ms(ms: i64) -> Result<Timestamp> {
+    Timestamp::from_millisecond(ms).map_err(|_| broken())
+}
+
+/// A duration as the database has it.
+pub fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
+}
+
+/// Somebody else wrote into the database.
+pub fn broken() -> Error {
+    Error::internal("a row of the database is not as it was written")
 }
 
 /// Whether a row with this key is there already.
@@ -198,8 +254,6 @@ fn is_out_of_reach(error: &sqlx::Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use sqlx::Row as _;
-
     use super::*;
 
     #[tokio::test]

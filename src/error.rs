@@ -49,6 +49,12 @@ pub enum Error {
         /// When a retry is worthwhile.
         retry_after: Duration,
     },
+    /// A quota is used up; somebody has to make room.
+    #[error("{reason}")]
+    QuotaExceeded {
+        /// Which quota, and by how much.
+        reason: String,
+    },
     /// The caller, or someone on the caller's behalf, cancelled the work.
     #[error("cancelled")]
     Cancelled,
@@ -111,6 +117,15 @@ impl Error {
         Self::InvalidArgument { field: field.into(), reason: reason.into() }
     }
 
+    /// The same refusal on another field, for a value that came by another name.
+    #[must_use]
+    pub fn on_field(self, field: &str) -> Self {
+        if let Self::InvalidArgument { reason, .. } = self {
+            return Self::invalid(field, reason);
+        }
+        self
+    }
+
     /// A file operation on `path` that failed.
     pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
         Self::Io { path: path.as_ref().to_path_buf(), source }
@@ -135,6 +150,7 @@ impl Error {
             Self::Overloaded { reason, retry_after } => {
                 Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
             }
+            Self::QuotaExceeded { reason } => Self::QuotaExceeded { reason: reason.clone() },
             Self::Cancelled => Self::Cancelled,
             Self::Deadline => Self::Deadline,
             Self::Draining => Self::Draining,

@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 use crate::data::{DecodeLimits, Sample, load_pixels};
 use crate::digest::sha256_hex;
 use crate::engine::pipeline::image_batch;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Preprocessing;
 
 /// Pixels up to this many bytes are kept between rows; larger sets are decoded anew for each.
@@ -24,8 +24,7 @@ pub fn digest(samples: &[Sample]) -> Result<String> {
     let parts = samples
         .par_iter()
         .map(|sample| {
-            let bytes =
-                std::fs::read(&sample.path).map_err(|source| Error::io(&sample.path, source))?;
+            let bytes = sample.read(u64::MAX)?;
             Ok(format!("{}\n{}\n{}\n", sample.name, sample.class, sha256_hex(&bytes)))
         })
         .collect::<Result<Vec<_>>>()?;

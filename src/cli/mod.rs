@@ -4,8 +4,10 @@
 
 mod args;
 mod bench;
+mod checkpoints;
 mod classify;
 mod client;
+mod datasets;
 mod evaluate;
 mod failure;
 mod follow;
@@ -20,6 +22,7 @@ mod progress;
 mod quantize;
 mod render;
 mod serve;
+mod upload;
 mod worker;
 
 use std::process::ExitCode;
@@ -54,6 +57,10 @@ enum Command {
     Evaluate(evaluate::Args),
     /// List, load and remove the models of a server.
     Models(models::Args),
+    /// List, upload and delete the float checkpoints of a server.
+    Checkpoints(checkpoints::Args),
+    /// List, upload and delete the data sets of a server.
+    Datasets(datasets::Args),
     /// List, watch, await and cancel the jobs of a server.
     Jobs(jobs::Args),
     /// Show the quantization methods and their options.
@@ -87,6 +94,8 @@ impl Command {
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),
             Self::Models(args) => args.run(output),
+            Self::Checkpoints(args) => args.run(output),
+            Self::Datasets(args) => args.run(output),
             Self::Jobs(args) => args.run(output),
             Self::Methods(args) => args.run(output),
             Self::Bench(args) => args.run(output),

@@ -12,7 +12,7 @@ use crate::bench::results::write_atomically;
 use crate::cli::args;
 use crate::cli::failure::Failure;
 use crate::cli::output::Output;
-use crate::data::{DecodeLimits, Sample, load_pixels};
+use crate::data::{DecodeLimits, Sample, Source, has_image_name, load_pixels};
 use crate::engine::pipeline::image_batch;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
@@ -147,7 +147,7 @@ fn list_images(root: &Path) -> Result<Vec<Sample>> {
             }
             if kind.is_dir() {
                 folders.push(entry.path());
-            } else if is_image(&entry.path()) {
+            } else if has_image_name(&entry.path()) {
                 paths.push(entry.path());
             }
         }
@@ -160,14 +160,9 @@ fn list_images(root: &Path) -> Result<Vec<Sample>> {
     paths.sort();
     let sample = |path: PathBuf| {
         let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
-        Sample { path, name, class: 0 }
+        Sample { source: Source::File(path), name, class: 0 }
     };
     Ok(paths.into_iter().map(sample).collect())
-}
-
-fn is_image(path: &Path) -> bool {
-    let extension = path.extension().map(|e| e.to_string_lossy().to_lowercase());
-    extension.is_some_and(|e| ["jpg", "jpeg", "png", "webp"].contains(&e.as_str()))
 }
 
 fn read_input(path: &Path) -> Result<Tensor> {

@@ -9,7 +9,7 @@ mod pixels;
 mod preprocess;
 mod resample;
 
-pub use dataset::{Dataset, Sample};
-pub use decode::{DecodeLimits, RgbImage, decode};
+pub use dataset::{Dataset, Sample, Source, check_subset, check_tar_start, has_image_name, is_tar};
+pub use decode::{DecodeLimits, RgbImage, decode, is_image};
 pub use pixels::{Pixels, load_pixels};
 pub use preprocess::{preprocess, resize_and_crop};

@@ -1,15 +1,12 @@
 //! Many images at once: decoded, preprocessed and laid out as one batch.
 
-use std::fs::File;
-use std::io::Read;
-
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
 use super::preprocess::{checked_size, preprocess_into};
 use super::{DecodeLimits, Sample, decode};
 use crate::digest::hex;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::model::Preprocessing;
 
 /// Preprocessed images.
@@ -51,22 +48,13 @@ pub fn load_pixels(
         .par_chunks_exact_mut(image)
         .zip(samples)
         .map(|(out, sample)| {
-            let bytes = read_limited(sample, limits)?;
+            // One byte more than allowed at most: the decoder then refuses them.
+            let bytes = sample.read((limits.max_bytes as u64).saturating_add(1))?;
             preprocess_into(&decode(&bytes, limits, &sample.name)?, how, out)
         })
         .collect();
     results.into_iter().collect::<Result<()>>()?;
     Ok(Pixels { count: samples.len(), image_size: how.image_size, data })
-}
-
-/// The file's bytes, one more than allowed at most: the decoder then refuses them.
-fn read_limited(sample: &Sample, limits: &DecodeLimits) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    let most = (limits.max_bytes as u64).saturating_add(1);
-    File::open(&sample.path)
-        .and_then(|file| file.take(most).read_to_end(&mut bytes))
-        .map_err(|error| Error::io(&sample.path, error))?;
-    Ok(bytes)
 }
 
 #[cfg(test)]
@@ -76,6 +64,7 @@ mod tests {
 
     use super::*;
     use crate::data::Dataset;
+    use crate::error::Error;
     use crate::model::Interpolation;
 
     fn how() -> Preprocessing {
@@ -114,7 +103,7 @@ mod tests {
         assert!(error.starts_with("c/2.png: the bytes are neither"), "{error}");
         let error = load(&DecodeLimits { max_bytes: 20, ..DecodeLimits::default() }).to_string();
         assert!(error.starts_with("c/1.png: 21 bytes exceed"), "{error}");
-        fs::remove_file(&samples[0].path).unwrap();
+        fs::remove_file(root.path().join(&samples[0].name)).unwrap();
         assert!(matches!(load(&DecodeLimits::default()), Error::Io { .. }));
     }
 

@@ -1,15 +1,15 @@
 //! Names of models in the database: which artifact a model id or an alias stands for.
 
-use sqlx::{Any, AssertSqlSafe, Row as _, Transaction};
+use sqlx::{Any, Row as _, Transaction};
 
-use crate::artifact::store::{ArtifactStore, ModelRecord};
+use crate::artifact::store::ModelRecord;
 use crate::database::{Database, failed, is_duplicate};
+use crate::engine::garbage::{condemn, spare};
 use crate::engine::jobs::{Lease, Standing, standing_of};
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
-/// Names of models, shared by all servers on one database, and with them the answer to which stored
-/// artifacts are still of use.
+/// Names of models, shared by all servers on one database.
 #[derive(Clone, Debug)]
 pub struct ModelCatalog {
     database: Database,
@@ -92,9 +92,7 @@ impl ModelCatalog {
 
     async fn name(tx: &mut Transaction<'static, Any>, record: &ModelRecord) -> Result<()> {
         let taken = || Error::AlreadyExists { kind: "model", name: record.id.clone() };
-        // Waits for whoever is deleting these very bytes, and keeps others from it.
-        let sql = "DELETE FROM condemned WHERE digest = $1";
-        sqlx::query(sql).bind(&record.digest).execute(&mut **tx).await.map_err(failed)?;
+        spare(tx, &record.digest).await?;
         let query = sqlx::query("SELECT model FROM aliases WHERE alias = $1").bind(&record.id);
         if query.fetch_optional(&mut **tx).await.map_err(failed)?.is_some() {
             return Err(taken());
@@ -176,59 +174,6 @@ impl ModelCatalog {
         tx.commit().await.map_err(failed)
     }
 
-    /// Condemns those of the stored artifacts that no model names; how many. They should be older
-    /// than those that a job is about to name.
-    ///
-    /// # Errors
-    /// `Unavailable`.
-    pub async fn condemn_orphans(&self, stored: &[String]) -> Result<usize> {
-        let sql = "SELECT digest FROM models UNION SELECT digest FROM job_units";
-        let query = sqlx::query_scalar::<_, String>(sql);
-        let named = query.fetch_all(self.database.pool()).await.map_err(failed)?;
-        let mut count = 0;
-        for digest in stored.iter().filter(|digest| !named.contains(digest)) {
-            let mut tx = self.change().await?;
-            if !is_named(&mut tx, digest).await? {
-                condemn(&mut tx, digest).await?;
-                count += 1;
-            }
-            tx.commit().await.map_err(failed)?;
-        }
-        Ok(count)
-    }
-
-    /// Deletes the condemned artifacts that no model has named since; how many.
-    ///
-    /// # Errors
-    /// `Unavailable`, `Io`: then the rest stays condemned.
-    pub async fn collect(&self, store: &dyn ArtifactStore) -> Result<usize> {
-        let sql = "SELECT digest FROM condemned ORDER BY digest";
-        let query = sqlx::query_scalar(sql);
-        let digests: Vec<String> = query.fetch_all(self.database.pool()).await.map_err(failed)?;
-        let mut count = 0;
-        for digest in digests {
-            // The row is held while the artifact is deleted: a job that is about to name it waits,
-            // and stores it again.
-            let mut tx = self.database.write().await?;
-            let sql = AssertSqlSafe(format!(
-                "SELECT digest FROM condemned WHERE digest = $1{}",
-                self.database.skip_locked()
-            ));
-            let query = sqlx::query(sql).bind(&digest);
-            if query.fetch_optional(&mut *tx).await.map_err(failed)?.is_none() {
-                continue;
-            }
-            if !is_named(&mut tx, &digest).await? {
-                store.delete(&digest).await?;
-                count += 1;
-            }
-            let query = sqlx::query("DELETE FROM condemned WHERE digest = $1").bind(&digest);
-            query.execute(&mut *tx).await.map_err(failed)?;
-            tx.commit().await.map_err(failed)?;
-        }
-        Ok(count)
-    }
-
     /// Begins a change of names. The counter's row makes writers wait for each other: a model and
     /// an alias of the same name cannot appear at once.
     async fn change(&self) -> Result<Transaction<'static, Any>> {
@@ -241,17 +186,5 @@ impl ModelCatalog {
 
 async fn has_model(tx: &mut Transaction<'static, Any>, id: &ModelId) -> Result<bool> {
     let query = sqlx::query("SELECT id FROM models WHERE id = $1").bind(id.as_str());
-    Ok(query.fetch_optional(&mut **tx).await.map_err(failed)?.is_some())
-}
-
-async fn condemn(tx: &mut Transaction<'static, Any>, digest: &str) -> Result<()> {
-    let sql = "INSERT INTO condemned (digest) VALUES ($1) ON CONFLICT (digest) DO NOTHING";
-    sqlx::query(sql).bind(digest).execute(&mut **tx).await.map_err(failed).map(drop)
-}
-
-async fn is_named(tx: &mut Transaction<'static, Any>, digest: &str) -> Result<bool> {
-    let sql = "SELECT digest FROM models WHERE digest = $1 \
-               UNION SELECT digest FROM job_units WHERE digest = $1";
-    let query = sqlx::query(sql).bind(digest);
     Ok(query.fetch_optional(&mut **tx).await.map_err(failed)?.is_some())
 }

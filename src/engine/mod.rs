@@ -7,6 +7,7 @@ pub mod catalog;
 pub mod classify;
 pub mod device;
 pub mod evaluator;
+pub mod garbage;
 pub mod jobs;
 pub mod names;
 pub mod pipeline;
@@ -28,10 +29,10 @@ use crate::database::{Database, Dialect};
 use crate::engine::catalog::ModelCatalog;
 use crate::engine::classify::Classifier;
 use crate::engine::device::DeviceHandle;
+use crate::engine::garbage::Garbage;
 use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
-use crate::engine::names::NamedFolder;
 use crate::engine::registry::{ModelRegistry, RegistryParts, blocking};
-use crate::engine::resources::Resources;
+use crate::engine::resources::{ResourceKind, ResourceParts, Resources};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 
@@ -39,6 +40,9 @@ pub use quantized_model::{FloatModel, QuantizedModel};
 
 /// The database's name in the data folder.
 const DATABASE_FILE: &str = "vitq.sqlite";
+
+/// The name of the folder of local copies in the data folder.
+const CACHE_FOLDER: &str = "cache";
 
 /// What an [`Engine`] is made of.
 #[derive(Clone, Debug)]
@@ -53,6 +57,12 @@ pub struct EngineConfig {
     pub checkpoints: Option<PathBuf>,
     /// Folder of data sets.
     pub datasets: Option<PathBuf>,
+    /// Folder of local copies; without one, a folder in the data folder.
+    pub cache: Option<PathBuf>,
+    /// Bytes that local copies may take.
+    pub cache_bytes: u64,
+    /// Bytes that all uploads together may have.
+    pub upload_quota: u64,
     /// Devices that serve; the first also calibrates.
     pub devices: Vec<Device>,
     /// The arithmetic of all models.
@@ -79,7 +89,7 @@ pub struct Engine {
     /// Classification.
     pub classifier: Classifier,
     /// Checkpoints and data sets.
-    pub resources: Resources,
+    pub resources: Arc<Resources>,
     _upkeep: DropGuard,
 }
 
@@ -96,6 +106,9 @@ impl Engine {
             store,
             checkpoints,
             datasets,
+            cache,
+            cache_bytes,
+            upload_quota,
             devices,
             backend,
             max_batch,
@@ -130,30 +143,62 @@ impl Engine {
             // The file is this process's alone: whoever held a lease is gone.
             job_store.forget_leases().await?;
         }
-        let catalog = ModelCatalog::new(database);
+        let catalog = ModelCatalog::new(database.clone());
+        let garbage = Garbage::new(database.clone(), Arc::clone(&store));
         let artifacts = Arc::clone(&store);
-        let parts = RegistryParts { store, catalog, devices: handles, backend };
+        let parts =
+            RegistryParts { store, catalog, garbage: garbage.clone(), devices: handles, backend };
         let registry = ModelRegistry::open(parts).await?;
-        let checkpoints = NamedFolder::open(checkpoints.as_deref(), "checkpoint")?;
-        let datasets = NamedFolder::open(datasets.as_deref(), "dataset")?;
+        let parts = ResourceParts {
+            checkpoints,
+            datasets,
+            database,
+            artifacts: Arc::clone(&artifacts),
+            garbage: garbage.clone(),
+            cache: cache.unwrap_or_else(|| data_dir.join(CACHE_FOLDER)),
+            cache_bytes,
+            upload_quota,
+            limits: limits.clone(),
+        };
+        let runtime = Handle::current();
+        let resources = Arc::new(blocking(move || Resources::open(parts, runtime)).await?);
         let parts = RunnerParts {
             store: Arc::clone(&job_store),
             artifacts,
+            garbage: garbage.clone(),
             registry: Arc::clone(&registry),
-            checkpoints: checkpoints.clone(),
-            datasets: datasets.clone(),
+            resources: Arc::clone(&resources),
             device: first,
             limits: limits.clone(),
             workers,
         };
         let stop = CancellationToken::new();
-        tokio::spawn(upkeep::run(Arc::clone(&registry), job_store, stop.clone()));
+        tokio::spawn(upkeep::run(
+            Arc::clone(&registry),
+            Arc::clone(&resources),
+            job_store,
+            garbage,
+            stop.clone(),
+        ));
         Ok(Arc::new(Self {
             classifier: Classifier::new(Arc::clone(&registry), queue_images, limits),
             jobs: JobRunner::start(parts, Handle::current())?,
             registry,
-            resources: Resources::new(checkpoints, datasets),
+            resources,
             _upkeep: stop.drop_guard(),
         }))
+    }
+
+    /// Deletes a checkpoint or a data set that a client brought.
+    ///
+    /// # Errors
+    /// As [`Resources::delete`]; `FailedPrecondition` while a job needs it.
+    pub async fn delete_resource(&self, kind: ResourceKind, name: &str) -> Result<()> {
+        if let Some(job) = self.jobs.store().active_with(kind, name).await? {
+            let (kind, operation) = (kind.name(), job.operation());
+            let reason = format!("{kind} `{name}` is in use by `{operation}`: cancel it first");
+            return Err(Error::FailedPrecondition { reason });
+        }
+        self.resources.delete(kind, name).await
     }
 }

@@ -57,23 +57,29 @@ impl fmt::Display for ModelId {
 pub struct NamedFolder {
     root: Option<PathBuf>,
     kind: &'static str,
+    accepts: fn(&Path) -> bool,
 }
 
 impl NamedFolder {
     /// Names of `kind` (`checkpoint`, `dataset`) live below `root`; without one there are none.
+    /// `accepts` tells what is listed, and which files have names besides the folders.
     ///
     /// # Errors
     /// `Io` when the folder cannot be opened.
-    pub fn open(root: Option<&Path>, kind: &'static str) -> Result<Self> {
+    pub fn open(
+        root: Option<&Path>,
+        kind: &'static str,
+        accepts: fn(&Path) -> bool,
+    ) -> Result<Self> {
         let canonical = |root: &Path| root.canonicalize().map_err(|e| Error::io(root, e));
-        Ok(Self { root: root.map(canonical).transpose()?, kind })
+        Ok(Self { root: root.map(canonical).transpose()?, kind, accepts })
     }
 
-    /// The folder of that name. Blocking.
+    /// The folder, or the accepted file, of that name. Blocking.
     ///
     /// # Errors
     /// `InvalidArgument` on `field` for a name that is no plain relative path or leads out of the
-    /// root; `NotFound` when there is no such folder.
+    /// root; `NotFound` when there is nothing.
     pub fn resolve(&self, name: &str, field: &str) -> Result<PathBuf> {
         let refused = || {
             let reason = format!(
@@ -97,16 +103,16 @@ impl NamedFolder {
         if !path.starts_with(root) {
             return Err(refused());
         }
-        if path.is_dir() { Ok(path) } else { Err(not_found()) }
+        if path.is_dir() || (self.accepts)(&path) { Ok(path) } else { Err(not_found()) }
     }
 
-    /// Names of all folders below the root, at most `depth` levels down, that `keep` accepts; the
-    /// search does not go below an accepted folder. Sorted. Blocking.
-    pub fn list(&self, depth: usize, keep: &dyn Fn(&Path) -> bool) -> Vec<String> {
+    /// Names of what is accepted below the root, at most `depth` levels down; the search does not
+    /// go below an accepted folder. Sorted. Blocking.
+    pub fn list(&self, depth: usize) -> Vec<String> {
         let mut names = Vec::new();
         if let Some(root) = &self.root {
             collect(root, "", depth, &mut |path, name| {
-                let accepted = keep(path);
+                let accepted = (self.accepts)(path);
                 if accepted {
                     names.push(name.to_owned());
                 }
@@ -118,16 +124,19 @@ impl NamedFolder {
     }
 }
 
-/// Visits folders below `folder`; `visit` says whether a folder is a leaf. Unreadable ones and
-/// symbolic links are passed over.
+/// Visits files and folders below `folder`; `visit` says whether a folder is a leaf. Unreadable
+/// ones and symbolic links are passed over.
 fn collect(folder: &Path, prefix: &str, depth: usize, visit: &mut dyn FnMut(&Path, &str) -> bool) {
     let Ok(entries) = folder.read_dir() else { return };
     for entry in entries.flatten() {
-        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        let Ok(kind) = entry.file_type() else { continue };
+        if kind.is_symlink() {
+            continue;
+        }
         let Some(name) = entry.file_name().to_str().map(|name| format!("{prefix}{name}")) else {
             continue;
         };
-        if is_folder && !visit(&entry.path(), &name) && depth > 1 {
+        if !visit(&entry.path(), &name) && kind.is_dir() && depth > 1 {
             collect(&entry.path(), &format!("{name}/"), depth - 1, visit);
         }
     }
@@ -157,7 +166,7 @@ mod tests {
         fs::create_dir_all(folder.path().join("digits/calib")).unwrap();
         fs::write(folder.path().join("file"), b"").unwrap();
         std::os::unix::fs::symlink(outside.path(), folder.path().join("out")).unwrap();
-        let names = NamedFolder::open(Some(folder.path()), "dataset").unwrap();
+        let names = NamedFolder::open(Some(folder.path()), "dataset", |_| false).unwrap();
         assert!(names.resolve("digits/calib", "dataset").is_ok());
         for bad in ["", "/", "/etc", "..", "a/../b", "a//b", "./a", "a/", "a\0b", "a\\b", "out"] {
             let error = names.resolve(bad, "dataset").unwrap_err();
@@ -175,11 +184,15 @@ mod tests {
         for name in ["b/x", "a/inner", "c/d/e/too-deep"] {
             fs::create_dir_all(folder.path().join(name)).unwrap();
         }
-        let names = NamedFolder::open(Some(folder.path()), "dataset").unwrap();
-        let keep = |path: &Path| path.ends_with("a") || path.ends_with("x") || path.ends_with("e");
-        assert_eq!(names.list(2, &keep), ["a", "b/x"]);
-        let none = NamedFolder::open(None, "dataset").unwrap();
-        assert!(none.list(2, &keep).is_empty());
+        fs::write(folder.path().join("b/x.tar"), "").unwrap();
+        fs::write(folder.path().join("b/other"), "").unwrap();
+        let accepts = |path: &Path| ["a", "x", "e", "x.tar"].iter().any(|end| path.ends_with(end));
+        let names = NamedFolder::open(Some(folder.path()), "dataset", accepts).unwrap();
+        assert_eq!(names.list(2), ["a", "b/x", "b/x.tar"]);
+        assert!(names.resolve("b/x.tar", "dataset").is_ok());
+        assert!(matches!(names.resolve("b/other", "x").unwrap_err(), Error::NotFound { .. }));
+        let none = NamedFolder::open(None, "dataset", accepts).unwrap();
+        assert!(none.list(2).is_empty());
         assert!(matches!(none.resolve("a", "dataset").unwrap_err(), Error::NotFound { .. }));
     }
 }

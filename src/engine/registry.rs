@@ -3,16 +3,16 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin};
+use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin, put_named};
 use crate::artifact::{Artifact, Header};
 use crate::engine::QuantizedModel;
 use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
+use crate::engine::garbage::Garbage;
 use crate::engine::jobs::Lease;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
@@ -28,6 +28,7 @@ type ReadArtifact = fn(&str, &[u8], Backend) -> Result<BuildNetwork>;
 pub struct ModelRegistry {
     store: Arc<dyn ArtifactStore>,
     catalog: ModelCatalog,
+    garbage: Garbage,
     devices: Vec<DeviceHandle>,
     backend: Backend,
     read: ReadArtifact,
@@ -102,6 +103,8 @@ pub struct RegistryParts {
     pub store: Arc<dyn ArtifactStore>,
     /// Where names live.
     pub catalog: ModelCatalog,
+    /// Removes artifacts that are not needed any more.
+    pub garbage: Garbage,
     /// Where models run; at least one.
     pub devices: Vec<DeviceHandle>,
     /// The arithmetic of all models.
@@ -118,10 +121,11 @@ impl ModelRegistry {
     }
 
     async fn with_reader(parts: RegistryParts, read: ReadArtifact) -> Result<Arc<Self>> {
-        let RegistryParts { store, catalog, devices, backend } = parts;
+        let RegistryParts { store, catalog, garbage, devices, backend } = parts;
         let registry = Self {
             store,
             catalog,
+            garbage,
             devices,
             backend,
             read,
@@ -273,18 +277,17 @@ impl ModelRegistry {
     ) -> Result<ModelView> {
         let id = ModelId::parse(&origin.id, "model_id")?;
         let size = bytes.len() as u64;
-        let digest = self.store.put(bytes.clone()).await?;
-        let record = ModelRecord::new(origin, header, (digest.clone(), size));
-        if let Err(error) = self.catalog.publish(&record, lease).await {
-            if !matches!(error, Error::Unavailable { .. }) {
-                self.forget_unused(&[digest]).await;
+        let name = async |digest: String| {
+            let record = ModelRecord::new(origin, header, (digest.clone(), size));
+            let published = self.catalog.publish(&record, lease).await;
+            if let Err(error) = &published
+                && !matches!(error, Error::Unavailable { .. })
+            {
+                self.garbage.forget_unused(&[digest]).await;
             }
-            return Err(error);
-        }
-        // Somebody may have deleted the artifact as nobody's before it had a name. Not any more.
-        if !self.store.contains(&digest).await? {
-            self.store.put(bytes).await?;
-        }
+            published
+        };
+        put_named(&*self.store, bytes, name).await?;
         self.refresh().await?;
         self.get(&id)
     }
@@ -305,33 +308,8 @@ impl ModelRegistry {
             Err(error) => return Err(error),
         }
         self.refresh().await?;
-        self.collect_garbage().await;
+        self.garbage.collect().await;
         Ok(())
-    }
-
-    /// Deletes artifacts that no model names: those condemned, and those stored longer ago than
-    /// any job that could still name them. A failure costs disk space, nothing else.
-    pub async fn collect_orphans(&self, age: Duration) {
-        match self.store.older_than(age).await {
-            Ok(stored) => self.forget_unused(&stored).await,
-            Err(error) => tracing::warn!(%error, "stored artifacts could not be listed"),
-        }
-    }
-
-    async fn forget_unused(&self, digests: &[String]) {
-        if let Err(error) = self.catalog.condemn_orphans(digests).await {
-            tracing::warn!(%error, "unused artifacts stay in the store");
-        }
-        self.collect_garbage().await;
-    }
-
-    /// Deletes what is condemned. A failure costs disk space, nothing else.
-    pub(super) async fn collect_garbage(&self) {
-        match self.catalog.collect(&*self.store).await {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count, "deleted artifacts that no model names"),
-            Err(error) => tracing::warn!(%error, "unused artifacts stay in the store"),
-        }
     }
 
     fn view(&self, slot: &Slot, names: &BTreeMap<ModelId, ModelId>) -> ModelView {

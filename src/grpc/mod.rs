@@ -14,6 +14,7 @@ pub mod proto;
 mod quantize;
 mod resources;
 mod status;
+mod uploads;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -39,6 +40,7 @@ use proto::inference_service_server::InferenceServiceServer;
 use proto::longrunning::operations_server::OperationsServer;
 use proto::model_service_server::ModelServiceServer;
 use proto::quantization_service_server::QuantizationServiceServer;
+use proto::upload_service_server::UploadServiceServer;
 
 /// Largest request of calls without images, in bytes.
 const SMALL_MESSAGE: usize = 4 << 20;
@@ -55,7 +57,7 @@ const MAX_RESETS: usize = 20;
 /// Health service name of the process as such, whatever its readiness.
 const LIVENESS: &str = "liveness";
 /// Health service names that follow the server's readiness.
-const READINESS: [&str; 9] = [
+const READINESS: [&str; 10] = [
     "",
     QuantizationServiceServer::<()>::NAME,
     InferenceServiceServer::<()>::NAME,
@@ -64,6 +66,7 @@ const READINESS: [&str; 9] = [
     CatalogServiceServer::<()>::NAME,
     CheckpointServiceServer::<()>::NAME,
     DatasetServiceServer::<()>::NAME,
+    UploadServiceServer::<()>::NAME,
     OperationsServer::<()>::NAME,
 ];
 
@@ -127,7 +130,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
     };
     let broken = |error| Error::internal(format!("reflection: {error}"));
-    // One macro instead of eight times the same four lines: the generated types share no trait.
+    // One macro instead of nine times the same four lines: the generated types share no trait.
     macro_rules! service {
         ($server:ident, $methods:expr, $limit:expr) => {
             $server::new($methods)
@@ -141,6 +144,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let evaluate = evaluate::Evaluation::new(Arc::clone(&engine));
     let models = models::Models::new(Arc::clone(&engine));
     let resources = resources::ResourceLists::new(Arc::clone(&engine));
+    let uploads = uploads::Uploads::new(Arc::clone(&engine));
     let operations = operations::Jobs::new(Arc::clone(&engine));
     let router = Server::builder()
         .trace_fn(|request| tracing::info_span!("request", method = request.uri().path()))
@@ -159,6 +163,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .add_service(service!(CatalogServiceServer, catalog::Catalog, SMALL_MESSAGE))
         .add_service(service!(CheckpointServiceServer, resources.clone(), SMALL_MESSAGE))
         .add_service(service!(DatasetServiceServer, resources, SMALL_MESSAGE))
+        .add_service(service!(UploadServiceServer, uploads, images))
         .add_service(service!(OperationsServer, operations, SMALL_MESSAGE))
         .add_service(health_service)
         .add_service(descriptors().build_v1().map_err(broken)?)

@@ -92,6 +92,11 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
             "QUEUE_FULL".to_owned(),
             ErrorDetails::with_retry_info(Some(*retry_after)),
         ),
+        Error::QuotaExceeded { reason } => (
+            Code::ResourceExhausted,
+            "QUOTA_EXCEEDED".to_owned(),
+            ErrorDetails::with_quota_failure_violation("uploads", reason),
+        ),
         Error::Cancelled => (Code::Cancelled, "CANCELLED".to_owned(), none),
         Error::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned(), none),
         Error::Draining => (
@@ -152,6 +157,7 @@ mod tests {
                 Code::ResourceExhausted,
                 "QUEUE_FULL",
             ),
+            (Error::QuotaExceeded { reason: name() }, Code::ResourceExhausted, "QUOTA_EXCEEDED"),
             (Error::Cancelled, Code::Cancelled, "CANCELLED"),
             (Error::Deadline, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (Error::Draining, Code::Unavailable, "DRAINING"),

@@ -13,3 +13,4 @@ mod reload;
 mod server;
 mod shutdown;
 mod surface;
+mod uploads;

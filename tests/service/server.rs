@@ -45,6 +45,7 @@ pub(crate) struct Setup {
     pub(crate) checkpoints: Option<PathBuf>,
     pub(crate) datasets: Option<PathBuf>,
     pub(crate) queue_images: usize,
+    pub(crate) upload_quota: u64,
     pub(crate) jobs: JobLimits,
 }
 
@@ -54,6 +55,7 @@ impl Default for Setup {
             checkpoints: Some(demo("checkpoints")),
             datasets: Some(demo("datasets")),
             queue_images: 64,
+            upload_quota: 1 << 30,
             jobs: JobLimits::default(),
         }
     }
@@ -80,13 +82,16 @@ impl TestServer {
     }
 
     pub(crate) async fn with(data: &TempDir, setup: Setup) -> Self {
-        let Setup { checkpoints, datasets, queue_images, jobs } = setup;
+        let Setup { checkpoints, datasets, queue_images, upload_quota, jobs } = setup;
         let config = EngineConfig {
             data_dir: data.path().to_path_buf(),
             database: None,
             store: None,
             checkpoints,
             datasets,
+            cache: None,
+            cache_bytes: 1 << 30,
+            upload_quota,
             devices: vec![tch::Device::Cpu],
             backend: Backend::Simulated,
             max_batch: 8,

@@ -6,6 +6,7 @@ mod record;
 mod remote;
 
 use std::fs::{self, File, TryLockError};
+use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -73,6 +74,24 @@ pub fn open(url: Option<&str>, data_dir: &Path) -> Result<Arc<dyn ArtifactStore>
             None => Ok(Arc::new(RemoteArtifactStore::open(url)?)),
         },
     }
+}
+
+/// Stores bytes and has their digest named, in an order that no cleaning can come between: what is
+/// stored and not named yet may be deleted as nobody's.
+///
+/// # Errors
+/// Of the store, and those of `name`; then nothing is named, or it may be tried again.
+pub async fn put_named<T, F: Future<Output = Result<T>>>(
+    store: &dyn ArtifactStore,
+    bytes: Bytes,
+    name: impl FnOnce(String) -> F,
+) -> Result<T> {
+    let digest = store.put(bytes.clone()).await?;
+    let named = name(digest.clone()).await?;
+    if !store.contains(&digest).await? {
+        store.put(bytes).await?;
+    }
+    Ok(named)
 }
 
 /// Whether a name is a sha256 in hexadecimal digits: anything else names no artifact.

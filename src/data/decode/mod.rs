@@ -80,14 +80,35 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits, field: &str) -> Result<RgbIma
 
 fn decode_by_content(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, String> {
     limits.check_bytes(bytes.len())?;
-    match bytes {
-        [] => Err("the image is empty (zero bytes)".to_owned()),
-        [0xff, 0xd8, 0xff, ..] => jpeg::decode(bytes, limits),
-        [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => png::decode(bytes, limits),
-        [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => {
-            webp::decode(bytes, limits)
+    match Format::of(bytes) {
+        Some(Format::Jpeg) => jpeg::decode(bytes, limits),
+        Some(Format::Png) => png::decode(bytes, limits),
+        Some(Format::Webp) => webp::decode(bytes, limits),
+        None if bytes.is_empty() => Err("the image is empty (zero bytes)".to_owned()),
+        None => Err("the bytes are neither a JPEG nor a PNG nor a WebP image".to_owned()),
+    }
+}
+
+/// Whether a file that begins like this (12 bytes are enough) claims to be an image that
+/// [`decode`] knows.
+pub fn is_image(start: &[u8]) -> bool {
+    Format::of(start).is_some()
+}
+
+enum Format {
+    Jpeg,
+    Png,
+    Webp,
+}
+
+impl Format {
+    fn of(start: &[u8]) -> Option<Self> {
+        match start {
+            [0xff, 0xd8, 0xff, ..] => Some(Self::Jpeg),
+            [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => Some(Self::Png),
+            [b'R', b'I', b'F', b'F', _, _, _, _, b'W', b'E', b'B', b'P', ..] => Some(Self::Webp),
+            _ => None,
         }
-        _ => Err("the bytes are neither a JPEG nor a PNG nor a WebP image".to_owned()),
     }
 }
 

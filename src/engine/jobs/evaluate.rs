@@ -15,8 +15,8 @@ use crate::engine::FloatModel;
 use crate::engine::device::{DeviceHandle, LoadKey};
 use crate::engine::evaluator::Metrics;
 use crate::engine::registry::Placement;
+use crate::engine::resources::DatasetLook;
 use crate::error::{Error, Result};
-use crate::model::Checkpoint;
 
 /// Images per forward.
 const BATCH: usize = 32;
@@ -27,7 +27,13 @@ const BATCH: usize = 32;
 /// `InvalidArgument`, `NotFound`.
 pub(super) fn check(parts: &RunnerParts, job: &EvaluateJob) -> Result<()> {
     let record = parts.registry.get(&job.model)?.record;
-    samples(parts, job, &record).map(drop)
+    match parts.resources.look_at_dataset(&job.dataset, "dataset")? {
+        DatasetLook::Open(dataset) => choose(dataset, job, &record).map(drop),
+        DatasetLook::Uploaded(info) => {
+            check_classes(info.classes.len(), &record)?;
+            job.limit.map_or(Ok(()), |limit| info.check_count(limit, "limit"))
+        }
+    }
 }
 
 /// Evaluates.
@@ -42,7 +48,8 @@ pub(super) fn run(
     let RunnerParts { registry, .. } = &runner.parts;
     reporter.stage("load");
     let (record, placement) = runner.runtime.block_on(registry.ensure_loaded(&job.model))?;
-    let samples = samples(&runner.parts, job, &record)?;
+    let dataset = runner.parts.resources.open_dataset(&job.dataset, "dataset")?;
+    let samples = choose(dataset, job, &record)?;
     let mut warnings = Vec::new();
     let reference = match float_reference(runner, &record, &placement.device) {
         Ok(key) => Some(key),
@@ -65,17 +72,22 @@ pub(super) fn run(
     }))
 }
 
-fn samples(parts: &RunnerParts, job: &EvaluateJob, record: &ModelRecord) -> Result<Vec<Sample>> {
-    let dataset = Dataset::open(&parts.datasets.resolve(&job.dataset, "dataset")?, "dataset")?;
-    let (found, known) = (dataset.classes.len(), record.model.num_classes);
-    if i64::try_from(found).map_or(true, |found| found > known) {
-        let reason = format!("has {found} classes, the model knows {known}");
-        return Err(Error::invalid("dataset", reason));
-    }
+/// The images that are evaluated.
+fn choose(dataset: Dataset, job: &EvaluateJob, record: &ModelRecord) -> Result<Vec<Sample>> {
+    check_classes(dataset.classes.len(), record)?;
     match job.limit {
         Some(limit) => dataset.subset(limit, job.seed, "limit"),
         None => Ok(dataset.samples),
     }
+}
+
+fn check_classes(found: usize, record: &ModelRecord) -> Result<()> {
+    let known = record.model.num_classes;
+    if i64::try_from(found).map_or(true, |found| found > known) {
+        let reason = format!("has {found} classes, the model knows {known}");
+        return Err(Error::invalid("dataset", reason));
+    }
+    Ok(())
 }
 
 /// Loads the checkpoint that the model was made from beside it.
@@ -84,8 +96,7 @@ fn float_reference(
     record: &ModelRecord,
     device: &DeviceHandle,
 ) -> Result<LoadKey> {
-    let folder = runner.parts.checkpoints.resolve(&record.checkpoint, "checkpoint")?;
-    let checkpoint = Checkpoint::open(&folder)?;
+    let checkpoint = runner.parts.resources.open_checkpoint(&record.checkpoint, "checkpoint")?;
     if checkpoint.digest != record.source_digest {
         let reason = "differs from the checkpoint that the model was made from";
         return Err(Error::invalid(format!("checkpoint `{}`", record.checkpoint), reason));

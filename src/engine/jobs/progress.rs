@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::store::{JobStore, Lease, Standing};
 use super::{Figures, JobProgress};
-use crate::artifact::store::ArtifactStore;
+use crate::artifact::store::{ArtifactStore, put_named};
 use crate::calib::kept::{Tensors, from_bytes, to_bytes};
 use crate::calib::{Progress, ProgressUpdate};
 use crate::digest::sha256_hex;
@@ -90,13 +90,11 @@ impl JobReporter {
 
     async fn write_unit(&self, unit: &str, result: &[(String, Tensor)]) -> Result<()> {
         let bytes = Bytes::from(to_bytes(result)?);
-        let digest = self.artifacts.put(bytes.clone()).await?;
-        self.hold.note(self.store.keep_unit(&self.hold.lease, unit, &digest).await?);
-        // Somebody may have deleted it as nobody's in between. Not any more.
-        if !self.artifacts.contains(&digest).await? {
-            self.artifacts.put(bytes).await?;
-        }
-        Ok(())
+        let name = async |digest: String| {
+            self.hold.note(self.store.keep_unit(&self.hold.lease, unit, &digest).await?);
+            Ok(())
+        };
+        put_named(&*self.artifacts, bytes, name).await
     }
 
     /// The right to run the job.

@@ -1,6 +1,5 @@
 //! The quantization job: checkpoint and images in, a named model out.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,11 +12,12 @@ use super::{Afterwards, ImageChoice, JobOutput, QuantizeJob};
 use crate::artifact::Artifact;
 use crate::artifact::store::RecordOrigin;
 use crate::calib::Progress as _;
-use crate::data::{Dataset, DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
+use crate::data::{DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
 use crate::engine::pipeline::{self, CalibrationImages};
 use crate::engine::registry::ModelView;
+use crate::engine::resources::{DatasetLook, Resources};
 use crate::error::{Error, Result};
-use crate::model::{Checkpoint, Preprocessing};
+use crate::model::Preprocessing;
 
 /// Pause before a store that could not be reached is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(2);
@@ -30,13 +30,8 @@ const MAX_IMAGES: usize = 4096;
 /// `InvalidArgument`, `NotFound`, `AlreadyExists`.
 pub(super) fn check(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
     pipeline::validate(&job.request)?;
-    checkpoint_folder(parts, job)?;
-    match &job.images {
-        ImageChoice::Inline { contents, .. } => check_count(contents.len(), "images.images")?,
-        ImageChoice::Drawn { .. } | ImageChoice::Listed { .. } => {
-            samples(parts, job)?;
-        }
-    }
+    parts.resources.check_checkpoint(&job.checkpoint, "checkpoint")?;
+    check_images(parts, job)?;
     match parts.registry.get(&job.model) {
         Ok(_) => Err(Error::AlreadyExists { kind: "model", name: job.model.to_string() }),
         Err(_) => Ok(()),
@@ -52,9 +47,9 @@ pub(super) fn run(
     job: &QuantizeJob,
     reporter: &JobReporter,
 ) -> Result<JobOutput> {
-    let RunnerParts { registry, limits, device, .. } = &runner.parts;
+    let RunnerParts { registry, resources, limits, device, .. } = &runner.parts;
     reporter.stage("load");
-    let checkpoint = Checkpoint::open(&checkpoint_folder(&runner.parts, job)?)?;
+    let checkpoint = resources.open_checkpoint(&job.checkpoint, "checkpoint")?;
     reporter.check_cancelled()?;
 
     reporter.stage("images");
@@ -62,7 +57,7 @@ pub(super) fn run(
     let pixels = match &job.images {
         ImageChoice::Inline { contents, .. } => decode_all(contents, how, limits)?,
         ImageChoice::Drawn { .. } | ImageChoice::Listed { .. } => {
-            load_pixels(&samples(&runner.parts, job)?, how, limits)?
+            load_pixels(&samples(resources, job)?, how, limits)?
         }
     };
     let images = CalibrationImages::from_pixels(&pixels)?;
@@ -115,14 +110,6 @@ fn publish(
     }
 }
 
-fn checkpoint_folder(parts: &RunnerParts, job: &QuantizeJob) -> Result<PathBuf> {
-    let folder = parts.checkpoints.resolve(&job.checkpoint, "checkpoint")?;
-    if folder.join("config.json").is_file() {
-        return Ok(folder);
-    }
-    Err(Error::NotFound { kind: "checkpoint", name: job.checkpoint.clone() })
-}
-
 fn check_count(count: usize, field: &str) -> Result<()> {
     if (1..=MAX_IMAGES).contains(&count) {
         return Ok(());
@@ -131,18 +118,38 @@ fn check_count(count: usize, field: &str) -> Result<()> {
     Err(Error::invalid(field, reason))
 }
 
-fn samples(parts: &RunnerParts, job: &QuantizeJob) -> Result<Vec<Sample>> {
-    let open =
-        |name: &str| Dataset::open(&parts.datasets.resolve(name, "dataset.name")?, "dataset.name");
+/// Checks the choice of images as far as it can be done without fetching them.
+fn check_images(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
+    let look = |name: &str| parts.resources.look_at_dataset(name, "dataset.name");
     match &job.images {
+        ImageChoice::Inline { contents, .. } => check_count(contents.len(), "images.images"),
         ImageChoice::Drawn { dataset, count } => {
             check_count(*count, "dataset.count")?;
-            open(dataset)?.subset(*count, job.request.seed, "dataset.count")
+            match look(dataset)? {
+                DatasetLook::Open(set) => {
+                    set.subset(*count, job.request.seed, "dataset.count").map(drop)
+                }
+                DatasetLook::Uploaded(info) => info.check_count(*count, "dataset.count"),
+            }
         }
         ImageChoice::Listed { dataset, files } => {
             check_count(files.len(), "dataset.files")?;
-            open(dataset)?.listed(files, "dataset.files")
+            match look(dataset)? {
+                DatasetLook::Open(set) => set.listed(files, "dataset.files").map(drop),
+                // The job finds out whether the set has these files.
+                DatasetLook::Uploaded(_) => Ok(()),
+            }
         }
+    }
+}
+
+fn samples(resources: &Resources, job: &QuantizeJob) -> Result<Vec<Sample>> {
+    let open = |name: &str| resources.open_dataset(name, "dataset.name");
+    match &job.images {
+        ImageChoice::Drawn { dataset, count } => {
+            open(dataset)?.subset(*count, job.request.seed, "dataset.count")
+        }
+        ImageChoice::Listed { dataset, files } => open(dataset)?.listed(files, "dataset.files"),
         ImageChoice::Inline { .. } => Ok(Vec::new()),
     }
 }

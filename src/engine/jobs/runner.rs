@@ -21,8 +21,9 @@ use super::{
 use crate::artifact::store::ArtifactStore;
 use crate::data::DecodeLimits;
 use crate::engine::device::panic_text;
-use crate::engine::names::NamedFolder;
+use crate::engine::garbage::Garbage;
 use crate::engine::registry::{ModelRegistry, blocking};
+use crate::engine::resources::Resources;
 use crate::error::{Error, Result};
 
 /// Pause after a store that could not be read.
@@ -43,12 +44,12 @@ pub struct RunnerParts {
     pub store: Arc<JobStore>,
     /// Where finished units of unfinished jobs are kept.
     pub artifacts: Arc<dyn ArtifactStore>,
+    /// Removes what no job needs any more.
+    pub garbage: Garbage,
     /// Where models go and come from.
     pub registry: Arc<ModelRegistry>,
-    /// Where checkpoints are found.
-    pub checkpoints: NamedFolder,
-    /// Where data sets are found.
-    pub datasets: NamedFolder,
+    /// Where checkpoints and data sets are found.
+    pub resources: Arc<Resources>,
     /// Where calibrations compute.
     pub device: Device,
     /// What is accepted as an image.
@@ -261,6 +262,11 @@ impl JobRunner {
         self.stop.cancel();
     }
 
+    /// Returns once [`JobRunner::stop`] was called.
+    pub async fn stopping(&self) {
+        self.stop.cancelled().await;
+    }
+
     /// Waits until the worker threads have ended after [`JobRunner::stop`].
     ///
     /// # Errors
@@ -359,7 +365,7 @@ impl JobRunner {
                 }
                 Ok(Standing::Held | Standing::CancelRequested) => {
                     // Units of a job that ended are nobody's.
-                    self.parts.registry.collect_garbage().await;
+                    self.parts.garbage.collect().await;
                     return;
                 }
                 // Another process finds the lease expired.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::calib::task::QuantizeSpec;
 use crate::digest::sha256_hex;
 use crate::engine::names::ModelId;
+use crate::engine::resources::ResourceKind;
 use crate::error::{Error, Result};
 
 /// What a job does.
@@ -118,6 +119,20 @@ impl JobSpec {
             Self::Quantize(job) => Some(&job.model),
             Self::Evaluate(_) => None,
         }
+    }
+
+    /// Whether the job reads the checkpoint or data set of that name.
+    pub fn needs(&self, kind: ResourceKind, name: &str) -> bool {
+        let dataset = match self {
+            Self::Evaluate(job) => Some(&job.dataset),
+            Self::Quantize(job) => match (&job.images, kind) {
+                (_, ResourceKind::Checkpoint) => return job.checkpoint == name,
+                (ImageChoice::Drawn { dataset, .. }, _)
+                | (ImageChoice::Listed { dataset, .. }, _) => Some(dataset),
+                (ImageChoice::Inline { .. }, _) => None,
+            },
+        };
+        kind == ResourceKind::Dataset && dataset.is_some_and(|dataset| dataset == name)
     }
 
     /// Equal for equal requests.

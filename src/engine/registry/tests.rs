@@ -1,5 +1,7 @@
 //! The registry with artifacts of one word, and models that do what their word says.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use tempfile::TempDir;
 use tokio::sync::Semaphore;
@@ -42,16 +44,22 @@ async fn registry(data: &TempDir, words: &[&'static str]) -> Arc<ModelRegistry> 
         let digest = store.put(Bytes::from_static(word.as_bytes())).await.unwrap();
         catalog.create(&example_record(&word.replace(' ', "-"), &digest)).await.unwrap();
     }
-    open(Arc::new(store), catalog).await
+    open(Arc::new(store), data).await
 }
 
 async fn catalog(data: &TempDir) -> ModelCatalog {
-    ModelCatalog::new(Database::file(&data.path().join("db")).await.unwrap())
+    ModelCatalog::new(database(data).await)
 }
 
-async fn open(store: Arc<dyn ArtifactStore>, catalog: ModelCatalog) -> Arc<ModelRegistry> {
+async fn database(data: &TempDir) -> Database {
+    Database::file(&data.path().join("db")).await.unwrap()
+}
+
+async fn open(store: Arc<dyn ArtifactStore>, data: &TempDir) -> Arc<ModelRegistry> {
     let devices = vec![DeviceHandle::start(tch::Device::Cpu, 4).unwrap()];
-    let parts = RegistryParts { store, catalog, devices, backend: Backend::Simulated };
+    let garbage = Garbage::new(database(data).await, Arc::clone(&store));
+    let (catalog, backend) = (catalog(data).await, Backend::Simulated);
+    let parts = RegistryParts { store, catalog, garbage, devices, backend };
     ModelRegistry::with_reader(parts, read_word).await.unwrap()
 }
 
@@ -132,7 +140,7 @@ async fn a_caller_that_leaves_does_not_stop_the_load_and_unload_waits_for_it() {
     let digest = inner.put("good".into()).await.unwrap();
     catalog.create(&example_record("good", &digest)).await.unwrap();
     let store = Arc::new(Gated { inner, gate: Semaphore::new(0) });
-    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, catalog).await;
+    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, &data).await;
 
     let name = id("good");
     tokio::select! {

@@ -129,7 +129,7 @@ fn read(file: &mut File, size: u64, path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Recognises other formats by content, and a header that cannot fit.
-fn sniff(start: &[u8], size: u64) -> Result<()> {
+pub(super) fn sniff(start: &[u8], size: u64) -> Result<()> {
     let refuse =
         |what: &str| Err(unusable(format!("the file is {what}, only safetensors is accepted")));
     match *start {
@@ -137,7 +137,7 @@ fn sniff(start: &[u8], size: u64) -> Result<()> {
         [0x80, 2..=5, ..] => refuse("a pickle"),
         [a, b, c, d, e, f, g, h] => {
             let header = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-            if header > size - PREFIX as u64 {
+            if header > size.saturating_sub(PREFIX as u64) {
                 let text = format!("a header of {header} bytes does not fit into {size} bytes");
                 return Err(unusable(format!("model.safetensors is truncated or foreign: {text}")));
             }

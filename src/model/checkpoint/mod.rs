@@ -74,6 +74,23 @@ impl Checkpoint {
         })
     }
 
+    /// Whether a `config.json` names an architecture that is known.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint`.
+    pub fn check_config(config: &[u8]) -> Result<()> {
+        Config::parse(config)?.family().map(drop)
+    }
+
+    /// Says what the first eight bytes speak of against a file of `size` bytes being
+    /// `model.safetensors`: pickles and archives are refused by content.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint`.
+    pub fn check_start(start: &[u8], size: u64) -> Result<()> {
+        file::sniff(start, size)
+    }
+
     /// A checkpoint of given parts; its digest and size are those of the files that
     /// [`Checkpoint::save`] writes.
     ///

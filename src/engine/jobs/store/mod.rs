@@ -14,10 +14,11 @@ use super::{
     ImageChoice, JobEvent, JobEventKind, JobId, JobOutcome, JobRecord, JobSpec, JobState,
     QuantizeJob,
 };
-use crate::database::{Database, failed, is_duplicate};
+use crate::database::{Database, broken, column, failed, is_duplicate, milliseconds, number, time};
+use crate::engine::resources::ResourceKind;
 use crate::error::{Error, Result};
 
-use rows::{RECORD, column, json, milliseconds, number, record, time};
+use rows::{RECORD, json, record};
 
 pub(in crate::engine) use worker::standing_of;
 pub use worker::{Claimed, Lease, Standing};
@@ -128,6 +129,16 @@ impl JobStore {
             .await
             .map_err(failed)?;
         rows.iter().map(record).collect()
+    }
+
+    /// A job that has not ended and reads the checkpoint or data set of that name.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn active_with(&self, kind: ResourceKind, name: &str) -> Result<Option<JobId>> {
+        let filter = JobFilter { done: Some(false), ..JobFilter::default() };
+        let jobs = self.list(&filter, None, usize::MAX).await?;
+        Ok(jobs.into_iter().find(|job| job.spec.needs(kind, name)).map(|job| job.id))
     }
 
     /// Forgets a job that has ended.
@@ -244,7 +255,7 @@ impl JobStore {
         id: &JobId,
         outcome: &JobOutcome,
     ) -> Result<()> {
-        let now = self.now(tx).await?;
+        let now = self.database.clock(tx).await?;
         let sql = "UPDATE jobs SET state = $1, active = 0, outcome = $2, ended_ms = $3, \
                    lease_owner = NULL, lease_expires_ms = NULL WHERE id = $4";
         sqlx::query(sql)
@@ -264,12 +275,6 @@ impl JobStore {
             sqlx::query(sql).bind(id.as_str()).execute(&mut **tx).await.map_err(failed)?;
         }
         append_event(tx, id, now, "ended", None).await
-    }
-
-    /// The clock that leases and times go by.
-    async fn now(&self, tx: &mut Transaction<'static, Any>) -> Result<i64> {
-        let sql = AssertSqlSafe(format!("SELECT {}", self.database.now()));
-        sqlx::query_scalar(sql).fetch_one(&mut **tx).await.map_err(failed)
     }
 
     /// The images that came with a job.
@@ -322,10 +327,6 @@ async fn append_event(
 
 fn cancelled() -> JobOutcome {
     Err(std::sync::Arc::new(Error::Cancelled))
-}
-
-fn broken() -> Error {
-    Error::internal("a job in the database is not as it was written")
 }
 
 fn not_found(id: &JobId) -> Error {

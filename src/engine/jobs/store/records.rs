@@ -56,6 +56,7 @@ enum Failure {
     AlreadyExists { kind: String, name: String },
     FailedPrecondition { reason: String },
     Overloaded { reason: String, retry_after: Duration },
+    QuotaExceeded { reason: String },
     Cancelled,
     Deadline,
     Draining,
@@ -86,6 +87,7 @@ impl From<&Error> for Failure {
             Error::Overloaded { reason, retry_after } => {
                 Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
             }
+            Error::QuotaExceeded { reason } => Self::QuotaExceeded { reason: reason.clone() },
             Error::Cancelled => Self::Cancelled,
             Error::Deadline => Self::Deadline,
             Error::Draining => Self::Draining,
@@ -121,6 +123,7 @@ impl From<Failure> for Error {
             }
             Failure::FailedPrecondition { reason } => Self::FailedPrecondition { reason },
             Failure::Overloaded { reason, retry_after } => Self::Overloaded { reason, retry_after },
+            Failure::QuotaExceeded { reason } => Self::QuotaExceeded { reason },
             Failure::Cancelled => Self::Cancelled,
             Failure::Deadline => Self::Deadline,
             Failure::Draining => Self::Draining,
@@ -155,6 +158,7 @@ mod tests {
             Error::AlreadyExists { kind: "model", name: text() },
             Error::FailedPrecondition { reason: text() },
             Error::Overloaded { reason: text(), retry_after: second },
+            Error::QuotaExceeded { reason: text() },
             Error::Cancelled,
             Error::Deadline,
             Error::Draining,

@@ -1,13 +1,10 @@
 //! Rows of the database as values.
 
-use std::time::Duration;
-
 use serde::de::DeserializeOwned;
 use sqlx::any::AnyRow;
-use sqlx::{Any, Row as _};
 
-use super::{broken, records};
-use crate::database::failed;
+use super::records;
+use crate::database::{column, from_ms, number, time};
 use crate::engine::jobs::{JobId, JobRecord, JobState};
 use crate::error::Result;
 
@@ -34,29 +31,6 @@ pub(super) fn record(row: &AnyRow) -> Result<JobRecord> {
     })
 }
 
-pub(super) fn column<'r, T>(row: &'r AnyRow, index: usize) -> Result<T>
-where
-    T: sqlx::Decode<'r, Any> + sqlx::Type<Any>,
-{
-    row.try_get(index).map_err(failed)
-}
-
-pub(super) fn number(row: &AnyRow, index: usize) -> Result<u64> {
-    u64::try_from(column::<i64>(row, index)?).map_err(|_| broken())
-}
-
 pub(super) fn json<T: DeserializeOwned>(row: &AnyRow, index: usize) -> Result<T> {
     records::from_json(&column::<String>(row, index)?)
-}
-
-pub(super) fn time(row: &AnyRow, index: usize) -> Result<jiff::Timestamp> {
-    from_ms(column(row, index)?)
-}
-
-pub(super) fn from_ms(ms: i64) -> Result<jiff::Timestamp> {
-    jiff::Timestamp::from_millisecond(ms).map_err(|_| broken())
-}
-
-pub(super) fn milliseconds(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX / 4)
 }

@@ -95,7 +95,7 @@ impl JobStore {
                 retry_after: RETRY_AFTER,
             });
         }
-        let now = self.now(&mut tx).await?;
+        let now = self.database.clock(&mut tx).await?;
         let sql = "INSERT INTO jobs (id, kind, model, target, spec, spec_hash, priority, state, \
                    active, attempt, attempts_left, created_ms, last_sequence) \
                    VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0)";

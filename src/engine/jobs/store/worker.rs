@@ -8,6 +8,7 @@ use sqlx::{Any, AssertSqlSafe, Transaction};
 
 use super::{JobStore, append_event, cancelled, column, failed, milliseconds, records};
 use crate::database::Database;
+use crate::engine::garbage::spare;
 use crate::engine::jobs::{JobId, JobOutcome, JobProgress, JobRecord, JobState};
 use crate::error::{Error, Result};
 
@@ -50,7 +51,7 @@ impl JobStore {
     pub async fn claim(&self, worker: &str) -> Result<Option<Claimed>> {
         loop {
             let mut tx = self.database.write().await?;
-            let now = self.now(&mut tx).await?;
+            let now = self.database.clock(&mut tx).await?;
             let sql = AssertSqlSafe(format!(
                 "SELECT id, state, attempts_left FROM jobs WHERE active = 1 \
                  AND (state = 'queued' OR lease_expires_ms < $1) \
@@ -125,7 +126,7 @@ impl JobStore {
         if standing == Standing::Lost {
             return Ok(standing);
         }
-        let now = self.now(&mut tx).await?;
+        let now = self.database.clock(&mut tx).await?;
         // The latest state has no use for the sites of one step.
         let latest = JobProgress { sites: Vec::new(), ..progress.clone() };
         let sql = "UPDATE jobs SET progress = $1, lease_expires_ms = $2 WHERE id = $3";
@@ -189,9 +190,7 @@ impl JobStore {
         if standing == Standing::Lost {
             return Ok(standing);
         }
-        // Waits for whoever is deleting these very bytes, and keeps others from it.
-        let query = sqlx::query("DELETE FROM condemned WHERE digest = $1").bind(digest);
-        query.execute(&mut *tx).await.map_err(failed)?;
+        spare(&mut tx, digest).await?;
         let sql = "INSERT INTO job_units (job_id, unit, digest) VALUES ($1, $2, $3) \
                    ON CONFLICT (job_id, unit) DO UPDATE SET digest = excluded.digest";
         let query = sqlx::query(sql).bind(lease.id.as_str()).bind(unit).bind(digest);

@@ -1,37 +1,111 @@
-//! Labelled image folders: `ROOT/CLASS/*.{jpg,jpeg,png,webp}`, ImageNet's own layout.
+//! Labelled image sets: `CLASS/*.{jpg,jpeg,png,webp}`, ImageNet's own layout, in a folder or in a tar
+//! file.
 //!
 //! Classes are numbered in the bytewise order of their folder names, or in the order of
-//! `ROOT/classes.txt` (one folder name a line) where that file exists.
+//! `classes.txt` (one folder name a line) where that file lies beside the class folders.
 
-use std::collections::HashMap;
-use std::fs::{self, DirEntry};
-use std::io::ErrorKind;
+mod archive;
+mod folder;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io::{ErrorKind, Read as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use super::DecodeLimits;
+use super::decode::is_image;
 use crate::error::{Error, Result};
 use crate::random::{GOLDEN, fnv1a, mix};
 
+pub use archive::check_tar_start;
+
 /// Name of the optional file that fixes the order of the classes.
 const CLASSES_FILE: &str = "classes.txt";
-
 /// File extensions of images, in lower case.
-const EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+const IMAGE_EXTENSIONS: [&str; 4] = ["jpg", "jpeg", "png", "webp"];
+/// File extension of data sets in one file.
+const TAR_EXTENSION: &str = "tar";
+/// Bytes that tell what a file is.
+const SNIFFED: u64 = 16;
 
 /// One image of a data set.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Sample {
-    /// Where the file lies.
-    pub path: PathBuf,
+    /// Where its bytes lie.
+    pub source: Source,
     /// `CLASS/FILE`, relative to the root, whatever the platform's separator.
     pub name: String,
     /// Index into [`Dataset::classes`].
     pub class: usize,
 }
 
-/// A folder of labelled images.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// Where the bytes of an image lie.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// In a file of their own.
+    File(PathBuf),
+    /// In a tar file.
+    Member(Member),
+}
+
+/// A file within a tar file, which stays open: it can be read even when its name is gone.
+#[derive(Clone, Debug)]
+pub struct Member {
+    tar: Arc<TarFile>,
+    offset: u64,
+    bytes: u64,
+}
+
+#[derive(Debug)]
+struct TarFile {
+    path: PathBuf,
+    file: File,
+}
+
+impl Sample {
+    /// The encoded image, or its first `most` bytes if it has more. Blocking.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn read(&self, most: u64) -> Result<Vec<u8>> {
+        match &self.source {
+            Source::File(path) => {
+                let mut bytes = Vec::new();
+                File::open(path)
+                    .and_then(|file| file.take(most).read_to_end(&mut bytes))
+                    .map_err(|error| Error::io(path, error))?;
+                Ok(bytes)
+            }
+            Source::Member(Member { tar, offset, bytes }) => {
+                let size = usize::try_from(most.min(*bytes)).unwrap_or(usize::MAX);
+                let mut bytes = vec![0; size];
+                let read = tar.file.read_exact_at(&mut bytes, *offset);
+                read.map_err(|error| Error::io(&tar.path, error))?;
+                Ok(bytes)
+            }
+        }
+    }
+
+    /// Size of the encoded image in bytes.
+    ///
+    /// # Errors
+    /// `Io`.
+    fn size(&self) -> Result<u64> {
+        match &self.source {
+            Source::File(path) => {
+                path.metadata().map(|about| about.len()).map_err(|error| Error::io(path, error))
+            }
+            Source::Member(member) => Ok(member.bytes),
+        }
+    }
+}
+
+/// A set of labelled images.
+#[derive(Clone, Debug)]
 pub struct Dataset {
-    /// The folder.
+    /// The folder, or the tar file.
     pub root: PathBuf,
     /// Folder names of the classes; a class may have no image.
     pub classes: Vec<String>,
@@ -39,47 +113,94 @@ pub struct Dataset {
     pub samples: Vec<Sample>,
 }
 
+/// What a folder or a tar file holds.
+#[derive(Debug, Default)]
+struct Contents {
+    /// The text of `classes.txt`, if there is one.
+    classes: Option<String>,
+    /// Images of each class folder.
+    folders: BTreeMap<String, Vec<(String, Source)>>,
+}
+
 impl Dataset {
-    /// Lists the images of a folder. Hidden entries, other files and nested folders are ignored.
+    /// Lists the images of a folder or a `.tar` file. Hidden entries, other files and, in a folder,
+    /// nested folders are ignored. Blocking.
     ///
     /// # Errors
-    /// `NotFound` of kind `dataset` when there is no such folder; `InvalidArgument` on `field` for
-    /// a set without images, a `classes.txt` that does not fit the folders, a symbolic link that
-    /// leaves the root, or a name that is not UTF-8; `Io`.
+    /// `NotFound` of kind `dataset` when there is neither; `InvalidArgument` on `field` for a set
+    /// without images, a `classes.txt` that does not fit the folders, a symbolic link that leaves
+    /// the root, a tar file with links, special files or paths that are not plain, or a name that
+    /// is not UTF-8; `Io`.
     pub fn open(root: &Path, field: &str) -> Result<Self> {
-        let Some(canonical) = canonical_folder(root)? else {
-            return Err(Error::NotFound { kind: "dataset", name: root.display().to_string() });
+        let not_found = || Error::NotFound { kind: "dataset", name: root.display().to_string() };
+        let canonical = match root.canonicalize() {
+            Ok(path) => path,
+            Err(error)
+                if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
+            {
+                return Err(not_found());
+            }
+            Err(error) => return Err(Error::io(root, error)),
         };
-        let listing = Listing { canonical: &canonical, field };
-        let folders = listing.entries(root, Kind::Folder)?;
-        let classes = match read_classes(root, field)? {
-            Some(classes) => {
-                if let Some(other) = folders.iter().find(|folder| !classes.contains(folder)) {
+        let contents = if canonical.is_dir() {
+            folder::contents(root, &canonical, field)?
+        } else if is_tar(root) {
+            archive::contents(root, field)?
+        } else {
+            return Err(not_found());
+        };
+        Self::from_contents(root, contents, field)
+    }
+
+    fn from_contents(root: &Path, contents: Contents, field: &str) -> Result<Self> {
+        let Contents { classes, mut folders } = contents;
+        let classes = match classes {
+            Some(text) => {
+                let classes = parse_classes(&text, field)?;
+                if let Some(other) = folders.keys().find(|folder| !classes.contains(folder)) {
                     let reason = format!("class folder `{other}` is not in {CLASSES_FILE}");
                     return Err(Error::invalid(field, reason));
                 }
                 classes
             }
-            None => folders.clone(),
+            None => folders.keys().cloned().collect(),
         };
         let mut samples = Vec::new();
         for (class, folder) in classes.iter().enumerate() {
             // A class listed in classes.txt keeps its number even when the set has none of it.
-            if folders.binary_search(folder).is_err() {
-                continue;
-            }
-            let path = root.join(folder);
-            for file in listing.entries(&path, Kind::Image)? {
-                let name = format!("{folder}/{file}");
-                samples.push(Sample { path: path.join(file), name, class });
-            }
+            let mut images = folders.remove(folder).unwrap_or_default();
+            images.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+            samples.extend(images.into_iter().map(|(file, source)| Sample {
+                source,
+                name: format!("{folder}/{file}"),
+                class,
+            }));
         }
         if samples.is_empty() {
-            let reason =
-                format!("no images in {}: expected CLASS/*.jpg, png or webp", root.display());
+            let reason = "holds no images: expected CLASS/*.jpg, png or webp";
             return Err(Error::invalid(field, reason));
         }
         Ok(Self { root: root.to_path_buf(), classes, samples })
+    }
+
+    /// Looks into every file: whether it begins as an image does, and is no larger than allowed.
+    /// Blocking.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `field` naming the first file that does not; `Io`.
+    pub fn check_files(&self, limits: &DecodeLimits, field: &str) -> Result<()> {
+        for sample in &self.samples {
+            let size = sample.size()?;
+            let reason = if size > limits.max_bytes as u64 {
+                format!("{size} bytes exceed the limit of {} bytes", limits.max_bytes)
+            } else if !is_image(&sample.read(SNIFFED)?) {
+                "is neither a JPEG nor a PNG nor a WebP image".to_owned()
+            } else {
+                continue;
+            };
+            return Err(Error::invalid(field, format!("`{}`: {reason}", sample.name)));
+        }
+        Ok(())
     }
 
     /// Draws `count` images. A seed stands for the same images for ever: the samples are ordered
@@ -90,11 +211,7 @@ impl Dataset {
     /// # Errors
     /// `InvalidArgument` on `field` when `count` is zero or exceeds the number of images.
     pub fn subset(&self, count: usize, seed: u64, field: &str) -> Result<Vec<Sample>> {
-        let available = self.samples.len();
-        if count == 0 || count > available {
-            let reason = format!("{count} images asked for, the data set has {available}");
-            return Err(Error::invalid(field, reason));
-        }
+        check_subset(count, self.samples.len(), field)?;
         let mut order: Vec<(u64, &Sample)> =
             self.samples.iter().map(|sample| (draw(seed, &sample.name), sample)).collect();
         order.sort_by(|(a, x), (b, y)| a.cmp(b).then_with(|| x.name.cmp(&y.name)));
@@ -114,12 +231,23 @@ impl Dataset {
         let find = |name: &String| {
             let known = by_name.get(name.strip_prefix("./").unwrap_or(name));
             known.map(|sample| (*sample).clone()).ok_or_else(|| {
-                let root = self.root.display();
-                Error::invalid(field, format!("`{name}` is not an image of data set {root}"))
+                Error::invalid(field, format!("`{name}` is not an image of the data set"))
             })
         };
         names.iter().map(find).collect()
     }
+}
+
+/// Whether so many images can be drawn from the available ones.
+///
+/// # Errors
+/// As [`Dataset::subset`].
+pub fn check_subset(count: usize, available: usize, field: &str) -> Result<()> {
+    if (1..=available).contains(&count) {
+        return Ok(());
+    }
+    let reason = format!("{count} images asked for, the data set has {available}");
+    Err(Error::invalid(field, reason))
 }
 
 /// The place of a name in the order of a seed: FNV-1a (64 bits) over the name's bytes, plus
@@ -129,87 +257,19 @@ fn draw(seed: u64, name: &str) -> u64 {
     mix(fnv1a(name).wrapping_add(seed.wrapping_add(1).wrapping_mul(GOLDEN)))
 }
 
-/// The folder without symbolic links, or None when it is missing or not a folder.
-fn canonical_folder(root: &Path) -> Result<Option<PathBuf>> {
-    match root.canonicalize() {
-        Ok(path) => Ok(path.is_dir().then_some(path)),
-        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => {
-            Ok(None)
-        }
-        Err(error) => Err(Error::io(root, error)),
-    }
+/// Whether a file name is that of a data set in one file.
+pub fn is_tar(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(TAR_EXTENSION))
 }
 
-/// Which entries of a folder are wanted.
-#[derive(Clone, Copy)]
-enum Kind {
-    Folder,
-    Image,
+/// Whether a file name is that of an image.
+pub fn has_image_name(path: &Path) -> bool {
+    let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
+    extension.is_some_and(|extension| IMAGE_EXTENSIONS.contains(&extension.as_str()))
 }
 
-/// Lists folders of one data set.
-struct Listing<'a> {
-    /// The root without symbolic links.
-    canonical: &'a Path,
-    field: &'a str,
-}
-
-impl Listing<'_> {
-    /// Names of the wanted entries, sorted bytewise.
-    fn entries(&self, folder: &Path, kind: Kind) -> Result<Vec<String>> {
-        let failed = |error| Error::io(folder, error);
-        let mut names = Vec::new();
-        for entry in fs::read_dir(folder).map_err(failed)? {
-            if let Some(name) = self.wanted(&entry.map_err(failed)?, kind)? {
-                names.push(name);
-            }
-        }
-        names.sort_unstable();
-        Ok(names)
-    }
-
-    /// The entry's name if it is of the kind.
-    fn wanted(&self, entry: &DirEntry, kind: Kind) -> Result<Option<String>> {
-        let (path, name) = (entry.path(), entry.file_name());
-        if name.as_encoded_bytes().starts_with(b".") {
-            return Ok(None);
-        }
-        let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
-        let image = extension.is_some_and(|extension| EXTENSIONS.contains(&extension.as_str()));
-        if matches!(kind, Kind::Image) && !image {
-            return Ok(None);
-        }
-        let mut file_type = entry.file_type().map_err(|error| Error::io(&path, error))?;
-        if file_type.is_symlink() {
-            let target = path.canonicalize().map_err(|error| Error::io(&path, error))?;
-            if !target.starts_with(self.canonical) {
-                let reason = format!("symbolic link {} leaves the data set", path.display());
-                return Err(Error::invalid(self.field, reason));
-            }
-            file_type = target.metadata().map_err(|error| Error::io(&path, error))?.file_type();
-        }
-        let fits = match kind {
-            Kind::Folder => file_type.is_dir(),
-            Kind::Image => file_type.is_file(),
-        };
-        if !fits {
-            return Ok(None);
-        }
-        let name = name.into_string().map_err(|name| {
-            Error::invalid(self.field, format!("{} is not a UTF-8 name", name.display()))
-        })?;
-        Ok(Some(name))
-    }
-}
-
-/// The classes of `classes.txt`, if there is one; blank lines do not count.
-fn read_classes(root: &Path, field: &str) -> Result<Option<Vec<String>>> {
-    let path = root.join(CLASSES_FILE);
-    let text = match fs::read_to_string(&path) {
-        Ok(text) => text,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(Error::io(path, error)),
-    };
+/// The classes that `classes.txt` lists; blank lines do not count.
+fn parse_classes(text: &str, field: &str) -> Result<Vec<String>> {
     let mut classes: Vec<String> = Vec::new();
     for class in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         if class.contains(['/', '\\']) || class.starts_with('.') {
@@ -226,11 +286,12 @@ fn read_classes(root: &Path, field: &str) -> Result<Option<Vec<String>>> {
             format!("{CLASSES_FILE}: `{}` is listed twice", pair[0]),
         ));
     }
-    Ok(Some(classes))
+    Ok(classes)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
     use std::os::unix::fs::symlink;
 
     use proptest::prelude::*;
@@ -251,6 +312,11 @@ mod tests {
 
     fn names(samples: &[Sample]) -> Vec<&str> {
         samples.iter().map(|sample| sample.name.as_str()).collect()
+    }
+
+    fn path(sample: &Sample) -> &Path {
+        let Source::File(path) = &sample.source else { panic!("{sample:?}") };
+        path
     }
 
     fn reason(root: &TempDir) -> String {
@@ -277,7 +343,7 @@ mod tests {
         assert_eq!(set.classes, ["B", "a", "b", "empty"]);
         assert_eq!(names(&set.samples), ["B/x.WebP", "a/1.jpg", "b/10.JPEG", "b/2.png"]);
         assert_eq!(set.samples.iter().map(|s| s.class).collect::<Vec<_>>(), [0, 1, 2, 2]);
-        assert!(set.samples.iter().all(|sample| sample.path == root.path().join(&sample.name)));
+        assert!(set.samples.iter().all(|sample| path(sample) == root.path().join(&sample.name)));
     }
 
     #[test]
@@ -337,7 +403,7 @@ mod tests {
         let link = place.path().join("link");
         symlink(root.path(), &link).unwrap();
         let set = Dataset::open(&link, "dataset").unwrap();
-        assert_eq!(set.samples[0].path, link.join("a/1.png"));
+        assert_eq!(path(&set.samples[0]), link.join("a/1.png"));
     }
 
     #[test]
@@ -376,11 +442,11 @@ mod tests {
         #[test]
         fn smaller_subsets_begin_larger_ones(seed: u64, count in 1usize..40) {
             let samples = (0..40)
-                .map(|i| Sample { path: PathBuf::new(), name: format!("c/{i}"), class: 0 })
+                .map(|i| Sample { source: Source::File(PathBuf::new()), name: format!("c/{i}"), class: 0 })
                 .collect();
             let set = Dataset { root: PathBuf::new(), classes: vec!["c".to_owned()], samples };
             let (all, part) = (set.subset(40, seed, "").unwrap(), set.subset(count, seed, "").unwrap());
-            prop_assert_eq!(&all[..count], &part[..]);
+            prop_assert_eq!(&names(&all)[..count], &names(&part)[..]);
             let mut distinct = names(&all);
             distinct.sort_unstable();
             distinct.dedup();
