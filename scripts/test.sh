@@ -16,12 +16,13 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 mkdir -p target
 log=target/test-output.txt
 rm -f target/test-summary.txt
-tests() { cargo test --locked --no-fail-fast 2>&1 | tee "$log"; }
+tests() { cargo test --locked --all-features --no-fail-fast 2>&1 | tee "$log"; }
 
 check cargo fmt --check
 check cargo clippy --locked --all-targets -- -D warnings
+check cargo clippy --locked --all-targets --all-features -- -D warnings
 check tests
-check env RUSTDOCFLAGS="-D warnings" cargo doc --locked --no-deps
+check env RUSTDOCFLAGS="-D warnings" cargo doc --locked --all-features --no-deps
 if cargo deny --version >/dev/null 2>&1; then
   check cargo deny check
 else

@@ -13,6 +13,7 @@ use tch::Device;
 use crate::data::DecodeLimits;
 use crate::engine::EngineConfig;
 use crate::engine::jobs::JobLimits;
+use crate::engine::resources::HubOwners;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::grpc::ServerConfig;
@@ -82,6 +83,11 @@ pub struct ProcessConfig {
     /// Bytes that local copies may take; those not used for longest make room.
     #[arg(long, env = "VITQ_CACHE_BYTES", default_value_t = 256 << 30, value_name = "BYTES")]
     pub cache_bytes: u64,
+    /// Whose checkpoints of the Hugging Face hub may be named in requests, as
+    /// hf-hub:OWNER/NAME[@REVISION]: a comma-separated list of owners, or * for everybody's. Without
+    /// it nobody's. Needs a build with feature `hub`.
+    #[arg(long, env = "VITQ_HUB", value_name = "OWNERS")]
+    pub hub: Option<HubOwners>,
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
@@ -166,6 +172,7 @@ impl ProcessConfig {
             cache: self.cache_dir.clone(),
             cache_bytes: self.cache_bytes,
             upload_quota: self.upload_quota_bytes,
+            hub: self.hub.clone(),
             devices,
             backend: self.executor,
             max_batch: self.max_batch,

@@ -24,6 +24,7 @@ fn job() -> NewJob {
     let spec = QuantizeJob {
         model: ModelId::parse("m", "model_id").unwrap(),
         checkpoint: "digits-vit".to_owned(),
+        pinned: None,
         request: serde_json::from_value(request).unwrap(),
         images: ImageChoice::Drawn { dataset: "digits/calib".to_owned(), count: 8 },
         labels: BTreeMap::new(),
@@ -54,6 +55,7 @@ async fn a_slow_reader_gets_the_latest_state_and_the_end() {
         cache: None,
         cache_bytes: 0,
         upload_quota: 0,
+        hub: None,
         devices: vec![tch::Device::Cpu],
         backend: Backend::Simulated,
         max_batch: 8,

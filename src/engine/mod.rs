@@ -32,7 +32,7 @@ use crate::engine::device::DeviceHandle;
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
 use crate::engine::registry::{ModelRegistry, RegistryParts, blocking};
-use crate::engine::resources::{ResourceKind, ResourceParts, Resources};
+use crate::engine::resources::{HubOwners, ResourceKind, ResourceParts, Resources};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 
@@ -63,6 +63,8 @@ pub struct EngineConfig {
     pub cache_bytes: u64,
     /// Bytes that all uploads together may have.
     pub upload_quota: u64,
+    /// Whose checkpoints of the hub may be used; without, nobody's.
+    pub hub: Option<HubOwners>,
     /// Devices that serve; the first also calibrates.
     pub devices: Vec<Device>,
     /// The arithmetic of all models.
@@ -98,7 +100,7 @@ impl Engine {
     ///
     /// # Errors
     /// `Io` for unusable folders; `Unavailable` for an unusable database; `InvalidArgument` on
-    /// `database`, `store`, or on `device` for an empty list.
+    /// `database`, `store`, `hub`, or on `device` for an empty list.
     pub async fn start(config: EngineConfig) -> Result<Arc<Self>> {
         let EngineConfig {
             data_dir,
@@ -109,6 +111,7 @@ impl Engine {
             cache,
             cache_bytes,
             upload_quota,
+            hub,
             devices,
             backend,
             max_batch,
@@ -158,6 +161,7 @@ impl Engine {
             cache: cache.unwrap_or_else(|| data_dir.join(CACHE_FOLDER)),
             cache_bytes,
             upload_quota,
+            hub,
             limits: limits.clone(),
         };
         let runtime = Handle::current();

@@ -41,7 +41,7 @@ impl EvaluationService for Evaluation {
         let validate_only = request.validate_only;
         let job = new_job(request)?;
         if validate_only {
-            self.engine.jobs.check(&job.spec).await?;
+            self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
         }
         Ok(Response::new(events::submit(&self.engine.jobs, job, event).await?))

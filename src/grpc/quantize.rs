@@ -52,7 +52,7 @@ impl QuantizationService for Quantization {
         let validate_only = request.validate_only;
         let job = new_job(request)?;
         if validate_only {
-            self.engine.jobs.check(&job.spec).await?;
+            self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
         }
         Ok(Response::new(events::submit(&self.engine.jobs, job, event).await?))
@@ -103,6 +103,7 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
     let job = QuantizeJob {
         model: ModelId::parse(&model_id, "model_id")?,
         checkpoint,
+        pinned: None,
         request: spec,
         images: images(calibration)?,
         labels,

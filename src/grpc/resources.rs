@@ -113,7 +113,7 @@ fn dataset(info: DatasetInfo) -> Dataset {
 
 fn came(origin: Origin) -> (bool, String, Option<prost_types::Timestamp>) {
     match origin {
-        Origin::Folder => (false, String::new(), None),
+        Origin::Folder | Origin::Hub => (false, String::new(), None),
         Origin::Upload { digest, created } => (true, digest, Some(timestamp(created))),
     }
 }

@@ -43,6 +43,7 @@ fn quantize(model: &str, seed: u64) -> JobSpec {
     JobSpec::Quantize(QuantizeJob {
         model: ModelId::parse(model, "model_id").unwrap(),
         checkpoint: "c".into(),
+        pinned: None,
         request: serde_json::from_value(serde_json::json!({
             "method": "ubb", "weight_bits": 4, "activation_bits": 4, "stem_head": "float",
             "seed": seed

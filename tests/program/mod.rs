@@ -20,6 +20,9 @@ impl Stores {
     pub fn program(&self, command: &str) -> Command {
         let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
         let mut program = Command::new(env!("CARGO_BIN_EXE_vitq"));
+        for ours in ["HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLINE"] {
+            program.env_remove(ours);
+        }
         program
             .env("OMP_NUM_THREADS", "1")
             .envs(self.variables.iter().map(|(key, value)| (key, value)))

@@ -92,6 +92,7 @@ impl TestServer {
             cache: None,
             cache_bytes: 1 << 30,
             upload_quota,
+            hub: None,
             devices: vec![tch::Device::Cpu],
             backend: Backend::Simulated,
             max_batch: 8,

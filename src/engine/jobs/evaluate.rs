@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tokio::sync::oneshot;
 
-use super::progress::JobReporter;
+use super::progress::{JobReporter, START};
 use super::runner::{JobRunner, RunnerParts};
 use super::{EvaluateJob, Evaluation, Figures, JobOutput};
 use crate::artifact::store::ModelRecord;
@@ -15,7 +15,7 @@ use crate::engine::FloatModel;
 use crate::engine::device::{DeviceHandle, LoadKey};
 use crate::engine::evaluator::Metrics;
 use crate::engine::registry::Placement;
-use crate::engine::resources::DatasetLook;
+use crate::engine::resources::{DatasetLook, GoingOn};
 use crate::error::{Error, Result};
 
 /// Images per forward.
@@ -48,11 +48,15 @@ pub(super) fn run(
     let RunnerParts { registry, .. } = &runner.parts;
     reporter.stage("load");
     let (record, placement) = runner.runtime.block_on(registry.ensure_loaded(&job.model))?;
-    let dataset = runner.parts.resources.open_dataset(&job.dataset, "dataset")?;
+    let going_on = || reporter.check_cancelled();
+    let dataset = reporter.wait_for(START, || {
+        runner.parts.resources.open_dataset(&job.dataset, "dataset", &going_on)
+    })?;
     let samples = choose(dataset, job, &record)?;
     let mut warnings = Vec::new();
-    let reference = match float_reference(runner, &record, &placement.device) {
+    let reference = match float_reference(runner, &record, &placement.device, &going_on) {
         Ok(key) => Some(key),
+        Err(Error::Cancelled) => return Err(Error::Cancelled),
         Err(error) => {
             warnings.push(format!("no agreement and no SQNR: {error}"));
             None
@@ -95,8 +99,10 @@ fn float_reference(
     runner: &JobRunner,
     record: &ModelRecord,
     device: &DeviceHandle,
+    going_on: GoingOn<'_>,
 ) -> Result<LoadKey> {
-    let checkpoint = runner.parts.resources.open_checkpoint(&record.checkpoint, "checkpoint")?;
+    let resources = &runner.parts.resources;
+    let checkpoint = resources.open_checkpoint(&record.checkpoint, "checkpoint", going_on)?;
     if checkpoint.digest != record.source_digest {
         let reason = "differs from the checkpoint that the model was made from";
         return Err(Error::invalid(format!("checkpoint `{}`", record.checkpoint), reason));

@@ -16,10 +16,15 @@ use crate::artifact::store::{ArtifactStore, put_named};
 use crate::calib::kept::{Tensors, from_bytes, to_bytes};
 use crate::calib::{Progress, ProgressUpdate};
 use crate::digest::sha256_hex;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Least time between two events of one stage.
 const INTERVAL: Duration = Duration::from_millis(200);
+
+/// Pause before a store that could not be reached is tried again.
+const STORE_RETRY: Duration = Duration::from_secs(2);
+/// How long a job waits for a store to get what it starts from: what it loses by failing is little.
+pub(super) const START: Duration = Duration::from_secs(300);
 
 /// The [`Progress`] of a running job. Used on worker threads only: it waits for the store.
 #[derive(Debug)]
@@ -74,6 +79,28 @@ impl JobReporter {
     ) -> Self {
         let throttle = Mutex::new(Throttle::new(Instant::now()));
         Self { store, artifacts, hold, runtime, throttle, inputs: OnceLock::new() }
+    }
+
+    /// Does something again while a store that it needs cannot be reached, for so long.
+    ///
+    /// # Errors
+    /// `Cancelled`; whatever `work` gives, `Unavailable` once the time is over.
+    pub(super) fn wait_for<T>(
+        &self,
+        patience: Duration,
+        mut work: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        let began = Instant::now();
+        loop {
+            match work() {
+                Err(error @ Error::Unavailable { .. }) if began.elapsed() < patience => {
+                    tracing::warn!(%error, job = %self.hold.lease.id, "waiting for a store");
+                    std::thread::sleep(STORE_RETRY);
+                    self.check_cancelled()?;
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Says what the work is made of, by digests. Before this nothing is restored or kept.

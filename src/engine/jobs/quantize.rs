@@ -6,7 +6,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use rayon::prelude::*;
 
-use super::progress::JobReporter;
+use super::progress::{JobReporter, START};
 use super::runner::{JobRunner, RunnerParts};
 use super::{Afterwards, ImageChoice, JobOutput, QuantizeJob};
 use crate::artifact::Artifact;
@@ -15,26 +15,25 @@ use crate::calib::Progress as _;
 use crate::data::{DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
 use crate::engine::pipeline::{self, CalibrationImages};
 use crate::engine::registry::ModelView;
-use crate::engine::resources::{DatasetLook, Resources};
+use crate::engine::resources::{DatasetLook, GoingOn, Resources};
 use crate::error::{Error, Result};
 use crate::model::Preprocessing;
 
-/// Pause before a store that could not be reached is tried again.
-const STORE_RETRY: Duration = Duration::from_secs(2);
 /// Most images that one calibration may ask for; their pixels are held in memory.
 const MAX_IMAGES: usize = 4096;
 
-/// Checks what a request names, without opening the checkpoint's weights. Blocking.
+/// Checks what a request names, without opening the checkpoint's weights; the request with the
+/// checkpoint pinned. Blocking.
 ///
 /// # Errors
 /// `InvalidArgument`, `NotFound`, `AlreadyExists`.
-pub(super) fn check(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
+pub(super) fn check(parts: &RunnerParts, mut job: QuantizeJob) -> Result<QuantizeJob> {
     pipeline::validate(&job.request)?;
-    parts.resources.check_checkpoint(&job.checkpoint, "checkpoint")?;
-    check_images(parts, job)?;
+    job.pinned = parts.resources.check_checkpoint(&job.checkpoint, "checkpoint")?;
+    check_images(parts, &job)?;
     match parts.registry.get(&job.model) {
         Ok(_) => Err(Error::AlreadyExists { kind: "model", name: job.model.to_string() }),
-        Err(_) => Ok(()),
+        Err(_) => Ok(job),
     }
 }
 
@@ -49,7 +48,9 @@ pub(super) fn run(
 ) -> Result<JobOutput> {
     let RunnerParts { registry, resources, limits, device, .. } = &runner.parts;
     reporter.stage("load");
-    let checkpoint = resources.open_checkpoint(&job.checkpoint, "checkpoint")?;
+    let going_on = || reporter.check_cancelled();
+    let checkpoint = reporter
+        .wait_for(START, || resources.open_checkpoint(job.source(), "checkpoint", &going_on))?;
     reporter.check_cancelled()?;
 
     reporter.stage("images");
@@ -57,7 +58,8 @@ pub(super) fn run(
     let pixels = match &job.images {
         ImageChoice::Inline { contents, .. } => decode_all(contents, how, limits)?,
         ImageChoice::Drawn { .. } | ImageChoice::Listed { .. } => {
-            load_pixels(&samples(resources, job)?, how, limits)?
+            let samples = reporter.wait_for(START, || samples(resources, job, &going_on))?;
+            load_pixels(&samples, how, limits)?
         }
     };
     let images = CalibrationImages::from_pixels(&pixels)?;
@@ -70,7 +72,7 @@ pub(super) fn run(
     reporter.stage("store");
     let origin = RecordOrigin {
         id: job.model.to_string(),
-        checkpoint: job.checkpoint.clone(),
+        checkpoint: job.source().to_owned(),
         labels: job.labels.clone(),
         created_ms: Timestamp::now().as_millisecond(),
         calibration_seconds: quantized.calibration_seconds,
@@ -96,18 +98,11 @@ fn publish(
 ) -> Result<ModelView> {
     let registry = &runner.parts.registry;
     let bytes = Bytes::from(artifact.to_bytes()?);
-    loop {
+    reporter.wait_for(Duration::MAX, || {
         let (origin, header) = (origin.clone(), artifact.header.clone());
         let published = registry.publish(origin, header, bytes.clone(), reporter.lease());
-        match runner.runtime.block_on(published) {
-            Err(error @ Error::Unavailable { .. }) => {
-                tracing::warn!(%error, "the new model cannot be stored yet");
-                std::thread::sleep(STORE_RETRY);
-                reporter.check_cancelled()?;
-            }
-            published => return published,
-        }
-    }
+        runner.runtime.block_on(published)
+    })
 }
 
 fn check_count(count: usize, field: &str) -> Result<()> {
@@ -143,8 +138,8 @@ fn check_images(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
     }
 }
 
-fn samples(resources: &Resources, job: &QuantizeJob) -> Result<Vec<Sample>> {
-    let open = |name: &str| resources.open_dataset(name, "dataset.name");
+fn samples(resources: &Resources, job: &QuantizeJob, going_on: GoingOn<'_>) -> Result<Vec<Sample>> {
+    let open = |name: &str| resources.open_dataset(name, "dataset.name", going_on);
     match &job.images {
         ImageChoice::Drawn { dataset, count } => {
             open(dataset)?.subset(*count, job.request.seed, "dataset.count")

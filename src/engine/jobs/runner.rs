@@ -108,17 +108,20 @@ impl JobRunner {
         &self.parts.registry
     }
 
-    /// Checks a request as [`JobRunner::submit`] does, and does nothing else.
+    /// Checks a request as [`JobRunner::submit`] does, and does nothing else; the request with its
+    /// names pinned.
     ///
     /// # Errors
     /// As [`JobRunner::submit`].
-    pub async fn check(self: &Arc<Self>, spec: &JobSpec) -> Result<()> {
+    pub async fn check(self: &Arc<Self>, spec: JobSpec) -> Result<JobSpec> {
         // A model that another server made or deleted a moment ago counts, too.
         self.parts.registry.refresh().await?;
-        let (runner, spec) = (Arc::clone(self), spec.clone());
-        blocking(move || match &spec {
-            JobSpec::Quantize(job) => quantize::check(&runner.parts, job),
-            JobSpec::Evaluate(job) => evaluate::check(&runner.parts, job),
+        let runner = Arc::clone(self);
+        blocking(move || match spec {
+            JobSpec::Quantize(job) => quantize::check(&runner.parts, job).map(JobSpec::Quantize),
+            JobSpec::Evaluate(job) => {
+                evaluate::check(&runner.parts, &job).map(|()| JobSpec::Evaluate(job))
+            }
         })
         .await
     }
@@ -128,7 +131,7 @@ impl JobRunner {
     /// # Errors
     /// `Draining`; `InvalidArgument` and `NotFound` for what the request names; `AlreadyExists`
     /// when the model id is taken; `Overloaded` when too many jobs wait.
-    pub async fn submit(self: &Arc<Self>, job: NewJob) -> Result<Submitted> {
+    pub async fn submit(self: &Arc<Self>, mut job: NewJob) -> Result<Submitted> {
         if self.stop.is_cancelled() {
             return Err(Error::Draining);
         }
@@ -139,7 +142,7 @@ impl JobRunner {
         {
             return Ok(Submitted { id, novelty: Novelty::Replayed });
         }
-        self.check(&job.spec).await?;
+        job.spec = self.check(job.spec).await?;
         let submitted = self.parts.store.submit(&job).await?;
         self.wake.notify_one();
         Ok(submitted)

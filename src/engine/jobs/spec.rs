@@ -28,6 +28,10 @@ pub struct QuantizeJob {
     pub model: ModelId,
     /// Name of the checkpoint.
     pub checkpoint: String,
+    /// The name under which that checkpoint stays the same, if it is another one: a branch of the
+    /// hub moves, a commit does not. Found when the job is accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pinned: Option<String>,
     /// Method, options, bits, policy, seed.
     pub request: QuantizeSpec,
     /// Which images calibrate it.
@@ -96,6 +100,13 @@ pub struct EvaluateJob {
     pub seed: u64,
 }
 
+impl QuantizeJob {
+    /// Name of the checkpoint to open.
+    pub fn source(&self) -> &str {
+        self.pinned.as_deref().unwrap_or(&self.checkpoint)
+    }
+}
+
 impl JobSpec {
     /// `quantize` or `evaluate`.
     pub fn kind(&self) -> &'static str {
@@ -135,12 +146,18 @@ impl JobSpec {
         kind == ResourceKind::Dataset && dataset.is_some_and(|dataset| dataset == name)
     }
 
-    /// Equal for equal requests.
+    /// Equal for equal requests, whatever the names in them stood for by the time of each.
     ///
     /// # Errors
     /// `Internal` when the request cannot be written as JSON.
     pub fn fingerprint(&self) -> Result<String> {
-        let json = serde_json::to_vec(self)
+        let unpinned = match self {
+            Self::Quantize(job) if job.pinned.is_some() => {
+                &Self::Quantize(QuantizeJob { pinned: None, ..job.clone() })
+            }
+            Self::Quantize(_) | Self::Evaluate(_) => self,
+        };
+        let json = serde_json::to_vec(unpinned)
             .map_err(|error| Error::internal(format!("job as JSON: {error}")))?;
         Ok(sha256_hex(&json))
     }

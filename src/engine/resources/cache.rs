@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 
+use super::GoingOn;
 use super::table::Part;
 use crate::artifact::store::ArtifactStore;
 use crate::digest::hex;
@@ -97,12 +98,14 @@ impl Cache {
     /// Copies the parts from the store, verified one by one. Blocking; not for async threads.
     ///
     /// # Errors
-    /// `CorruptArtifact` or `NotFound` for a damaged or missing part; `Unavailable`; `Io`.
+    /// `CorruptArtifact` or `NotFound` for a damaged or missing part; `Unavailable`; `Io`; what
+    /// `going_on` gives.
     pub(super) fn draft(
         &self,
         blueprint: &Blueprint<'_>,
         store: &dyn ArtifactStore,
         runtime: &Handle,
+        going_on: GoingOn<'_>,
     ) -> Result<Draft> {
         let folder = fs::create_dir_all(&self.folder)
             .and_then(|()| tempfile::Builder::new().prefix(COPYING).tempdir_in(&self.folder))
@@ -116,6 +119,7 @@ impl Cache {
         let mut file = File::create(&path).map_err(failed)?;
         let mut hash = Sha256::new();
         for part in blueprint.parts {
+            going_on()?;
             let bytes = runtime.block_on(store.get(&part.digest))?;
             hash.update(&bytes);
             file.write_all(&bytes).map_err(failed)?;
@@ -259,7 +263,7 @@ mod tests {
 
         fn draft(&self, cache: &Cache, parts: &[Part]) -> Result<Draft> {
             let blueprint = Blueprint { parts, file: "content", beside: &[("note", "text")] };
-            cache.draft(&blueprint, &self.store, self.runtime.handle())
+            cache.draft(&blueprint, &self.store, self.runtime.handle(), &|| Ok(()))
         }
     }
 

@@ -1,6 +1,8 @@
-//! Checkpoints and data sets: those in the server's folders and those that clients bring.
+//! Checkpoints and data sets: those in the server's folders, those that clients bring, and those of
+//! the hub.
 
 mod cache;
+mod hub;
 mod receive;
 mod table;
 
@@ -25,8 +27,10 @@ use crate::error::{Error, Result};
 use crate::model::Checkpoint;
 
 use cache::{Blueprint, Cache, Copy, Draft};
+use hub::{Hub, HubName, Pinned};
 use table::{Part, UploadTable};
 
+pub use hub::HubOwners;
 pub use receive::Receiver;
 pub use table::{Announced, Content, Summary, Upload};
 
@@ -72,6 +76,8 @@ impl ResourceKind {
     }
 }
 
+/// Where the hub's files lie in the cache; the dot keeps them apart from the copies of uploads.
+const HUB_FOLDER: &str = ".hub";
 /// Name of an uploaded data set's file in the folder of its copy.
 const DATASET_FILE: &str = "dataset.tar";
 
@@ -124,6 +130,8 @@ pub enum Origin {
         /// When the upload began.
         created: Timestamp,
     },
+    /// It is the hub's; its name has the commit.
+    Hub,
 }
 
 /// One page of a list.
@@ -154,6 +162,8 @@ pub struct ResourceParts {
     pub cache_bytes: u64,
     /// Bytes that all uploads together may have.
     pub upload_quota: u64,
+    /// Whose checkpoints of the hub may be used; without, nobody's.
+    pub hub: Option<HubOwners>,
     /// What is accepted as an image.
     pub limits: DecodeLimits,
 }
@@ -167,6 +177,7 @@ pub struct Resources {
     artifacts: Arc<dyn ArtifactStore>,
     garbage: Garbage,
     cache: Cache,
+    hub: Option<Hub>,
     limits: DecodeLimits,
     receivers: Arc<Semaphore>,
     runtime: Handle,
@@ -176,7 +187,7 @@ impl Resources {
     /// Opens the folders; `runtime` is used by the blocking methods. Blocking.
     ///
     /// # Errors
-    /// `Io` when a folder cannot be used.
+    /// `Io` when a folder cannot be used; `InvalidArgument` on `hub` when it cannot be used.
     pub fn open(parts: ResourceParts, runtime: Handle) -> Result<Self> {
         let ResourceParts {
             checkpoints,
@@ -187,8 +198,11 @@ impl Resources {
             cache,
             cache_bytes,
             upload_quota,
+            hub,
             limits,
         } = parts;
+        let hub = hub
+            .map(|owners| Hub::open(owners, &cache.join(HUB_FOLDER), cache_bytes, runtime.clone()));
         let open = |root: Option<PathBuf>, kind: ResourceKind, accepts| {
             NamedFolder::open(root.as_deref(), kind.name(), accepts)
         };
@@ -199,6 +213,7 @@ impl Resources {
             artifacts,
             garbage,
             cache: Cache::new(cache, cache_bytes),
+            hub: hub.transpose()?,
             limits,
             receivers: Arc::new(Semaphore::new(MAX_RECEIVERS)),
             runtime,
@@ -239,11 +254,21 @@ impl Resources {
         .await
     }
 
-    /// One checkpoint.
+    /// One checkpoint; of the hub, what the name stands for now.
     ///
     /// # Errors
-    /// `InvalidArgument` on `name`; `NotFound`; `Unavailable`.
-    pub async fn checkpoint(&self, name: &str) -> Result<CheckpointInfo> {
+    /// `InvalidArgument` on `name`; `NotFound`; `Unavailable`; for the hub's also
+    /// `FailedPrecondition` without the right to use it.
+    pub async fn checkpoint(self: &Arc<Self>, name: &str) -> Result<CheckpointInfo> {
+        if let Some(name) = HubName::parse(name, "name")? {
+            let resources = Arc::clone(self);
+            return blocking(move || {
+                let Pinned { name, config, bytes } = resources.hub()?.pin(&name, "name")?;
+                let architecture = architecture(&config).unwrap_or_default();
+                Ok(CheckpointInfo { name, architecture, bytes, origin: Origin::Hub })
+            })
+            .await;
+        }
         let (folder, owned) = (self.checkpoints.clone(), name.to_owned());
         match blocking(move || folder.resolve(&owned, "name").map(|_| checkpoint(&folder, owned)))
             .await
@@ -275,26 +300,39 @@ impl Resources {
         }
     }
 
-    /// Checks that a checkpoint exists, without opening its weights. Blocking; not for async
-    /// threads.
+    /// Checks that a checkpoint exists, without opening its weights; the name under which it will
+    /// stay the same, if that is another one. Blocking; not for async threads.
     ///
     /// # Errors
-    /// `InvalidArgument` on `field`; `NotFound`; `Unavailable`.
-    pub fn check_checkpoint(&self, name: &str, field: &str) -> Result<()> {
+    /// As [`Resources::checkpoint`], with `InvalidArgument` on `field`.
+    pub fn check_checkpoint(&self, name: &str, field: &str) -> Result<Option<String>> {
+        if let Some(name) = HubName::parse(name, field)? {
+            return Ok(Some(self.hub()?.pin(&name, field)?.name));
+        }
         match self.checkpoints.resolve(name, field) {
-            Ok(path) if path.join("config.json").is_file() => Ok(()),
+            Ok(path) if path.join("config.json").is_file() => Ok(None),
             Ok(_) | Err(Error::NotFound { .. }) => {
-                self.uploaded(ResourceKind::Checkpoint, name).map(drop)
+                self.uploaded(ResourceKind::Checkpoint, name).map(|_| None)
             }
             Err(error) => Err(error),
         }
     }
 
-    /// Opens a checkpoint. Blocking, for long where it must be fetched; not for async threads.
+    /// Opens a checkpoint. Blocking, for long where it must be fetched, which ends with the error
+    /// that `going_on` gives; not for async threads.
     ///
     /// # Errors
     /// As [`Resources::check_checkpoint`] and [`Checkpoint::open`]; `CorruptArtifact`.
-    pub fn open_checkpoint(&self, name: &str, field: &str) -> Result<Checkpoint> {
+    pub fn open_checkpoint(
+        &self,
+        name: &str,
+        field: &str,
+        going_on: GoingOn<'_>,
+    ) -> Result<Checkpoint> {
+        if let Some(hub_name) = HubName::parse(name, field)? {
+            let hub = self.hub()?;
+            return self.cache.one_at_a_time(name, || hub.checkpoint(&hub_name, field, going_on));
+        }
         match self.checkpoints.resolve(name, field) {
             Ok(path) if path.join("config.json").is_file() => return Checkpoint::open(&path),
             Ok(_) | Err(Error::NotFound { .. }) => {}
@@ -306,7 +344,7 @@ impl Resources {
             Some(Summary::Dataset { .. }) | None => "",
         };
         let open = || -> Result<(Checkpoint, Copy)> {
-            let copy = self.copy(&upload)?;
+            let copy = self.copy(&upload, going_on)?;
             Ok((Checkpoint::open(&copy.folder)?, copy))
         };
         match open() {
@@ -342,11 +380,12 @@ impl Resources {
         }
     }
 
-    /// Opens a data set. Blocking, for long where it must be fetched; not for async threads.
+    /// Opens a data set. Blocking, for long where it must be fetched, which ends with the error that
+    /// `going_on` gives; not for async threads.
     ///
     /// # Errors
     /// As [`Resources::look_at_dataset`]; `CorruptArtifact`.
-    pub fn open_dataset(&self, name: &str, field: &str) -> Result<Dataset> {
+    pub fn open_dataset(&self, name: &str, field: &str, going_on: GoingOn<'_>) -> Result<Dataset> {
         match self.datasets.resolve(name, field) {
             Ok(path) => return Dataset::open(&path, field),
             Err(Error::NotFound { .. }) => {}
@@ -354,7 +393,7 @@ impl Resources {
         }
         let upload = self.uploaded(ResourceKind::Dataset, name)?;
         // The opened set holds its file, whatever becomes of the copy's name.
-        let copy = self.copy(&upload)?;
+        let copy = self.copy(&upload, going_on)?;
         Dataset::open(&ResourceKind::Dataset.file_in(&copy.folder), field)
     }
 
@@ -371,14 +410,9 @@ impl Resources {
             let reason = format!("{MAX_RECEIVERS} uploads are coming already");
             Error::Overloaded { reason, retry_after: RETRY_AFTER }
         })?;
-        let folder = match announced.kind {
-            ResourceKind::Checkpoint => self.checkpoints.clone(),
-            ResourceKind::Dataset => self.datasets.clone(),
-        };
-        let (kind, name) = (announced.kind, announced.name.clone());
-        let in_folder = blocking(move || Ok(folder.resolve(&name, "header.name").is_ok())).await?;
-        if in_folder {
-            return Err(Error::AlreadyExists { kind: kind.name(), name: announced.name });
+        if self.is_in_folder(announced.kind, &announced.name).await? {
+            let Announced { kind, name, .. } = announced;
+            return Err(Error::AlreadyExists { kind: kind.name(), name });
         }
         let claimed = self.table.begin(&announced).await?;
         Receiver::new(Arc::clone(self), claimed, offset, permit)
@@ -413,11 +447,7 @@ impl Resources {
                 Ok(())
             }
             Err(error @ Error::NotFound { .. }) => {
-                let found = match kind {
-                    ResourceKind::Checkpoint => self.checkpoint(name).await.map(drop),
-                    ResourceKind::Dataset => self.dataset(name).await.map(drop),
-                };
-                if found.is_err() {
+                if !self.is_in_folder(kind, name).await? {
                     return Err(error);
                 }
                 let reason =
@@ -436,6 +466,15 @@ impl Resources {
         self.table.expire(idle).await
     }
 
+    async fn is_in_folder(&self, kind: ResourceKind, name: &str) -> Result<bool> {
+        let folder = match kind {
+            ResourceKind::Checkpoint => self.checkpoints.clone(),
+            ResourceKind::Dataset => self.datasets.clone(),
+        };
+        let name = name.to_owned();
+        blocking(move || Ok(folder.resolve(&name, "name").is_ok())).await
+    }
+
     /// An upload that is whole.
     fn uploaded(&self, kind: ResourceKind, name: &str) -> Result<Upload> {
         let upload = self.runtime.block_on(self.table.find(kind, name))?;
@@ -446,13 +485,13 @@ impl Resources {
     }
 
     /// The local copy of a whole upload; made if there is none.
-    fn copy(&self, upload: &Upload) -> Result<Copy> {
+    fn copy(&self, upload: &Upload, going_on: GoingOn<'_>) -> Result<Copy> {
         self.cache.one_at_a_time(&upload.id, || {
             if let Some(copy) = self.cache.find(&upload.id) {
                 return Ok(copy);
             }
             let parts = self.runtime.block_on(self.table.parts(&upload.id))?;
-            let draft = self.draft(upload, &parts)?;
+            let draft = self.draft(upload, &parts, going_on)?;
             let expected = match (&upload.announced.content, &upload.summary) {
                 (Content::File { sha256, .. }, _) => Some(sha256),
                 (Content::Images(_), Some(Summary::Dataset { digest, .. })) => Some(digest),
@@ -466,7 +505,12 @@ impl Resources {
         })
     }
 
-    fn draft(&self, upload: &Upload, parts: &[Part]) -> Result<Draft> {
+    fn hub(&self) -> Result<&Hub> {
+        let reason = || "this server takes no checkpoints of the hub".to_owned();
+        self.hub.as_ref().ok_or_else(|| Error::FailedPrecondition { reason: reason() })
+    }
+
+    fn draft(&self, upload: &Upload, parts: &[Part], going_on: GoingOn<'_>) -> Result<Draft> {
         let blueprint = match upload.announced.kind {
             ResourceKind::Checkpoint => Blueprint {
                 parts,
@@ -475,9 +519,12 @@ impl Resources {
             },
             ResourceKind::Dataset => Blueprint { parts, file: DATASET_FILE, beside: &[] },
         };
-        self.cache.draft(&blueprint, &*self.artifacts, &self.runtime)
+        self.cache.draft(&blueprint, &*self.artifacts, &self.runtime, going_on)
     }
 }
+
+/// Whether whoever waits for something still wants it: asked now and then, its error ends the wait.
+pub type GoingOn<'a> = &'a dyn Fn() -> Result<()>;
 
 /// A data set as far as it can be seen without fetching it.
 #[derive(Debug)]
