@@ -29,7 +29,12 @@ fn job(number: usize) -> NewJob {
     let model = ModelId::parse(&format!("m{number}"), "model").unwrap();
     let spec = EvaluateJob { model, dataset: "d".into(), limit: None, seed: 0 };
     let request_id = Some(format!("r{number}"));
-    NewJob { spec: JobSpec::Evaluate(spec), request_id, priority: 0 }
+    NewJob {
+        spec: JobSpec::Evaluate(spec),
+        request_id,
+        priority: 0,
+        principal: "somebody".to_owned(),
+    }
 }
 
 /// Times a call, made by several tasks over and over; calls per second.
@@ -59,7 +64,8 @@ where
 }
 
 async fn measure(name: &str, database: Database) {
-    let limits = JobLimits { queued: usize::MAX, ..JobLimits::default() };
+    let limits =
+        JobLimits { queued: usize::MAX, per_principal: usize::MAX, ..JobLimits::default() };
     let store = Arc::new(JobStore::new(database, limits));
     let submits = {
         let store = Arc::clone(&store);

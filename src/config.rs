@@ -102,6 +102,11 @@ pub struct ProcessConfig {
     #[arg(long, env = "VITQ_MAX_QUEUED_JOBS", default_value_t = 64, value_name = "JOBS",
           value_parser = at_least_one)]
     pub max_queued_jobs: usize,
+    /// Jobs of one client that may wait or run; more are refused with RESOURCE_EXHAUSTED. Clients are
+    /// told apart by their addresses.
+    #[arg(long, env = "VITQ_MAX_JOBS_PER_CLIENT", default_value_t = 64, value_name = "JOBS",
+          value_parser = at_least_one)]
+    pub max_jobs_per_client: usize,
     /// Crashes of a worker after which the job that it ran counts as failed.
     #[arg(long, env = "VITQ_JOB_ATTEMPTS", default_value_t = 3, value_name = "N",
           value_parser = clap::value_parser!(u32).range(1..))]
@@ -180,6 +185,7 @@ impl ProcessConfig {
             workers,
             jobs: JobLimits {
                 queued: self.max_queued_jobs,
+                per_principal: self.max_jobs_per_client,
                 attempts: self.job_attempts,
                 lease: self.job_lease,
                 keep: DAY * self.job_retention_days,

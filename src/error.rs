@@ -52,6 +52,8 @@ pub enum Error {
     /// A quota is used up; somebody has to make room.
     #[error("{reason}")]
     QuotaExceeded {
+        /// Whose quota: `uploads`, `client:ADDRESS`.
+        subject: String,
         /// Which quota, and by how much.
         reason: String,
     },
@@ -150,7 +152,9 @@ impl Error {
             Self::Overloaded { reason, retry_after } => {
                 Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
             }
-            Self::QuotaExceeded { reason } => Self::QuotaExceeded { reason: reason.clone() },
+            Self::QuotaExceeded { subject, reason } => {
+                Self::QuotaExceeded { subject: subject.clone(), reason: reason.clone() }
+            }
             Self::Cancelled => Self::Cancelled,
             Self::Deadline => Self::Deadline,
             Self::Draining => Self::Draining,

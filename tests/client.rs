@@ -2,41 +2,36 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
+use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
+use vitq::digest::sha256_hex;
 
 const FAILED: i32 = 1;
 
 struct Server {
     process: Child,
     url: String,
-    _data: TempDir,
+    data: TempDir,
 }
 
 impl Server {
     fn start() -> Self {
         let data = tempfile::tempdir().unwrap();
-        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
-        let mut process = Command::new(env!("CARGO_BIN_EXE_vitq"))
-            .args(["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0"])
-            .args(["--device", "cpu", "--log", "error", "--data-dir"])
-            .arg(data.path())
-            .arg("--checkpoints")
-            .arg(demo.join("checkpoints"))
-            .arg("--datasets")
-            .arg(demo.join("datasets"))
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("the binary starts");
-        let mut line = String::new();
-        let stdout = process.stdout.take().expect("stdout is piped");
-        BufReader::new(stdout).read_line(&mut line).unwrap();
-        let url = line.trim().strip_prefix("listening on ").expect("an address").to_owned();
-        Self { process, url, _data: data }
+        let (process, url) = serve(&data, "127.0.0.1:0");
+        Self { process, url, data }
+    }
+
+    /// Kills the process, without a chance to say goodbye, and starts another one in its place.
+    fn crash(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+        let address = self.url.strip_prefix("http://").unwrap();
+        (self.process, _) = serve(&self.data, address);
     }
 
     fn command(&self, args: &[&str]) -> Command {
@@ -54,6 +49,29 @@ impl Server {
         assert!(output.status.success(), "{args:?}: {}", stderr(&output));
         serde_json::from_slice(&output.stdout).expect("stdout is JSON")
     }
+}
+
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo")
+}
+
+fn serve(data: &TempDir, address: &str) -> (Child, String) {
+    let mut process = Command::new(env!("CARGO_BIN_EXE_vitq"))
+        .args(["serve", "--listen", address, "--ops-listen", "127.0.0.1:0"])
+        .args(["--device", "cpu", "--log", "error", "--data-dir"])
+        .arg(data.path())
+        .arg("--checkpoints")
+        .arg(demo().join("checkpoints"))
+        .arg("--datasets")
+        .arg(demo().join("datasets"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the binary starts");
+    let mut line = String::new();
+    let stdout = process.stdout.take().expect("stdout is piped");
+    BufReader::new(stdout).read_line(&mut line).unwrap();
+    let url = line.trim().strip_prefix("listening on ").expect("an address").to_owned();
+    (process, url)
 }
 
 impl Drop for Server {
@@ -104,9 +122,8 @@ fn a_model_is_made_used_and_removed() {
     assert_eq!(evaluated["images"], 20);
     assert!(evaluated["agreement"].is_number());
 
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
-    let image = demo.join("datasets/digits/val/0/0000.png");
-    let notes = demo.join("README.md");
+    let image = demo().join("datasets/digits/val/0/0000.png");
+    let notes = demo().join("README.md");
     let images = [image.to_str().unwrap(), notes.to_str().unwrap()];
     let output = server.run(&["classify", "--model", "tiny", "--json", images[0], images[1]]);
     assert_eq!(output.status.code(), Some(FAILED));
@@ -169,6 +186,73 @@ fn ctrl_c_leaves_the_job_and_says_how_to_cancel_it() {
     assert_eq!(output.status.code(), Some(FAILED));
     assert!(stderr(&output).contains("CANCELLED"), "{}", stderr(&output));
     assert_eq!(server.json(&["jobs", "get", &job])["state"], "cancelled");
+}
+
+#[test]
+fn what_is_brought_can_be_used_until_it_is_deleted() {
+    let server = Server::start();
+    let (checkpoint, dataset) =
+        (demo().join("checkpoints/digits-vit"), demo().join("datasets/digits/calib"));
+    let upload =
+        ["checkpoints", "upload", checkpoint.to_str().unwrap(), "--name", "mine/digits-vit"];
+    let brought = server.json(&upload);
+    assert_eq!((&brought["name"], &brought["uploaded"]), (&"mine/digits-vit".into(), &true.into()));
+    assert_eq!(server.json(&upload), brought, "bringing it again changes nothing");
+    let set = server.json(&["datasets", "upload", dataset.to_str().unwrap(), "--name", "set"]);
+    assert_eq!(set["images"], 256);
+    assert_eq!(server.json(&["datasets", "get", "set"])["classes"].as_array().unwrap().len(), 10);
+    let listed = server.json(&["checkpoints", "list"]);
+    let names: Vec<_> = listed.as_array().unwrap().iter().map(|c| c["name"].clone()).collect();
+    assert_eq!(names, ["digits-swin", "digits-vit", "mine/digits-vit"]);
+
+    let mut args = quantize("tiny", "minmax", "4");
+    (args[2], args[8]) = ("mine/digits-vit", "set");
+    let made = server.json(&args);
+    assert_eq!(made["model"]["source_digest"], brought["digest"]);
+
+    let output = server.run(&["datasets", "delete", "digits/val"]);
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("not an upload"), "{}", stderr(&output));
+    server.json(&["datasets", "delete", "set"]);
+    server.json(&["checkpoints", "delete", "mine/digits-vit"]);
+    assert_eq!(server.json(&["checkpoints", "list"]).as_array().unwrap().len(), 2);
+    assert_eq!(server.json(&["models", "get", "tiny"])["model"]["id"], "tiny");
+    let output = server.run(&["checkpoints", "upload", dataset.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("config.json"), "{}", stderr(&output));
+}
+
+#[test]
+fn an_upload_goes_on_when_its_server_is_killed_and_started_again() {
+    let mut server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("small");
+    let made = ["generate", "--architecture", "vit_small", "--out", folder.to_str().unwrap()];
+    server.json(&made);
+    let mut client = server
+        .command(&["checkpoints", "upload", folder.to_str().unwrap()])
+        .stderr(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(client.stderr.take().unwrap()).lines();
+    let (mut seen, mut crashed) = (Vec::new(), false);
+    for line in lines.map(Result::unwrap) {
+        // Of 88 MB more than a stored part has come by then.
+        let bytes =
+            line.strip_prefix("upload ").and_then(|rest| rest.split('/').next()?.parse().ok());
+        if !crashed && bytes.is_some_and(|bytes: u64| bytes > 40_000_000) {
+            server.crash();
+            crashed = true;
+        }
+        seen.push(line);
+    }
+    assert!(client.wait().unwrap().success(), "{seen:?}");
+    assert!(crashed && seen.iter().any(|line| line.starts_with("retry")), "{seen:?}");
+    let brought = server.json(&["checkpoints", "get", "small"]);
+    let mut files = fs::read(folder.join("config.json")).unwrap();
+    files.extend(fs::read(folder.join("model.safetensors")).unwrap());
+    assert_eq!(brought["digest"], sha256_hex(&files));
 }
 
 #[test]

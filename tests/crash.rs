@@ -10,28 +10,46 @@ mod postgres;
 mod program;
 mod s3;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use bytes::Bytes;
 use program::{Process, Program, Stores};
+use sha2::{Digest as _, Sha256};
 use tokio_stream::StreamExt as _;
+use tonic::Code;
 use vitq::artifact::store::{ArtifactStore, LocalArtifactStore, RemoteArtifactStore};
+use vitq::digest::{hex, sha256_hex};
+use vitq::grpc::proto::checkpoint_service_client::CheckpointServiceClient;
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::longrunning::{ListOperationsRequest, WaitOperationRequest};
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
+use vitq::grpc::proto::quantize_event::Event;
 use vitq::grpc::proto::quantize_request::Calibration;
+use vitq::grpc::proto::upload_request::Part;
+use vitq::grpc::proto::upload_service_client::UploadServiceClient;
 use vitq::grpc::proto::{
-    CalibrationDataset, ClassifyRequest, Image, JobMetadata, JobState, ListModelsRequest,
-    QuantizeRequest,
+    CalibrationDataset, ClassifyRequest, GetUploadRequest, Image, JobMetadata, JobState,
+    ListCheckpointsRequest, ListModelsRequest, QuantizeRequest, Upload, UploadHeader, UploadKind,
+    UploadRequest,
 };
+use vitq::model::generated::{GeneratedOptions, generate};
 
-/// Submits job `number`; its operation, if the server lived long enough to answer.
-async fn submit(program: &Program, number: u64) -> Option<String> {
-    let request = QuantizeRequest {
+/// Whether a part, and not all, of an upload has come.
+async fn is_half_here(program: &Program, number: u64) -> bool {
+    let name = format!("brought/{number}");
+    let request = GetUploadRequest { kind: UploadKind::Checkpoint.into(), name };
+    let mut client = UploadServiceClient::new(program.channel.clone());
+    let upload = client.get_upload(request).await.map(|answer| answer.into_inner().upload.unwrap());
+    upload.is_ok_and(|upload| !upload.complete && upload.received_bytes > 0)
+}
+
+fn request(number: u64) -> QuantizeRequest {
+    QuantizeRequest {
         checkpoint: "digits-vit".to_owned(),
         method: "minmax".to_owned(),
         weight_bits: 4,
@@ -44,11 +62,88 @@ async fn submit(program: &Program, number: u64) -> Option<String> {
         model_id: format!("m{number}"),
         request_id: format!("request-{number}"),
         ..QuantizeRequest::default()
-    };
+    }
+}
+
+/// Submits job `number`; its operation, if the server lived long enough to answer.
+async fn submit(program: &Program, number: u64) -> Option<String> {
     let mut client = QuantizationServiceClient::new(program.channel.clone());
-    let mut events = client.quantize(request).await.ok()?.into_inner();
+    let mut events = client.quantize(request(number)).await.ok()?.into_inner();
     Some(events.next().await?.ok()?.operation)
 }
+
+/// A checkpoint that clients bring.
+struct Brought {
+    config: String,
+    weights: Vec<u8>,
+}
+
+impl Brought {
+    /// Large enough for several stored parts.
+    fn new() -> Self {
+        let checkpoint = generate("vit_tiny", GeneratedOptions::default()).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        checkpoint.save(folder.path()).unwrap();
+        Self {
+            config: fs::read_to_string(folder.path().join("config.json")).unwrap(),
+            weights: fs::read(folder.path().join("model.safetensors")).unwrap(),
+        }
+    }
+
+    /// The weights of upload `number`: the last stored part is its own, the others are those of all.
+    fn weights(&self, number: u64) -> Bytes {
+        let mut bytes = self.weights.clone();
+        let last = bytes.len() - 4;
+        bytes[last..last + 2].copy_from_slice(&number.to_le_bytes()[..2]);
+        bytes.into()
+    }
+
+    /// What the server tells of upload `number` once it is complete.
+    fn digest(&self, number: u64) -> String {
+        let mut hash = Sha256::new();
+        hash.update(&self.config);
+        hash.update(self.weights(number));
+        hex(&hash.finalize())
+    }
+
+    /// Brings upload `number`, or what is missing of it, if the server lives long enough.
+    async fn send(&self, program: &Program, number: u64) -> Option<Upload> {
+        let mut client = UploadServiceClient::new(program.channel.clone());
+        let (kind, name) = (UploadKind::Checkpoint.into(), format!("brought/{number}"));
+        let known = client.get_upload(GetUploadRequest { kind, name: name.clone() }).await;
+        let offset = match known {
+            Ok(known) => {
+                let upload = known.into_inner().upload.unwrap();
+                if upload.complete {
+                    return Some(upload);
+                }
+                upload.received_bytes
+            }
+            Err(status) if status.code() == Code::NotFound => 0,
+            Err(_) => return None,
+        };
+        let weights = self.weights(number);
+        let header = UploadHeader {
+            kind,
+            name,
+            config: self.config.clone(),
+            bytes: weights.len() as u64,
+            sha256: sha256_hex(&weights),
+            images: 0,
+            offset,
+        };
+        let rest = weights.slice(offset as usize..);
+        let chunks = (0..rest.len())
+            .step_by(CHUNK)
+            .map(move |start| Part::Chunk(rest.slice(start..rest.len().min(start + CHUNK))));
+        let parts = std::iter::once(Part::Header(header)).chain(chunks);
+        let messages = parts.map(|part| UploadRequest { part: Some(part) }).collect::<Vec<_>>();
+        client.upload(tokio_stream::iter(messages)).await.ok()?.into_inner().upload
+    }
+}
+
+/// Size of a message of an upload.
+const CHUNK: usize = 512 << 10;
 
 fn number(variable: &str, default: u64) -> u64 {
     std::env::var(variable).map_or(default, |text| text.parse().unwrap())
@@ -67,7 +162,7 @@ impl Moments {
 }
 
 /// Kills one of the servers and workers at a random moment, again and again, while clients submit
-/// jobs; then looks at what is left.
+/// jobs and bring checkpoints; then looks at what is left.
 async fn survives(
     stores: &Stores,
     (servers, workers): (usize, usize),
@@ -76,6 +171,7 @@ async fn survives(
     let crashes = number("CRASHES", 10);
     let mut moments = Moments(number("CRASH_SEED", 1));
     let mut accepted = BTreeSet::new();
+    let brought = Brought::new();
     let mut programs: Vec<Program> = Vec::new();
     let mut helpers: Vec<Process> = Vec::new();
     for crash in 0..crashes {
@@ -86,16 +182,25 @@ async fn survives(
             helpers.push(Process(stores.program("worker").spawn().unwrap()));
         }
         let moment = moments.next();
+        // Clients repeat what the last crash may have swallowed, then go on.
+        let numbers = || crash.saturating_sub(1)..=crash;
         let submitting = async {
-            // A client repeats what the last crash may have swallowed, then goes on.
-            for number in crash.saturating_sub(1)..=crash {
+            for number in numbers() {
                 if let Some(operation) = submit(&programs[0], number).await {
                     accepted.insert(operation);
                 }
             }
+        };
+        let bringing = async {
+            for number in numbers() {
+                brought.send(programs.last().unwrap(), number).await;
+            }
+        };
+        let busy = async {
+            tokio::join!(submitting, bringing);
             std::future::pending::<()>().await;
         };
-        let _ = tokio::time::timeout(moment, submitting).await;
+        let _ = tokio::time::timeout(moment, busy).await;
         // The one that took the jobs, or another.
         match moments.next().as_millis() as usize % (servers + workers) {
             server if server < servers => drop(programs.remove(server)),
@@ -106,9 +211,13 @@ async fn survives(
 
     drop((programs, helpers));
     let program = Program::start(stores).await;
+    let mut half = 0;
     for number in 0..crashes {
         accepted.insert(submit(&program, number).await.unwrap());
+        half += u64::from(is_half_here(&program, number).await);
+        assert!(brought.send(&program, number).await.unwrap().complete);
     }
+    println!("{half} uploads of {crashes} had got half way");
     assert_eq!(accepted.len() as u64, crashes, "one job for every request id");
     let mut operations = OperationsClient::new(program.channel.clone());
     let mut attempts = 0;
@@ -143,6 +252,25 @@ async fn survives(
         let request = ClassifyRequest { model: model.id.clone(), images, top_k: 1 };
         inference.classify(request).await.unwrap();
     }
+    // What was brought is what was sent, and can be used.
+    let list = ListCheckpointsRequest { page_size: 1000, ..Default::default() };
+    let mut checkpoints = CheckpointServiceClient::new(program.channel.clone());
+    let listed = checkpoints.list_checkpoints(list).await.unwrap().into_inner().checkpoints;
+    let uploaded: BTreeMap<_, _> =
+        listed.into_iter().filter(|c| c.uploaded).map(|c| (c.name, c.digest)).collect();
+    let expected: BTreeMap<_, _> =
+        (0..crashes).map(|number| (format!("brought/{number}"), brought.digest(number))).collect();
+    assert_eq!(uploaded, expected);
+    let used = QuantizeRequest {
+        checkpoint: format!("brought/{}", crashes - 1),
+        model_id: "used".to_owned(),
+        ..request(crashes + 1)
+    };
+    let mut client = QuantizationServiceClient::new(program.channel.clone());
+    let events = client.quantize(used).await.unwrap().into_inner();
+    let events = events.collect::<Result<Vec<_>, _>>().await.unwrap();
+    let Some(Event::Result(result)) = &events.last().unwrap().event else { panic!("{events:?}") };
+    assert_eq!(result.model.as_ref().unwrap().source_digest, brought.digest(crashes - 1));
     // Whatever carries a digest for a name has it.
     let stored = artifacts.older_than(Duration::ZERO).await.unwrap();
     assert!(stored.iter().any(|digest| digests.contains(digest.as_str())));
@@ -163,7 +291,10 @@ async fn a_killed_server_loses_no_job_and_leaves_no_broken_model() {
 #[tokio::test(flavor = "multi_thread")]
 async fn replicas_go_on_where_a_killed_one_stopped() {
     let s3 = s3::S3::start().await;
+    let cache = tempfile::tempdir().unwrap();
     let flags = [
+        "--cache-dir",
+        cache.path().to_str().unwrap(),
         "--database",
         &postgres::database().await,
         "--store",

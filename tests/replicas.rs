@@ -13,6 +13,8 @@ use std::time::Duration;
 use program::{Process, Program, Stores};
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
+use vitq::digest::sha256_hex;
+use vitq::grpc::proto::checkpoint_service_client::CheckpointServiceClient;
 use vitq::grpc::proto::evaluation_service_client::EvaluationServiceClient;
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::longrunning::CancelOperationRequest;
@@ -21,10 +23,13 @@ use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
 use vitq::grpc::proto::quantize_request::Calibration;
+use vitq::grpc::proto::upload_request::Part;
+use vitq::grpc::proto::upload_service_client::UploadServiceClient;
 use vitq::grpc::proto::{
-    CalibrationDataset, CalibrationImages, ClassifyRequest, ClassifyResponse, DeleteAliasRequest,
-    DeleteModelRequest, EvaluateRequest, Image, QuantizeEvent, QuantizeRequest, SetAliasRequest,
-    WatchRequest, evaluate_event,
+    CalibrationDataset, CalibrationImages, Checkpoint, ClassifyRequest, ClassifyResponse,
+    DeleteAliasRequest, DeleteCheckpointRequest, DeleteModelRequest, EvaluateRequest,
+    GetCheckpointRequest, Image, QuantizeEvent, QuantizeRequest, SetAliasRequest, UploadHeader,
+    UploadKind, UploadRequest, WatchRequest, evaluate_event,
 };
 
 /// The bytes of some validation images.
@@ -61,11 +66,36 @@ async fn watch(server: &Program, name: &str, after_sequence: u64) -> Vec<Quantiz
     events.collect::<Result<Vec<_>, _>>().await.unwrap()
 }
 
+/// Brings the demo's checkpoint to a server.
+async fn bring(server: &Program, name: &str) -> Checkpoint {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/checkpoints/digits-vit");
+    let weights = fs::read(folder.join("model.safetensors")).unwrap();
+    let header = UploadHeader {
+        kind: UploadKind::Checkpoint.into(),
+        name: name.to_owned(),
+        config: fs::read_to_string(folder.join("config.json")).unwrap(),
+        bytes: weights.len() as u64,
+        sha256: sha256_hex(&weights),
+        ..UploadHeader::default()
+    };
+    let chunks = weights.chunks(1 << 20).map(|chunk| Part::Chunk(chunk.to_vec().into()));
+    let parts = std::iter::once(Part::Header(header)).chain(chunks);
+    let messages = parts.map(|part| UploadRequest { part: Some(part) }).collect::<Vec<_>>();
+    let mut client = UploadServiceClient::new(server.channel.clone());
+    let answer = client.upload(tokio_stream::iter(messages)).await.unwrap().into_inner();
+    assert!(answer.upload.unwrap().complete);
+    let mut client = CheckpointServiceClient::new(server.channel.clone());
+    let request = GetCheckpointRequest { name: name.to_owned() };
+    client.get_checkpoint(request).await.unwrap().into_inner().checkpoint.unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn servers_and_workers_share_jobs_models_and_aliases() {
     let s3 = s3::S3::start().await;
     let (database, url) = (postgres::database().await, s3.url());
-    let flags = ["--database", database.as_str(), "--store", url.as_str()];
+    let cache = tempfile::tempdir().unwrap();
+    let cache = cache.path().to_str().unwrap();
+    let flags = ["--database", database.as_str(), "--store", url.as_str(), "--cache-dir", cache];
     let with = |more: &[&str]| {
         let flags = flags.iter().chain(&["--data-dir", "/nowhere"]).chain(more);
         let flags = flags.map(|flag| (*flag).to_owned()).collect();
@@ -132,6 +162,24 @@ async fn servers_and_workers_share_jobs_models_and_aliases() {
     let rest = events.collect::<Result<Vec<_>, _>>().await.unwrap();
     let Some(Event::Error(status)) = &rest.last().unwrap().event else { panic!("{rest:?}") };
     assert_eq!(status.code, i32::from(Code::Cancelled));
+
+    // Brought to one, checked and used by the worker, seen and deleted by the other.
+    let brought = bring(&one, "brought").await;
+    let images = Calibration::Images(CalibrationImages { images: digits(4) });
+    let used =
+        QuantizeRequest { checkpoint: "brought".to_owned(), ..request("of-brought", images) };
+    let mut client = QuantizationServiceClient::new(other.channel.clone());
+    let events = client.quantize(used).await.unwrap().into_inner();
+    let events = events.collect::<Result<Vec<_>, _>>().await.unwrap();
+    let Some(Event::Result(result)) = &events.last().unwrap().event else { panic!("{events:?}") };
+    assert_eq!(result.model.as_ref().unwrap().source_digest, brought.digest);
+    let mut checkpoints = CheckpointServiceClient::new(other.channel.clone());
+    let delete = DeleteCheckpointRequest { name: "brought".to_owned() };
+    checkpoints.delete_checkpoint(delete).await.unwrap();
+    let get = GetCheckpointRequest { name: "brought".to_owned() };
+    let mut checkpoints = CheckpointServiceClient::new(one.channel.clone());
+    assert_eq!(checkpoints.get_checkpoint(get).await.unwrap_err().code(), Code::NotFound);
+    models.delete_model(DeleteModelRequest { model: "of-brought".to_owned() }).await.unwrap();
 
     // Deleted by one, gone from the other within seconds, and from the store.
     models.delete_alias(DeleteAliasRequest { alias: "live".to_owned() }).await.unwrap();

@@ -30,7 +30,12 @@ fn job() -> NewJob {
         labels: BTreeMap::new(),
         afterwards: Afterwards::Keep,
     };
-    NewJob { spec: JobSpec::Quantize(spec), request_id: None, priority: 0 }
+    NewJob {
+        spec: JobSpec::Quantize(spec),
+        request_id: None,
+        priority: 0,
+        principal: "somebody".to_owned(),
+    }
 }
 
 /// Everything that still comes.

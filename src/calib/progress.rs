@@ -21,6 +21,8 @@ pub struct ProgressUpdate {
     pub images_total: usize,
     /// Signal-to-noise ratio of a site that was just finished.
     pub site: Option<SiteSqnr>,
+    /// Loss of the latest iteration, where something is learned.
+    pub loss: Option<f64>,
 }
 
 /// The quantization error of one operand of a site.

@@ -161,7 +161,7 @@ impl CalibrationTask<'_> {
     /// # Errors
     /// `Cancelled` when the client asked to stop.
     pub fn step(&self, stage: &str, unit: usize, units: usize) -> Result<()> {
-        self.report(stage, unit, units, None)
+        self.report(stage, unit, units, ProgressUpdate::default())
     }
 
     /// Reports a finished site with its quantization error.
@@ -169,10 +169,20 @@ impl CalibrationTask<'_> {
     /// # Errors
     /// `Cancelled` when the client asked to stop.
     pub fn step_site(&self, stage: &str, unit: usize, units: usize, site: SiteSqnr) -> Result<()> {
-        self.report(stage, unit, units, Some(site))
+        let update = ProgressUpdate { site: Some(site), ..ProgressUpdate::default() };
+        self.report(stage, unit, units, update)
     }
 
-    fn report(&self, stage: &str, unit: usize, units: usize, site: Option<SiteSqnr>) -> Result<()> {
+    /// Reports an iteration of learning with its loss.
+    ///
+    /// # Errors
+    /// `Cancelled` when the client asked to stop.
+    pub fn step_loss(&self, stage: &str, unit: usize, units: usize, loss: f64) -> Result<()> {
+        let update = ProgressUpdate { loss: Some(loss), ..ProgressUpdate::default() };
+        self.report(stage, unit, units, update)
+    }
+
+    fn report(&self, stage: &str, unit: usize, units: usize, update: ProgressUpdate) -> Result<()> {
         self.progress.check_cancelled()?;
         let images = self.image_count();
         self.progress.report(ProgressUpdate {
@@ -181,7 +191,7 @@ impl CalibrationTask<'_> {
             units,
             images,
             images_total: images,
-            site,
+            ..update
         });
         Ok(())
     }

@@ -156,7 +156,8 @@ struct Watcher {
 
 impl Progress for Watcher {
     fn report(&self, update: ProgressUpdate) {
-        let ProgressUpdate { stage, unit, units, images: _, images_total: _, site } = update;
+        let ProgressUpdate { stage, unit, units, images: _, images_total: _, site, loss: _ } =
+            update;
         let note = site
             .map(|site| format!("{} {} {:.1} dB", site.path, site.operand, site.sqnr_db))
             .unwrap_or_default();

@@ -21,7 +21,7 @@ pub(super) struct Event<R> {
 enum What<R> {
     Validated,
     Accepted,
-    Progress(JobProgress, Option<EvaluationMetrics>),
+    Progress(Box<JobProgress>, Option<EvaluationMetrics>),
     Done(R),
     Failed(Status),
     /// A heartbeat, or an event of a newer server.
@@ -65,7 +65,7 @@ where
     Event<R>: From<E>,
 {
     let display = Display::new();
-    let mut operation = String::new();
+    let (mut operation, mut warnings) = (String::new(), 0);
     let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
         // Polled first, so that the signal is caught from the first event on.
@@ -89,7 +89,13 @@ where
             What::Accepted if patience == Patience::UntilAccepted => {
                 return Ok(Outcome::Detached(operation));
             }
-            What::Progress(progress, metrics) => display.step(&step(progress, metrics)),
+            What::Progress(progress, metrics) => {
+                for warning in progress.warnings.iter().skip(warnings) {
+                    display.say(&format!("warning: {}", warning.message));
+                }
+                warnings = warnings.max(progress.warnings.len());
+                display.step(&step(*progress, metrics));
+            }
             What::Done(result) => return Ok(Outcome::Done { operation, result }),
             What::Failed(status) => return Err(status.into()),
             What::Accepted | What::Nothing => {}
@@ -133,6 +139,9 @@ pub(super) fn step(progress: JobProgress, metrics: Option<EvaluationMetrics>) ->
     if let Some(metrics) = metrics {
         notes.push(format!("top-1 {:.2} %", metrics.top1_percent));
     }
+    if let Some(loss) = progress.loss {
+        notes.push(format!("loss {loss:.3e}"));
+    }
     if let Some(eta) = &progress.eta {
         notes.push(format!("{:.0} s left", seconds(eta)));
     }
@@ -150,7 +159,9 @@ impl From<QuantizeEvent> for Event<QuantizeResult> {
         let what = match event {
             Some(quantize_event::Event::Validated(_)) => What::Validated,
             Some(quantize_event::Event::Accepted(_)) => What::Accepted,
-            Some(quantize_event::Event::Progress(progress)) => What::Progress(progress, None),
+            Some(quantize_event::Event::Progress(progress)) => {
+                What::Progress(Box::new(progress), None)
+            }
             Some(quantize_event::Event::Result(result)) => What::Done(result),
             Some(quantize_event::Event::Error(status)) => What::Failed(inner_status(status)),
             Some(quantize_event::Event::Heartbeat(_)) | None => What::Nothing,
@@ -166,7 +177,7 @@ impl From<EvaluateEvent> for Event<EvaluateResult> {
             Some(evaluate_event::Event::Validated(_)) => What::Validated,
             Some(evaluate_event::Event::Accepted(_)) => What::Accepted,
             Some(evaluate_event::Event::Progress(event)) => {
-                What::Progress(event.progress.unwrap_or_default(), event.metrics)
+                What::Progress(Box::new(event.progress.unwrap_or_default()), event.metrics)
             }
             Some(evaluate_event::Event::Result(result)) => What::Done(result),
             Some(evaluate_event::Event::Error(status)) => What::Failed(inner_status(status)),

@@ -18,6 +18,7 @@ mod methods;
 mod models;
 mod output;
 mod predict;
+mod process;
 mod progress;
 mod quantize;
 mod render;

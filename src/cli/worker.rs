@@ -1,15 +1,11 @@
 //! `vitq worker`: runs the jobs that servers accept, and serves nothing.
 
-use tokio::runtime::Runtime;
-use tokio_util::sync::CancellationToken;
-
 use crate::cli::failure::Failure;
-use crate::cli::serve::{claim, listen};
+use crate::cli::process::{Process, run};
 use crate::config::WorkerConfig;
+use crate::device;
 use crate::engine::Engine;
-use crate::error::{Error, Result};
-use crate::grpc::{Readiness, ops};
-use crate::{device, shutdown, telemetry};
+use crate::error::Result;
 
 /// Flags of the command.
 #[derive(clap::Args, Debug)]
@@ -25,40 +21,25 @@ impl Args {
     /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used;
     /// `Unavailable` when the database or the store cannot be reached.
     pub(super) fn run(self) -> Result<(), Failure> {
-        telemetry::start(&self.config.process.log)?;
-        device::open_cuda_libraries();
-        let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
-        let result = runtime.block_on(self.work());
-        // Work that outlived the drain must not keep the process.
-        runtime.shutdown_background();
-        Ok(result?)
+        run(&self.config.process, work(&self.config))
     }
+}
 
-    async fn work(self) -> Result<()> {
-        let Self { config } = self;
-        let devices = device::parse_list(&config.process.device)?;
-        let engine_config = config.engine(devices)?;
-        let _claim = claim(&config.process)?;
-        let stop = shutdown::on_signal()?;
-        let readiness = Readiness::new();
-        let ops_stop = CancellationToken::new();
-        let _ops_ends_last = ops_stop.clone().drop_guard();
-        let ops_listener = listen(config.process.ops_listen).await?;
-        tokio::spawn(ops::serve(ops_listener, readiness.clone(), ops_stop));
-        let engine = Engine::start(engine_config).await?;
-        readiness.set(true);
-        tracing::info!(workers = config.workers, "working");
-        stop.cancelled().await;
-        readiness.set(false);
-        engine.jobs.stop();
-        match tokio::time::timeout(config.process.drain_timeout, engine.jobs.stopped()).await {
-            Ok(stopped) => stopped,
-            Err(_) => {
-                tracing::warn!(
-                    "the drain timeout is over, a job that still runs is left to others"
-                );
-                Ok(())
-            }
+async fn work(config: &WorkerConfig) -> Result<()> {
+    let devices = device::parse_list(&config.process.device)?;
+    let engine_config = config.engine(devices)?;
+    let process = Process::start(&config.process).await?;
+    let engine = Engine::start(engine_config).await?;
+    process.readiness.set(true);
+    tracing::info!(workers = config.workers, "working");
+    process.stop.cancelled().await;
+    process.readiness.set(false);
+    engine.jobs.stop();
+    match tokio::time::timeout(config.process.drain_timeout, engine.jobs.stopped()).await {
+        Ok(stopped) => stopped,
+        Err(_) => {
+            tracing::warn!("the drain timeout is over, a job that still runs is left to others");
+            Ok(())
         }
     }
 }

@@ -6,6 +6,7 @@ use tonic::{Request, Response, Status};
 
 use super::events::{self, EventSource, Messages};
 use super::fields::{checked_priority, request_id, timestamp};
+use super::principal::principal;
 use super::proto::evaluation_service_server::EvaluationService;
 use super::proto::{self, EvaluateEvent, EvaluateRequest, WatchRequest, evaluate_event::Event};
 use crate::engine::Engine;
@@ -37,9 +38,10 @@ impl EvaluationService for Evaluation {
         &self,
         request: Request<EvaluateRequest>,
     ) -> Result<Response<Self::EvaluateStream>, Status> {
+        let principal = principal(&request);
         let request = request.into_inner();
         let validate_only = request.validate_only;
-        let job = new_job(request)?;
+        let job = new_job(request, principal)?;
         if validate_only {
             self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
@@ -56,7 +58,7 @@ impl EvaluationService for Evaluation {
     }
 }
 
-fn new_job(request: EvaluateRequest) -> Result<NewJob> {
+fn new_job(request: EvaluateRequest, principal: String) -> Result<NewJob> {
     let EvaluateRequest { model, dataset, limit, seed, request_id: id, validate_only: _, priority } =
         request;
     let priority = checked_priority(priority)?;
@@ -66,7 +68,7 @@ fn new_job(request: EvaluateRequest) -> Result<NewJob> {
         limit: (limit > 0).then(|| usize::try_from(limit).unwrap_or(usize::MAX)),
         seed,
     };
-    Ok(NewJob { spec: JobSpec::Evaluate(job), request_id: request_id(id)?, priority })
+    Ok(NewJob { spec: JobSpec::Evaluate(job), request_id: request_id(id)?, priority, principal })
 }
 
 fn validated() -> EvaluateEvent {
@@ -79,7 +81,9 @@ fn event(source: &EventSource, event: JobEvent) -> EvaluateEvent {
     let operation = source.operation.clone();
     let event = match kind {
         JobEventKind::Accepted => Event::Accepted(proto::JobAccepted { replayed: source.replayed }),
-        JobEventKind::Progress(progress) => Event::Progress(evaluate_progress(progress)),
+        JobEventKind::Progress(progress) => {
+            Event::Progress(evaluate_progress(&source.operation, *progress))
+        }
         JobEventKind::Ended(outcome) => match events::ended(source, outcome, result) {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),
@@ -89,10 +93,10 @@ fn event(source: &EventSource, event: JobEvent) -> EvaluateEvent {
     EvaluateEvent { operation, sequence, time: Some(timestamp(time)), event: Some(event) }
 }
 
-fn evaluate_progress(progress: JobProgress) -> proto::EvaluateProgress {
+fn evaluate_progress(operation: &str, progress: JobProgress) -> proto::EvaluateProgress {
     proto::EvaluateProgress {
         metrics: progress.figures.as_ref().map(metrics),
-        progress: Some(events::progress(progress)),
+        progress: Some(events::progress(operation, progress)),
     }
 }
 

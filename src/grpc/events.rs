@@ -111,10 +111,21 @@ pub(super) fn ended<T>(
     }
 }
 
-/// Progress without the figures of an evaluation.
-pub(super) fn progress(progress: JobProgress) -> proto::JobProgress {
-    let JobProgress { stage, unit, units, images, images_total, elapsed, eta, sites, figures: _ } =
-        progress;
+/// Progress of an operation, without the figures of an evaluation.
+pub(super) fn progress(operation: &str, progress: JobProgress) -> proto::JobProgress {
+    let JobProgress {
+        stage,
+        unit,
+        units,
+        images,
+        images_total,
+        elapsed,
+        eta,
+        sites,
+        loss,
+        warnings,
+        figures: _,
+    } = progress;
     proto::JobProgress {
         stage,
         unit: count(unit),
@@ -124,6 +135,9 @@ pub(super) fn progress(progress: JobProgress) -> proto::JobProgress {
         elapsed: Some(duration(elapsed)),
         eta: eta.map(duration),
         sites: sites.into_iter().map(site).collect(),
+        loss,
+        // Their causes were logged, under the operation's name, when they came.
+        warnings: warnings.iter().map(|error| rpc_status(&status(error, operation))).collect(),
     }
 }
 

@@ -10,6 +10,7 @@ mod models;
 mod operations;
 pub mod ops;
 mod page;
+mod principal;
 pub mod proto;
 mod quantize;
 mod resources;

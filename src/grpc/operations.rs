@@ -149,6 +149,7 @@ fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
         created,
         started,
         ended,
+        updated,
         progress,
         last_sequence,
         outcome,
@@ -163,10 +164,11 @@ fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
         create_time: Some(timestamp(created)),
         start_time: started.map(timestamp),
         end_time: ended.map(timestamp),
-        progress: progress.map(events::progress),
+        progress: progress.map(|progress| events::progress(&name, progress)),
         last_sequence,
         attempt: count(attempt),
         worker: worker.unwrap_or_default(),
+        update_time: Some(timestamp(updated)),
     };
     let result = outcome.map(|outcome| match outcome {
         Ok(output) => OperationResult::Response(response(jobs, &output)),

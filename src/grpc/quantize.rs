@@ -9,6 +9,7 @@ use super::fields::{
     checked_priority, request_id, role_bits_from, seconds, stem_head_from, timestamp,
 };
 use super::models;
+use super::principal::principal;
 use super::proto::quantization_service_server::QuantizationService;
 use super::proto::{
     self, QuantizeEvent, QuantizeRequest, WatchRequest, quantize_event::Event,
@@ -48,9 +49,10 @@ impl QuantizationService for Quantization {
         &self,
         request: Request<QuantizeRequest>,
     ) -> Result<Response<Self::QuantizeStream>, Status> {
+        let principal = principal(&request);
         let request = request.into_inner();
         let validate_only = request.validate_only;
-        let job = new_job(request)?;
+        let job = new_job(request, principal)?;
         if validate_only {
             self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
@@ -67,7 +69,7 @@ impl QuantizationService for Quantization {
     }
 }
 
-fn new_job(request: QuantizeRequest) -> Result<NewJob> {
+fn new_job(request: QuantizeRequest, principal: String) -> Result<NewJob> {
     let QuantizeRequest {
         checkpoint,
         method,
@@ -109,7 +111,7 @@ fn new_job(request: QuantizeRequest) -> Result<NewJob> {
         labels,
         afterwards: if load_after { Afterwards::Load } else { Afterwards::Keep },
     };
-    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)?, priority })
+    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)?, priority, principal })
 }
 
 fn images(calibration: Option<Calibration>) -> Result<ImageChoice> {
@@ -142,7 +144,9 @@ fn event(source: &EventSource, event: JobEvent) -> QuantizeEvent {
     let operation = source.operation.clone();
     let event = match kind {
         JobEventKind::Accepted => Event::Accepted(proto::JobAccepted { replayed: source.replayed }),
-        JobEventKind::Progress(progress) => Event::Progress(events::progress(progress)),
+        JobEventKind::Progress(progress) => {
+            Event::Progress(events::progress(&source.operation, *progress))
+        }
         JobEventKind::Ended(outcome) => match events::ended(source, outcome, result) {
             Ok(result) => Event::Result(result),
             Err(error) => Event::Error(error),

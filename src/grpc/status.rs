@@ -92,10 +92,10 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
             "QUEUE_FULL".to_owned(),
             ErrorDetails::with_retry_info(Some(*retry_after)),
         ),
-        Error::QuotaExceeded { reason } => (
+        Error::QuotaExceeded { subject, reason } => (
             Code::ResourceExhausted,
             "QUOTA_EXCEEDED".to_owned(),
-            ErrorDetails::with_quota_failure_violation("uploads", reason),
+            ErrorDetails::with_quota_failure_violation(subject, reason),
         ),
         Error::Cancelled => (Code::Cancelled, "CANCELLED".to_owned(), none),
         Error::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned(), none),
@@ -157,7 +157,11 @@ mod tests {
                 Code::ResourceExhausted,
                 "QUEUE_FULL",
             ),
-            (Error::QuotaExceeded { reason: name() }, Code::ResourceExhausted, "QUOTA_EXCEEDED"),
+            (
+                Error::QuotaExceeded { subject: name(), reason: name() },
+                Code::ResourceExhausted,
+                "QUOTA_EXCEEDED",
+            ),
             (Error::Cancelled, Code::Cancelled, "CANCELLED"),
             (Error::Deadline, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (Error::Draining, Code::Unavailable, "DRAINING"),

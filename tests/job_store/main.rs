@@ -23,7 +23,7 @@ use vitq::engine::names::ModelId;
 
 /// Few, so that a test meets them.
 fn limits() -> JobLimits {
-    JobLimits { queued: 8, attempts: 2, ..JobLimits::default() }
+    JobLimits { queued: 8, per_principal: 3, attempts: 2, ..JobLimits::default() }
 }
 
 /// Runs a test on a fresh store of each kind.
@@ -65,7 +65,18 @@ async fn try_submit(
     spec: JobSpec,
     request_id: Option<&str>,
 ) -> vitq::Result<Submitted> {
-    store.submit(&NewJob { spec, request_id: request_id.map(str::to_owned), priority: 0 }).await
+    let principal = spec.model().to_string();
+    submit_as(store, spec, request_id, &principal).await
+}
+
+async fn submit_as(
+    store: &JobStore,
+    spec: JobSpec,
+    request_id: Option<&str>,
+    principal: &str,
+) -> vitq::Result<Submitted> {
+    let (request_id, principal) = (request_id.map(str::to_owned), principal.to_owned());
+    store.submit(&NewJob { spec, request_id, priority: 0, principal }).await
 }
 
 async fn submit(store: &JobStore, spec: JobSpec) -> JobId {
@@ -91,6 +102,31 @@ async fn a_model_is_made_by_one_job_at_a_time() {
         submit(&store, quantize("b", 0)).await;
         store.request_cancel(&first).await.unwrap();
         submit(&store, quantize("a", 1)).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_has_more_jobs_under_way_than_the_quota_allows() {
+    on_both(async |store| {
+        let mine = [quantize("a", 0), quantize("b", 0), evaluate("a")];
+        let mut ids = Vec::new();
+        for spec in mine {
+            ids.push(submit_as(&store, spec, None, "me").await.unwrap().id);
+        }
+        let error = submit_as(&store, quantize("c", 0), Some("r"), "me").await.unwrap_err();
+        let Error::QuotaExceeded { subject, reason } = error else { panic!("{error}") };
+        assert_eq!(subject, "me");
+        assert!(reason.contains("3 jobs"), "{reason}");
+        // What is under way already costs nothing; others have their own share.
+        let again = submit_as(&store, quantize("a", 0), None, "me").await.unwrap();
+        assert_eq!((again.id, again.novelty), (ids[0].clone(), Novelty::Replayed));
+        submit_as(&store, quantize("d", 0), None, "you").await.unwrap();
+        // A running job counts, an ended one does not.
+        let Claimed { lease, .. } = claim(&store).await;
+        assert!(submit_as(&store, quantize("c", 0), Some("r"), "me").await.is_err());
+        store.finish(&lease, &failure(Error::Deadline)).await.unwrap();
+        submit_as(&store, quantize("c", 0), Some("r"), "me").await.unwrap();
     })
     .await;
 }
@@ -134,6 +170,8 @@ async fn events_are_numbered_replayed_and_end_once() {
             stage: "calibrate".to_owned(),
             elapsed: Duration::from_nanos(1_500_000_001),
             figures: Some(figures),
+            loss: Some(0.25),
+            warnings: vec![Arc::new(Error::invalid("checkpoint", "reason"))],
             ..JobProgress::default()
         };
         assert_eq!(store.report(&lease, &progress).await.unwrap(), Standing::Held);
@@ -152,12 +190,14 @@ async fn events_are_numbered_replayed_and_end_once() {
         store.request_cancel(&id).await.unwrap();
         let events = store.events(&id, 1).await.unwrap();
         assert_eq!(events.iter().map(|e| e.sequence).collect::<Vec<_>>(), [2, 3, 4]);
-        assert!(matches!(&events[0].kind, JobEventKind::Progress(found) if *found == progress));
+        let JobEventKind::Progress(found) = &events[0].kind else { panic!("{events:?}") };
+        assert_eq!(format!("{found:?}"), format!("{progress:?}"));
         let JobEventKind::Ended(Err(error)) = &events[2].kind else { panic!("{events:?}") };
         assert!(matches!(**error, Error::Cancelled));
         let record = store.get(&id).await.unwrap();
         assert_eq!((record.state, record.last_sequence), (JobState::Cancelled, 4));
         assert_eq!(record.worker, None);
+        assert!(record.updated >= record.ended.unwrap());
         assert!(store.events(&JobId::given("unknown"), 0).await.is_err());
     })
     .await;
@@ -234,7 +274,12 @@ async fn urgent_jobs_go_first_and_equal_ones_in_order() {
     on_both(async |store| {
         let mut ids = Vec::new();
         for (model, priority) in [("a", 0), ("b", 0), ("c", 7), ("d", -7), ("e", 7)] {
-            let job = NewJob { spec: evaluate(model), request_id: None, priority };
+            let job = NewJob {
+                spec: evaluate(model),
+                request_id: None,
+                priority,
+                principal: model.to_owned(),
+            };
             ids.push(store.submit(&job).await.unwrap().id);
         }
         let mut found = Vec::new();

@@ -36,7 +36,7 @@ enum Step {
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        4 => (0..4_u8, 0..2_u64, prop::option::of(0..6_u8), -1..=1).prop_map(
+        4 => (0..6_u8, 0..2_u64, prop::option::of(0..6_u8), -1..=1).prop_map(
             |(model, seed, request, priority)| Step::Submit { model, seed, request, priority }
         ),
         2 => any::<usize>().prop_map(Step::Cancel),
@@ -112,23 +112,37 @@ impl Oracle {
     }
 }
 
+/// Two clients, one of which is never in a hurry.
+fn principal(priority: i32) -> &'static str {
+    if priority < 0 { "patient" } else { "hasty" }
+}
+
 async fn submit(
     store: &JobStore,
     oracle: &mut Oracle,
     (model, seed, request, priority): (u8, u64, Option<u8>, i32),
 ) {
     let spec = quantize(&model.to_string(), seed);
-    let found =
-        store.submit(&NewJob { spec, request_id: request.map(|r| r.to_string()), priority }).await;
+    let found = store
+        .submit(&NewJob {
+            spec,
+            request_id: request.map(|r| r.to_string()),
+            priority,
+            principal: principal(priority).to_owned(),
+        })
+        .await;
     let known = request.and_then(|request| oracle.requests.get(&request));
     let active = oracle.jobs.iter().find(|(_, job)| job.model == model && !job.state.is_done());
     let queued = oracle.jobs.values().filter(|job| job.state == JobState::Queued).count();
+    let theirs = |job: &&Job| principal(job.priority) == principal(priority);
+    let theirs = oracle.jobs.values().filter(|job| !job.state.is_done()).filter(theirs).count();
     let expected = match (known, active) {
         (Some((id, m, s)), _) if (*m, *s) == (model, seed) => Ok(Some(id.clone())),
         (Some(_), _) => Err("request_id"),
         (None, Some((id, job))) if job.seed == seed => Ok(Some(id.clone())),
         (None, Some(_)) => Err("busy"),
         (None, None) if queued >= limits().queued => Err("full"),
+        (None, None) if theirs >= limits().per_principal => Err("quota"),
         (None, None) => Ok(None),
     };
     match (found, expected) {
@@ -157,7 +171,9 @@ async fn submit(
         (Err(Error::InvalidArgument { field, .. }), Err("request_id")) => {
             assert_eq!(field, "request_id");
         }
-        (Err(Error::Busy { .. }), Err("busy")) | (Err(Error::Overloaded { .. }), Err("full")) => {}
+        (Err(Error::Busy { .. }), Err("busy"))
+        | (Err(Error::Overloaded { .. }), Err("full"))
+        | (Err(Error::QuotaExceeded { .. }), Err("quota")) => {}
         (found, expected) => panic!("{found:?}, expected {expected:?}"),
     }
 }

@@ -27,7 +27,14 @@ impl Stores {
             .env("OMP_NUM_THREADS", "1")
             .envs(self.variables.iter().map(|(key, value)| (key, value)))
             .args([command, "--ops-listen", "127.0.0.1:0", "--device", "cpu"])
-            .args(["--job-attempts", "1000", "--max-queued-jobs", "1000"])
+            .args([
+                "--job-attempts",
+                "1000",
+                "--max-queued-jobs",
+                "1000",
+                "--max-jobs-per-client",
+                "1000",
+            ])
             .args(&self.flags)
             .arg("--checkpoints")
             .arg(demo.join("checkpoints"))

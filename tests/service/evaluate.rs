@@ -1,9 +1,10 @@
 //! `EvaluationService`.
 
 use tokio_stream::StreamExt as _;
-use tonic::Status;
+use tonic::{Code, Status};
 use vitq::grpc::proto::evaluate_event::Event;
-use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluateResult};
+use vitq::grpc::proto::longrunning::GetOperationRequest;
+use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluateResult, JobMetadata};
 
 use crate::server::{Setup, TestServer, refusal};
 
@@ -70,12 +71,24 @@ async fn without_the_checkpoint_there_is_accuracy_and_a_warning() {
     server.stop().await;
     let setup = Setup { checkpoints: None, ..Setup::default() };
     let server = TestServer::with(&data, setup).await;
-    let EvaluateResult { metrics, warnings, .. } =
-        result(evaluate(&server, request(10)).await.unwrap());
+    let events = evaluate(&server, request(10)).await.unwrap();
+    let told = events.iter().rev().find_map(|event| match &event.event {
+        Some(Event::Progress(event)) => event.progress.as_ref(),
+        _ => None,
+    });
+    let warning = &told.unwrap().warnings[0];
+    assert_eq!(warning.code, i32::from(Code::NotFound), "{warning:?}");
+    let name = events[0].operation.clone();
+    let EvaluateResult { metrics, warnings, .. } = result(events);
     let metrics = metrics.unwrap();
     assert_eq!((metrics.agreement_percent, metrics.sqnr_db), (None, None));
     assert!(metrics.top1_percent > 0.0);
     assert!(warnings[0].contains("digits-vit"), "{warnings:?}");
+    let get = GetOperationRequest { name };
+    let operation = server.operations().get_operation(get).await.unwrap().into_inner();
+    let metadata: JobMetadata = operation.metadata.unwrap().to_msg().unwrap();
+    assert!(metadata.update_time.is_some() && metadata.update_time == metadata.end_time);
+    assert_eq!(metadata.progress.unwrap().warnings.len(), 1);
     server.stop().await;
 }
 

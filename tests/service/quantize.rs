@@ -248,6 +248,20 @@ async fn repeated_requests_find_their_job_and_others_conflict() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_client_with_its_share_of_jobs_has_to_wait() {
+    let data = tempfile::tempdir().unwrap();
+    let jobs = JobLimits { per_principal: 1, ..JobLimits::default() };
+    let server = TestServer::with(&data, Setup { jobs, ..Setup::default() }).await;
+    let _running = server.quantization().quantize(slow("m")).await.unwrap().into_inner();
+    let status = server.quantize(quick("n")).await.unwrap_err();
+    let details = status.get_error_details();
+    let info = details.error_info().unwrap();
+    assert_eq!((status.code(), info.reason.as_str()), (Code::ResourceExhausted, "QUOTA_EXCEEDED"));
+    assert_eq!(details.quota_failure().unwrap().violations[0].subject, "client:127.0.0.1");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_taken_id_is_refused_and_a_check_starts_nothing() {
     let data = tempfile::tempdir().unwrap();
     let server = TestServer::start(&data).await;

@@ -98,6 +98,25 @@ impl RemoteArtifactStore {
         Ok(self.folder.clone().join(format!("{digest}.safetensors")))
     }
 
+    /// Whether it is this call that made the object.
+    async fn create(&self, name: &str, path: &ObjectPath, bytes: &Bytes) -> Result<bool> {
+        if self.contains(name).await? {
+            return Ok(false);
+        }
+        match self.write(path, bytes, PutMode::Create).await {
+            // A server may refuse an object that is there before it has read all of it, and close:
+            // the refusal is lost in the broken connection.
+            Err(error) => {
+                if self.contains(name).await? {
+                    Ok(false)
+                } else {
+                    Err(error)
+                }
+            }
+            created => created,
+        }
+    }
+
     async fn write(&self, path: &ObjectPath, bytes: &Bytes, mode: PutMode) -> Result<bool> {
         let options = PutOptions { mode, ..PutOptions::default() };
         match self.objects.put_opts(path, PutPayload::from(bytes.clone()), options).await {
@@ -113,7 +132,7 @@ impl ArtifactStore for RemoteArtifactStore {
     async fn put(&self, bytes: Bytes) -> Result<String> {
         let name = sha256_hex(&bytes);
         let path = self.path(&name)?;
-        if !self.write(&path, &bytes, PutMode::Create).await? {
+        if !self.create(&name, &path, &bytes).await? {
             // The same artifact is stored already. Should that copy have rotted, this one heals it.
             match self.get(&name).await {
                 Ok(_) => {}

@@ -94,7 +94,8 @@ pub struct Trained {
     pub diverged: bool,
 }
 
-/// Trains a unit. `step` is called before every iteration with its index and may stop the work.
+/// Trains a unit. `step` is called before every iteration with its index and the latest loss, and may
+/// stop the work.
 ///
 /// # Errors
 /// Whatever `step` reports; `Internal` for a parameter that does not exist; `Device` when libtorch
@@ -103,7 +104,7 @@ pub fn reconstruct(
     student: &Student<'_>,
     examples: &Examples<'_>,
     schedule: &Schedule,
-    step: &mut dyn FnMut(usize) -> Result<()>,
+    step: &mut dyn FnMut(usize, f64) -> Result<()>,
 ) -> Result<Trained> {
     let Student { spec, weights, plan, unit, trainable } = *student;
     let leaves = leaves(weights, trainable)?;
@@ -118,21 +119,21 @@ pub fn reconstruct(
     let loss_before = tch::no_grad(measure)?;
     let mut adam = Adam::new(leaves.values().map(Tensor::shallow_clone).collect())?;
     let mut sampler = Sampler::new(examples.inputs.size()[0], schedule.seed, student.unit);
-    let mut diverged = !loss_before.is_finite();
+    let mut latest = loss_before;
     for iteration in 0..schedule.iterations {
-        step(iteration)?;
-        if diverged {
+        step(iteration, latest)?;
+        if !latest.is_finite() {
             break;
         }
         let batch = Selection::drawn(examples, sampler.draw(schedule.batch))?;
         let loss = tch::with_grad(|| loss_of(&batch.examples()))?;
-        diverged = !loss.f_double_value(&[])?.is_finite();
+        latest = loss.f_double_value(&[])?;
         let gradients = Tensor::f_run_backward(&[loss], adam.parameters(), false, false)?;
         let rate = cosine(schedule.learning_rate, iteration, schedule.iterations);
         tch::no_grad(|| adam.step(&gradients, rate))?;
     }
     let loss_after = tch::no_grad(measure)?;
-    diverged |= !loss_after.is_finite();
+    let diverged = !latest.is_finite() || !loss_after.is_finite();
     let worse = schedule.keep == Keep::Best && loss_after > loss_before;
     let edits = if diverged || worse || schedule.iterations == 0 {
         WeightEdits::new()

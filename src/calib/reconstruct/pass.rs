@@ -154,8 +154,8 @@ impl Pass<'_, '_> {
         let (unit, units) = (student.unit, teacher.units.len());
         let importance = self.importance.map(|of| of(unit)).transpose()?.flatten();
         let examples = Examples { inputs, targets, importance: importance.as_ref() };
-        let mut step = |iteration: usize| match iteration % ITERATIONS_PER_STEP {
-            0 => self.task.step(self.stage, unit + 1, units),
+        let mut step = |iteration: usize, loss: f64| match iteration % ITERATIONS_PER_STEP {
+            0 => self.task.step_loss(self.stage, unit + 1, units, loss),
             _ => Ok(()),
         };
         let trained = reconstruct(student, &examples, &self.schedule, &mut step)?;

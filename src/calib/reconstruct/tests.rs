@@ -171,7 +171,16 @@ fn train_block(schedule: &Schedule, importance: Option<&Tensor>) -> Trained {
         trainable: &trainable(&model, &task.weights, 1).unwrap(),
     };
     let examples = Examples { inputs: &inputs, targets: &targets, importance };
-    reconstruct(&student, &examples, schedule, &mut |_| Ok(())).unwrap()
+    let mut losses = Vec::new();
+    let mut note = |iteration: usize, loss: f64| {
+        assert_eq!(iteration, losses.len());
+        losses.push(loss);
+        Ok(())
+    };
+    let trained = reconstruct(&student, &examples, schedule, &mut note).unwrap();
+    assert_eq!((losses.len(), losses[0]), (schedule.iterations, trained.loss_before));
+    assert!(trained.loss_before == 0.0 || losses[1] != losses[0], "each is told: {losses:?}");
+    trained
 }
 
 #[test]

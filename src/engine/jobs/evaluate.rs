@@ -59,6 +59,7 @@ pub(super) fn run(
         Err(Error::Cancelled) => return Err(Error::Cancelled),
         Err(error) => {
             warnings.push(format!("no agreement and no SQNR: {error}"));
+            reporter.warn(error);
             None
         }
     };
@@ -152,7 +153,7 @@ impl EvaluationRun<'_> {
                     units,
                     images: usize::try_from(metrics.images).unwrap_or(usize::MAX),
                     images_total: samples.len(),
-                    site: None,
+                    ..ProgressUpdate::default()
                 });
             }
             before = next;

@@ -144,6 +144,8 @@ pub struct JobRecord {
     pub started: Option<Timestamp>,
     /// When it ended.
     pub ended: Option<Timestamp>,
+    /// When something last happened to it.
+    pub updated: Timestamp,
     /// The latest progress.
     pub progress: Option<JobProgress>,
     /// Number of the newest event.
@@ -193,7 +195,7 @@ pub struct Figures {
 }
 
 /// Progress of a job.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct JobProgress {
     /// What is being done.
     pub stage: String,
@@ -211,6 +213,12 @@ pub struct JobProgress {
     pub eta: Option<Duration>,
     /// Operands finished since the previous progress.
     pub sites: Vec<SiteSqnr>,
+    /// Loss of the latest iteration, where something is learned.
+    #[serde(default)]
+    pub loss: Option<f64>,
+    /// What went wrong so far without ending the job.
+    #[serde(default, with = "store::failures")]
+    pub warnings: Vec<Arc<Error>>,
     /// Figures so far, of an evaluation.
     pub figures: Option<Figures>,
 }
@@ -232,7 +240,7 @@ pub enum JobEventKind {
     /// It was accepted.
     Accepted,
     /// It goes on.
-    Progress(JobProgress),
+    Progress(Box<JobProgress>),
     /// It ended. Nothing follows.
     Ended(JobOutcome),
     /// Nothing happened for a while. Told to watchers, never stored; carries the number of the event
@@ -249,6 +257,8 @@ pub struct NewJob {
     pub request_id: Option<String>,
     /// Larger ones go first.
     pub priority: i32,
+    /// Who asks: what quotas are counted by.
+    pub principal: String,
 }
 
 /// What [`JobStore::submit`] did.

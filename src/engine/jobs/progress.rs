@@ -23,6 +23,8 @@ const INTERVAL: Duration = Duration::from_millis(200);
 
 /// Pause before a store that could not be reached is tried again.
 const STORE_RETRY: Duration = Duration::from_secs(2);
+/// Warnings that a job keeps.
+const MAX_WARNINGS: usize = 16;
 /// How long a job waits for a store to get what it starts from: what it loses by failing is little.
 pub(super) const START: Duration = Duration::from_secs(300);
 
@@ -94,7 +96,8 @@ impl JobReporter {
         loop {
             match work() {
                 Err(error @ Error::Unavailable { .. }) if began.elapsed() < patience => {
-                    tracing::warn!(%error, job = %self.hold.lease.id, "waiting for a store");
+                    self.warn(error);
+                    self.flush();
                     std::thread::sleep(STORE_RETRY);
                     self.check_cancelled()?;
                 }
@@ -132,6 +135,12 @@ impl JobReporter {
     /// Starts a stage without units.
     pub(super) fn stage(&self, stage: &str) {
         self.report(ProgressUpdate { stage: stage.to_owned(), ..ProgressUpdate::default() });
+    }
+
+    /// Tells of something that went wrong without ending the job; it goes out with the next event.
+    pub(super) fn warn(&self, error: Error) {
+        tracing::warn!(%error, job = %self.hold.lease.id, "the job goes on");
+        self.throttle(|throttle| throttle.warn(error));
     }
 
     /// Notes the figures so far; they go out with the next event.
@@ -211,9 +220,20 @@ impl Throttle {
         }
     }
 
+    /// Tells it with the next event; more often than once it is no news.
+    fn warn(&mut self, error: Error) {
+        let warnings = &mut self.latest.warnings;
+        if warnings.len() < MAX_WARNINGS
+            && warnings.iter().all(|known| known.to_string() != error.to_string())
+        {
+            warnings.push(Arc::new(error));
+            self.held_back = true;
+        }
+    }
+
     /// Takes a step; the event that is due, if one is.
     fn step(&mut self, update: ProgressUpdate, now: Instant) -> Option<JobProgress> {
-        let ProgressUpdate { stage, unit, units, images, images_total, site } = update;
+        let ProgressUpdate { stage, unit, units, images, images_total, site, loss } = update;
         let new_stage = self.latest.stage != stage;
         if new_stage {
             self.stage_started = now;
@@ -222,6 +242,7 @@ impl Throttle {
         (latest.stage, latest.unit, latest.units) = (stage, unit, units);
         (latest.images, latest.images_total) = (images, images_total);
         latest.sites.extend(site);
+        latest.loss = loss;
         self.held_back = true;
         let due = new_stage || now.duration_since(self.last_sent) >= INTERVAL;
         if due { self.flush(now) } else { None }
@@ -262,6 +283,7 @@ mod tests {
             images: 1,
             images_total: 4,
             site: Some(site),
+            loss: None,
         }
     }
 
@@ -281,6 +303,21 @@ mod tests {
         ];
         let sent: Vec<_> = events.iter().flatten().map(|e| (&*e.stage, e.sites.len())).collect();
         assert_eq!(sent, [("calibrate", 1), ("calibrate", 3), ("store", 2)]);
+    }
+
+    #[test]
+    fn warnings_stay_and_are_told_once() {
+        let start = Instant::now();
+        let mut throttle = Throttle::new(start);
+        throttle.step(update("load", 0), start).unwrap();
+        throttle.warn(Error::Draining);
+        throttle.warn(Error::Draining);
+        assert_eq!(throttle.flush(start).unwrap().warnings.len(), 1);
+        throttle.warn(Error::Draining);
+        assert!(throttle.flush(start).is_none());
+        throttle.warn(Error::Deadline);
+        let told = throttle.step(update("next", 0), start).unwrap();
+        assert_eq!(told.warnings.len(), 2);
     }
 
     #[test]

@@ -82,7 +82,7 @@ pub(super) fn run(
         reporter.stage("serve");
         // The model is made and stored whatever comes of the load; its state tells.
         if let Err(error) = runner.runtime.block_on(registry.ensure_loaded(&job.model)) {
-            tracing::warn!(%error, "the new model could not be loaded");
+            reporter.warn(error);
         }
     }
     Ok(JobOutput::Quantized(view.record))

@@ -130,7 +130,8 @@ impl JobRunner {
     ///
     /// # Errors
     /// `Draining`; `InvalidArgument` and `NotFound` for what the request names; `AlreadyExists`
-    /// when the model id is taken; `Overloaded` when too many jobs wait.
+    /// when the model id is taken; `Overloaded` when too many jobs wait; `QuotaExceeded` when too many are
+    /// the principal's.
     pub async fn submit(self: &Arc<Self>, mut job: NewJob) -> Result<Submitted> {
         if self.stop.is_cancelled() {
             return Err(Error::Draining);

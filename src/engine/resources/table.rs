@@ -342,7 +342,7 @@ impl UploadTable {
             "{wanted} bytes do not fit: uploads take {used} of the {} bytes that are allowed",
             self.quota
         );
-        Err(Error::QuotaExceeded { reason })
+        Err(Error::QuotaExceeded { subject: "uploads".to_owned(), reason })
     }
 }
 

@@ -18,6 +18,7 @@ use crate::database::{Database, broken, column, failed, is_duplicate, millisecon
 use crate::engine::resources::ResourceKind;
 use crate::error::{Error, Result};
 
+pub(super) use records::failures;
 use rows::{RECORD, json, record};
 
 pub(in crate::engine) use worker::standing_of;
@@ -35,6 +36,8 @@ const POLL: Duration = Duration::from_millis(500);
 pub struct JobLimits {
     /// Jobs that may wait for a worker.
     pub queued: usize,
+    /// Jobs of one principal that may wait or run.
+    pub per_principal: usize,
     /// Workers that may die over one job before it counts as failed.
     pub attempts: u32,
     /// Time without a heartbeat after which a worker counts as dead.
@@ -49,6 +52,7 @@ impl Default for JobLimits {
     fn default() -> Self {
         Self {
             queued: 64,
+            per_principal: 64,
             attempts: 3,
             lease: Duration::from_secs(60),
             keep: Duration::from_secs(30 * 24 * 60 * 60),

@@ -56,7 +56,7 @@ enum Failure {
     AlreadyExists { kind: String, name: String },
     FailedPrecondition { reason: String },
     Overloaded { reason: String, retry_after: Duration },
-    QuotaExceeded { reason: String },
+    QuotaExceeded { subject: String, reason: String },
     Cancelled,
     Deadline,
     Draining,
@@ -87,7 +87,9 @@ impl From<&Error> for Failure {
             Error::Overloaded { reason, retry_after } => {
                 Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
             }
-            Error::QuotaExceeded { reason } => Self::QuotaExceeded { reason: reason.clone() },
+            Error::QuotaExceeded { subject, reason } => {
+                Self::QuotaExceeded { subject: subject.clone(), reason: reason.clone() }
+            }
             Error::Cancelled => Self::Cancelled,
             Error::Deadline => Self::Deadline,
             Error::Draining => Self::Draining,
@@ -123,7 +125,7 @@ impl From<Failure> for Error {
             }
             Failure::FailedPrecondition { reason } => Self::FailedPrecondition { reason },
             Failure::Overloaded { reason, retry_after } => Self::Overloaded { reason, retry_after },
-            Failure::QuotaExceeded { reason } => Self::QuotaExceeded { reason },
+            Failure::QuotaExceeded { subject, reason } => Self::QuotaExceeded { subject, reason },
             Failure::Cancelled => Self::Cancelled,
             Failure::Deadline => Self::Deadline,
             Failure::Draining => Self::Draining,
@@ -135,6 +137,30 @@ impl From<Failure> for Error {
             Failure::Io { path, reason } => Self::io(path, io::Error::other(reason)),
             Failure::Internal { reason } => Self::Internal { reason },
         }
+    }
+}
+
+/// Errors within other JSON.
+pub(in crate::engine::jobs) mod failures {
+    use std::sync::Arc;
+
+    use serde::{Deserialize as _, Deserializer, Serializer};
+
+    use super::Failure;
+    use crate::error::Error;
+
+    pub(in crate::engine::jobs) fn serialize<S: Serializer>(
+        errors: &[Arc<Error>],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(errors.iter().map(|error| Failure::from(&**error)))
+    }
+
+    pub(in crate::engine::jobs) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Vec<Arc<Error>>, D::Error> {
+        let failures = Vec::<Failure>::deserialize(deserializer)?;
+        Ok(failures.into_iter().map(|failure| Arc::new(failure.into())).collect())
     }
 }
 
@@ -158,7 +184,7 @@ mod tests {
             Error::AlreadyExists { kind: "model", name: text() },
             Error::FailedPrecondition { reason: text() },
             Error::Overloaded { reason: text(), retry_after: second },
-            Error::QuotaExceeded { reason: text() },
+            Error::QuotaExceeded { subject: text(), reason: text() },
             Error::Cancelled,
             Error::Deadline,
             Error::Draining,

@@ -10,19 +10,23 @@ use crate::error::Result;
 
 /// Columns of a [`JobRecord`], in the order of [`record`].
 pub(super) const RECORD: &str = "id, spec, state, created_ms, started_ms, ended_ms, progress, last_sequence, outcome, attempt, \
-     lease_owner";
+     lease_owner, (SELECT time_ms FROM job_events WHERE job_id = jobs.id \
+     ORDER BY sequence DESC LIMIT 1)";
 
 pub(super) fn record(row: &AnyRow) -> Result<JobRecord> {
     let optional_time = |index| column::<Option<i64>>(row, index)?.map(from_ms).transpose();
     let progress = column::<Option<String>>(row, 6)?;
     let outcome = column::<Option<String>>(row, 8)?;
+    let (created, started, ended) = (time(row, 3)?, optional_time(4)?, optional_time(5)?);
+    let updated = [started, ended, optional_time(11)?].into_iter().flatten().max();
     Ok(JobRecord {
         id: JobId::given(&column::<String>(row, 0)?),
         spec: std::sync::Arc::new(json(row, 1)?),
         state: JobState::parse(&column::<String>(row, 2)?)?,
-        created: time(row, 3)?,
-        started: optional_time(4)?,
-        ended: optional_time(5)?,
+        created,
+        started,
+        ended,
+        updated: updated.map_or(created, |updated| updated.max(created)),
         progress: progress.as_deref().map(records::from_json).transpose()?,
         last_sequence: number(row, 7)?,
         outcome: outcome.as_deref().map(records::outcome_from_json).transpose()?,

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use sqlx::{Any, Transaction};
+
 use super::{JobStore, append_event, column, failed, is_duplicate, records};
 use crate::engine::jobs::{JobId, NewJob, Novelty, Submitted};
 use crate::error::{Error, Result};
@@ -35,7 +37,8 @@ impl JobStore {
     ///
     /// # Errors
     /// As [`JobStore::find_request`]; `Busy` while a different job makes the same model;
-    /// `Overloaded` when too many jobs wait; `Unavailable`.
+    /// `Overloaded` when too many jobs wait; `QuotaExceeded` when too many are the principal's;
+    /// `Unavailable`.
     pub async fn submit(&self, job: &NewJob) -> Result<Submitted> {
         let spec_hash = job.spec.fingerprint()?;
         for _ in 0..SUBMIT_ROUNDS {
@@ -83,6 +86,18 @@ impl JobStore {
         }
     }
 
+    async fn check_quota(&self, tx: &mut Transaction<'_, Any>, principal: &str) -> Result<()> {
+        let sql = "SELECT COUNT(*) FROM jobs WHERE principal = $1 AND active = 1";
+        let query = sqlx::query_scalar(sql).bind(principal.to_owned());
+        let jobs: i64 = query.fetch_one(&mut **tx).await.map_err(failed)?;
+        let most = self.limits.per_principal;
+        if usize::try_from(jobs).unwrap_or(usize::MAX) < most {
+            return Ok(());
+        }
+        let reason = format!("{principal} has {jobs} jobs under way, at most {most} are allowed");
+        Err(Error::QuotaExceeded { subject: principal.to_owned(), reason })
+    }
+
     /// `None` when a job or request that stands in the way appeared meanwhile.
     async fn insert(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
         let id = JobId::new();
@@ -95,10 +110,11 @@ impl JobStore {
                 retry_after: RETRY_AFTER,
             });
         }
+        self.check_quota(&mut tx, &job.principal).await?;
         let now = self.database.clock(&mut tx).await?;
         let sql = "INSERT INTO jobs (id, kind, model, target, spec, spec_hash, priority, state, \
-                   active, attempt, attempts_left, created_ms, last_sequence) \
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0)";
+                   active, attempt, attempts_left, created_ms, last_sequence, principal) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0, $10)";
         let inserted = sqlx::query(sql)
             .bind(id.as_str())
             .bind(job.spec.kind())
@@ -109,6 +125,7 @@ impl JobStore {
             .bind(i64::from(job.priority))
             .bind(i64::from(self.limits.attempts))
             .bind(now)
+            .bind(&job.principal)
             .execute(&mut *tx)
             .await;
         match inserted {

@@ -1,0 +1,65 @@
+//! What the long-running commands have in common: logs, a runtime, the data folder, the probes.
+
+use std::fs::File;
+use std::net::SocketAddr;
+
+use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
+use tokio_util::sync::{CancellationToken, DropGuard};
+
+use crate::artifact::store::claim_folder;
+use crate::cli::failure::Failure;
+use crate::config::ProcessConfig;
+use crate::error::{Error, Result};
+use crate::grpc::{Readiness, ops};
+use crate::{device, shutdown, telemetry};
+
+/// What holds as long as the process is to run.
+pub(super) struct Process {
+    /// Told when a signal stops the process.
+    pub(super) stop: CancellationToken,
+    /// What `/readyz` says.
+    pub(super) readiness: Readiness,
+    _claim: Option<File>,
+    _probes_end_last: DropGuard,
+}
+
+impl Process {
+    /// Claims the data folder if the process uses it, and answers probes.
+    ///
+    /// # Errors
+    /// `FailedPrecondition` when the folder is another process's; `Io` when the port cannot be used.
+    pub(super) async fn start(config: &ProcessConfig) -> Result<Self> {
+        let claim = config.uses_data_dir().then(|| claim_folder(&config.data_dir)).transpose()?;
+        let stop = shutdown::on_signal()?;
+        let listener = listen(config.ops_listen).await?;
+        let (readiness, probes) = (Readiness::new(), CancellationToken::new());
+        tokio::spawn(ops::serve(listener, readiness.clone(), probes.clone()));
+        Ok(Self { stop, readiness, _claim: claim, _probes_end_last: probes.drop_guard() })
+    }
+}
+
+/// Runs such a command to its end.
+///
+/// # Errors
+/// Whatever `work` gives; `InvalidArgument` for unusable log settings; `Io` without threads.
+pub(super) fn run(
+    config: &ProcessConfig,
+    work: impl Future<Output = Result<()>>,
+) -> Result<(), Failure> {
+    telemetry::start(&config.log)?;
+    device::open_cuda_libraries();
+    let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
+    let result = runtime.block_on(work);
+    // Work that outlived the drain must not keep the process.
+    runtime.shutdown_background();
+    Ok(result?)
+}
+
+/// A socket on an address.
+///
+/// # Errors
+/// `Io`.
+pub(super) async fn listen(address: SocketAddr) -> Result<TcpListener> {
+    TcpListener::bind(address).await.map_err(|error| Error::io(format!("port {address}"), error))
+}
