@@ -3,6 +3,7 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
@@ -12,6 +13,8 @@ use tch::Device;
 
 use crate::data::DecodeLimits;
 use crate::engine::EngineConfig;
+use crate::engine::batcher::QueueLimits;
+use crate::engine::device::Batching;
 use crate::engine::jobs::JobLimits;
 use crate::engine::resources::HubOwners;
 use crate::error::{Error, Result};
@@ -31,6 +34,22 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_QUEUE_IMAGES", default_value_t = 256, value_name = "IMAGES",
           value_parser = at_least_one)]
     pub queue_images: usize,
+    /// Bytes that the files of these images may have together.
+    #[arg(long, env = "VITQ_QUEUE_BYTES", default_value_t = 512 << 20, value_name = "BYTES",
+          value_parser = at_least_one)]
+    pub queue_bytes: usize,
+    /// Threads that decode images; without a number, one per core.
+    #[arg(long, env = "VITQ_DECODE_THREADS", value_name = "N", value_parser = at_least_one)]
+    pub decode_threads: Option<usize>,
+    /// Seconds for which a small batch waits for more images while its device is idle.
+    #[arg(long, env = "VITQ_BATCH_DELAY", default_value = "0", value_name = "SECONDS",
+          value_parser = seconds)]
+    pub batch_delay: Duration,
+    /// Seconds for which a server that was asked to stop goes on as before, not ready: load balancers
+    /// look elsewhere meanwhile.
+    #[arg(long, env = "VITQ_DRAIN_DELAY", default_value = "5", value_name = "SECONDS",
+          value_parser = seconds)]
+    pub drain_delay: Duration,
     /// Quantization and evaluation jobs that this server runs at the same time; 0 leaves them to
     /// workers.
     #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS")]
@@ -98,6 +117,11 @@ pub struct ProcessConfig {
     #[arg(long, env = "VITQ_MAX_BATCH", default_value_t = 32, value_name = "IMAGES",
           value_parser = at_least_one)]
     pub max_batch: usize,
+    /// Bytes of models that each device may hold: those not used for longest make room. Without a
+    /// number, nothing is unloaded by itself.
+    #[arg(long, env = "VITQ_MEMORY_BUDGET", value_name = "BYTES",
+          value_parser = clap::value_parser!(u64).range(1..))]
+    pub memory_budget: Option<u64>,
     /// Jobs that may wait for a worker; more are refused with RESOURCE_EXHAUSTED.
     #[arg(long, env = "VITQ_MAX_QUEUED_JOBS", default_value_t = 64, value_name = "JOBS",
           value_parser = at_least_one)]
@@ -134,14 +158,21 @@ pub struct ProcessConfig {
 impl ServeConfig {
     /// The engine's part; `devices` is what `device` stands for on this machine.
     pub fn engine(&self, devices: Vec<Device>) -> EngineConfig {
-        let Self { process, queue_images, workers, .. } = self;
-        EngineConfig { queue_images: *queue_images, ..process.engine(devices, *workers) }
+        let Self { process, workers, .. } = self;
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        EngineConfig {
+            batching: Batching { max_batch: process.max_batch, delay: self.batch_delay },
+            queue: QueueLimits { images: self.queue_images, bytes: self.queue_bytes },
+            decode_threads: self.decode_threads.unwrap_or(cores),
+            ..process.engine(devices, *workers)
+        }
     }
 
     /// The services' part.
     pub fn server(&self) -> ServerConfig {
         ServerConfig {
             max_message_bytes: self.process.max_message_bytes,
+            drain_delay: self.drain_delay,
             drain_timeout: self.process.drain_timeout,
         }
     }
@@ -180,8 +211,10 @@ impl ProcessConfig {
             hub: self.hub.clone(),
             devices,
             backend: self.executor,
-            max_batch: self.max_batch,
-            queue_images: 0,
+            batching: Batching { max_batch: self.max_batch, delay: Duration::ZERO },
+            queue: QueueLimits { images: 0, bytes: 0 },
+            decode_threads: 1,
+            memory_budget: self.memory_budget,
             workers,
             jobs: JobLimits {
                 queued: self.max_queued_jobs,
@@ -243,11 +276,12 @@ mod tests {
     #[test]
     fn defaults_are_local_and_bounded() {
         let Command { serve } = Command::try_parse_from(["vitq"]).unwrap();
-        let ServeConfig { listen, queue_images, workers, process } = &serve;
+        let ServeConfig { listen, queue_images, workers, process, .. } = &serve;
         assert!(listen.ip().is_loopback() && process.ops_listen.ip().is_loopback());
         assert_eq!((process.max_batch, *queue_images, *workers), (32, 256, 1));
         assert!(process.uses_data_dir());
         assert_eq!(serve.server().drain_timeout, Duration::from_secs(30));
+        assert_eq!(serve.server().drain_delay, Duration::from_secs(5));
     }
 
     #[test]

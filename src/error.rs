@@ -63,6 +63,21 @@ pub enum Error {
     /// The caller's deadline passed.
     #[error("deadline exceeded")]
     Deadline,
+    /// The caller's deadline would pass before an answer can be there.
+    #[error("an answer takes {needed:?}, longer than the call may take")]
+    DeadlineTooShort {
+        /// Time of the calculation alone.
+        needed: Duration,
+    },
+    /// A device has too little memory for the work; waiting does not help by itself.
+    #[error("{reason}")]
+    DeviceMemory {
+        /// What is too large for what.
+        reason: String,
+    },
+    /// A device has failed for good; another process may have another one.
+    #[error("the device is lost")]
+    DeviceLost,
     /// A store that the work needs cannot be reached now; the call may be retried.
     #[error("the {what} is unavailable: {reason}")]
     Unavailable {
@@ -157,6 +172,9 @@ impl Error {
             }
             Self::Cancelled => Self::Cancelled,
             Self::Deadline => Self::Deadline,
+            Self::DeadlineTooShort { needed } => Self::DeadlineTooShort { needed: *needed },
+            Self::DeviceMemory { reason } => Self::DeviceMemory { reason: reason.clone() },
+            Self::DeviceLost => Self::DeviceLost,
             Self::Draining => Self::Draining,
             Self::Unavailable { what, reason } => {
                 Self::Unavailable { what, reason: reason.clone() }

@@ -249,7 +249,8 @@ async fn survives(
     let mut inference = InferenceServiceClient::new(program.channel.clone());
     for model in &models {
         let images = vec![Image { content: content.clone().into() }];
-        let request = ClassifyRequest { model: model.id.clone(), images, top_k: 1 };
+        let request =
+            ClassifyRequest { model: model.id.clone(), images, top_k: 1, ..Default::default() };
         inference.classify(request).await.unwrap();
     }
     // What was brought is what was sent, and can be used.

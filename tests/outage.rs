@@ -107,7 +107,8 @@ async fn classify(program: &Program, model: &str) -> Result<ClassifyResponse, St
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo/datasets/digits/val/3");
     let file = fs::read_dir(folder).unwrap().next().unwrap().unwrap().path();
     let images = vec![Image { content: fs::read(file).unwrap().into() }];
-    let request = ClassifyRequest { model: model.to_owned(), images, top_k: 1 };
+    let request =
+        ClassifyRequest { model: model.to_owned(), images, top_k: 1, ..Default::default() };
     let mut client = InferenceServiceClient::new(program.channel.clone());
     Ok(client.classify(request).await?.into_inner())
 }

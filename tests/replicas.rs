@@ -53,7 +53,12 @@ fn request(model: &str, calibration: Calibration) -> QuantizeRequest {
 }
 
 async fn classify(server: &Program, model: &str) -> Result<ClassifyResponse, Status> {
-    let request = ClassifyRequest { model: model.to_owned(), images: digits(1), top_k: 3 };
+    let request = ClassifyRequest {
+        model: model.to_owned(),
+        images: digits(1),
+        top_k: 3,
+        ..Default::default()
+    };
     let mut client = InferenceServiceClient::new(server.channel.clone());
     Ok(client.classify(request).await?.into_inner())
 }

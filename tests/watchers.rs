@@ -9,13 +9,11 @@ use std::time::Duration;
 
 use tokio::sync::mpsc::Receiver;
 use vitq::Error;
-use vitq::data::DecodeLimits;
 use vitq::engine::jobs::{
-    Afterwards, ImageChoice, JobEvent, JobLimits, JobProgress, JobSpec, NewJob, QuantizeJob,
+    Afterwards, ImageChoice, JobEvent, JobProgress, JobSpec, NewJob, QuantizeJob,
 };
 use vitq::engine::names::ModelId;
 use vitq::engine::{Engine, EngineConfig};
-use vitq::exec::Backend;
 
 fn job() -> NewJob {
     let request = serde_json::json!({
@@ -52,22 +50,10 @@ async fn a_slow_reader_gets_the_latest_state_and_the_end() {
     let data = tempfile::tempdir().unwrap();
     let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
     let engine = Engine::start(EngineConfig {
-        data_dir: data.path().to_path_buf(),
-        database: None,
-        store: None,
         checkpoints: Some(demo.join("checkpoints")),
         datasets: Some(demo.join("datasets")),
-        cache: None,
-        cache_bytes: 0,
-        upload_quota: 0,
-        hub: None,
-        devices: vec![tch::Device::Cpu],
-        backend: Backend::Simulated,
-        max_batch: 8,
-        queue_images: 8,
         workers: 0, // the test is the worker
-        jobs: JobLimits::default(),
-        limits: DecodeLimits::default(),
+        ..EngineConfig::local(data.path(), tch::Device::Cpu)
     })
     .await
     .unwrap();

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use serde_json::{Value, json};
 
 use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
@@ -11,7 +12,9 @@ use crate::cli::render::{label_json, seconds};
 use crate::error::Error;
 use crate::grpc::proto::classify_item::Outcome;
 use crate::grpc::proto::inference_service_client::InferenceServiceClient;
-use crate::grpc::proto::{ClassifyItem, ClassifyRequest, ClassifyResponse, Image};
+use crate::grpc::proto::{
+    ClassifyItem, ClassifyPriority, ClassifyRequest, ClassifyResponse, Image,
+};
 
 /// Images of one call; more are sent in several calls.
 const IMAGES_PER_CALL: usize = 32;
@@ -26,11 +29,31 @@ pub(super) struct Args {
     /// Labels to show per image.
     #[arg(long, value_name = "K", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..))]
     top_k: u32,
+    /// Whether somebody waits for the answer.
+    #[arg(long, value_name = "NAME", default_value = "interactive")]
+    priority: Priority,
     /// JPEG, PNG or WebP files.
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
     #[command(flatten)]
     server: ServerArgs,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum Priority {
+    /// Somebody waits.
+    Interactive,
+    /// Runs when nothing else waits.
+    Bulk,
+}
+
+impl From<Priority> for i32 {
+    fn from(priority: Priority) -> Self {
+        match priority {
+            Priority::Interactive => ClassifyPriority::Interactive.into(),
+            Priority::Bulk => ClassifyPriority::Bulk.into(),
+        }
+    }
 }
 
 impl Args {
@@ -50,6 +73,7 @@ impl Args {
                     model: self.model.clone(),
                     images: images.map(|content| Image { content: content.into() }).collect(),
                     top_k: self.top_k,
+                    priority: self.priority.into(),
                 };
                 answers.push(client.classify(request).await?.into_inner());
             }

@@ -11,15 +11,15 @@ use crate::artifact::store::claim_folder;
 use crate::cli::failure::Failure;
 use crate::config::ProcessConfig;
 use crate::error::{Error, Result};
-use crate::grpc::{Readiness, ops};
+use crate::grpc::ops::{self, Probes};
 use crate::{device, shutdown, telemetry};
 
 /// What holds as long as the process is to run.
 pub(super) struct Process {
     /// Told when a signal stops the process.
     pub(super) stop: CancellationToken,
-    /// What `/readyz` says.
-    pub(super) readiness: Readiness,
+    /// What the probes say.
+    pub(super) probes: Probes,
     _claim: Option<File>,
     _probes_end_last: DropGuard,
 }
@@ -33,9 +33,10 @@ impl Process {
         let claim = config.uses_data_dir().then(|| claim_folder(&config.data_dir)).transpose()?;
         let stop = shutdown::on_signal()?;
         let listener = listen(config.ops_listen).await?;
-        let (readiness, probes) = (Readiness::new(), CancellationToken::new());
-        tokio::spawn(ops::serve(listener, readiness.clone(), probes.clone()));
-        Ok(Self { stop, readiness, _claim: claim, _probes_end_last: probes.drop_guard() })
+        let (probes, probing) = (Probes::default(), CancellationToken::new());
+        probes.alive.set(true);
+        tokio::spawn(ops::serve(listener, probes.clone(), probing.clone()));
+        Ok(Self { stop, probes, _claim: claim, _probes_end_last: probing.drop_guard() })
     }
 }
 

@@ -33,8 +33,8 @@ async fn serve(config: &ServeConfig) -> Result<()> {
     let engine = Engine::start(config.engine(devices)).await?;
     let address = listener.local_addr().map_err(|e| Error::io("gRPC port", e))?;
     announce(&format!("listening on http://{address}"));
-    let (stop, readiness) = (process.stop.clone(), process.readiness.clone());
-    grpc::run(listener, engine, grpc::Running { config: config.server(), readiness, stop }).await
+    let (stop, probes) = (process.stop.clone(), process.probes.clone());
+    grpc::run(listener, engine, grpc::Running { config: config.server(), probes, stop }).await
 }
 
 /// Scripts read the address from stdout; everything else goes to the log.

@@ -30,10 +30,10 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     let engine_config = config.engine(devices)?;
     let process = Process::start(&config.process).await?;
     let engine = Engine::start(engine_config).await?;
-    process.readiness.set(true);
+    process.probes.readiness.set(true);
     tracing::info!(workers = config.workers, "working");
     process.stop.cancelled().await;
-    process.readiness.set(false);
+    process.probes.readiness.set(false);
     engine.jobs.stop();
     match tokio::time::timeout(config.process.drain_timeout, engine.jobs.stopped()).await {
         Ok(stopped) => stopped,

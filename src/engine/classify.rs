@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, oneshot};
+use rayon::{ThreadPool, ThreadPoolBuilder};
+use tokio::sync::oneshot;
 
+use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
-use crate::engine::batcher::{Admission, Answer, Entry};
+use crate::engine::batcher::{Admission, Answer, Entry, Permit, Priority};
 use crate::engine::device::panic_text;
 use crate::engine::evaluator::top_k;
 use crate::engine::names::ModelId;
@@ -21,17 +23,39 @@ use crate::model::ModelSpec;
 pub struct ClassifyCall {
     /// The model, by its id or an alias.
     pub model: ModelId,
-    /// Encoded images, at least one.
-    pub images: Vec<Bytes>,
-    /// Classes to return per image, at least one.
-    pub top_k: usize,
+    /// The images, at least one.
+    pub images: Vec<ImageInput>,
+    /// What the request calls an image, by its number: the field of its errors.
+    pub field: fn(usize) -> String,
+    /// Who goes first.
+    pub priority: Priority,
+    /// When the caller gives up.
+    pub deadline: Option<Instant>,
+}
+
+/// An image as it comes in.
+#[derive(Clone, Debug)]
+pub enum ImageInput {
+    /// A JPEG, PNG or WebP file.
+    Encoded(Bytes),
+    /// Normalised pixels [3, size, size].
+    Pixels(Vec<f32>),
+}
+
+impl ImageInput {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Encoded(content) => content.len(),
+            Self::Pixels(values) => size_of_val(values.as_slice()),
+        }
+    }
 }
 
 /// What became of a [`ClassifyCall`].
 #[derive(Debug)]
 pub struct ClassifyReply {
-    /// One per image, in order.
-    pub items: Vec<Result<Vec<RankedClass>>>,
+    /// Logits or an error per image, in order.
+    pub items: Vec<Result<Vec<f32>>>,
     /// Longest wait for the device.
     pub queue: Duration,
     /// Longest decoding and resizing.
@@ -42,10 +66,8 @@ pub struct ClassifyReply {
     pub total: Duration,
     /// Largest batch that held one of the images.
     pub batch_size: usize,
-    /// Digest of the artifact that answered.
-    pub model_version: String,
-    /// Id of the model that answered.
-    pub model: String,
+    /// The model that answered.
+    pub model: Arc<ModelRecord>,
 }
 
 /// A class and its score.
@@ -66,42 +88,71 @@ pub struct RankedClass {
 pub struct Classifier {
     registry: Arc<ModelRegistry>,
     admission: Admission,
+    decoders: ThreadPool,
     limits: DecodeLimits,
 }
 
+/// What the images of a call have in common.
+#[derive(Debug)]
+struct Common {
+    record: Arc<ModelRecord>,
+    placement: Placement,
+    field: fn(usize) -> String,
+    priority: Priority,
+    deadline: Option<Instant>,
+}
+
 impl Classifier {
-    /// A classifier with room for `queue_images` images at once.
-    pub fn new(registry: Arc<ModelRegistry>, queue_images: usize, limits: DecodeLimits) -> Self {
-        Self { registry, admission: Admission::new(queue_images), limits }
+    /// A classifier that lets images in by `admission` and decodes them on threads of its own.
+    ///
+    /// # Errors
+    /// `Io` when the operating system has no threads left.
+    pub fn new(
+        registry: Arc<ModelRegistry>,
+        admission: Admission,
+        decode_threads: usize,
+        limits: DecodeLimits,
+    ) -> Result<Self> {
+        let decoders = ThreadPoolBuilder::new()
+            .num_threads(decode_threads)
+            .thread_name(|number| format!("decode-{number}"))
+            .build()
+            .map_err(|error| Error::io("decoder threads", std::io::Error::other(error)))?;
+        Ok(Self { registry, admission, decoders, limits })
+    }
+
+    /// What is let in, and how much of it is there.
+    pub fn admission(&self) -> &Admission {
+        &self.admission
     }
 
     /// Classifies; each image succeeds or fails by itself. Dropping the future gives up what has
     /// not started.
     ///
     /// # Errors
-    /// `InvalidArgument` for too many images; `NotFound` for the model; `Overloaded`; whatever the
-    /// model's load reports.
+    /// `InvalidArgument` for too many images; `NotFound` for the model; `Overloaded`;
+    /// `DeadlineTooShort`; whatever the model's load reports.
     pub async fn classify(&self, call: ClassifyCall) -> Result<ClassifyReply> {
         let started = Instant::now();
-        let ClassifyCall { model, images, top_k } = call;
-        let permits = self.admission.admit(images.len())?;
+        let ClassifyCall { model, images, field, priority, deadline } = call;
+        let sizes: Vec<usize> = images.iter().map(ImageInput::bytes).collect();
+        self.admission.check(&sizes)?;
+        let id = self.registry.answering(&model).await?;
+        let permits = self.admission.admit(id.as_str(), &sizes)?;
         let (record, placement) = self.registry.ensure_loaded(&model).await?;
-        let spec = Arc::new(record.model.clone());
-        let mut decoding = Vec::with_capacity(images.len());
-        for (index, (content, permit)) in images.into_iter().zip(permits).enumerate() {
-            let field = format!("images[{index}].content");
-            let spec = Arc::clone(&spec);
-            decoding.push((self.start_decode(content, field, spec), permit));
+        if let Some(deadline) = deadline {
+            let needed = placement.pace.for_images(images.len());
+            if deadline.saturating_duration_since(Instant::now()) < needed {
+                return Err(Error::DeadlineTooShort { needed });
+            }
         }
-        let mut waiting = Vec::with_capacity(decoding.len());
-        for (pixels, permit) in decoding {
-            let decoded = pixels.await.map_err(|_| Error::internal("a decoder is gone"));
-            waiting.push(
-                decoded
-                    .and_then(|result| result)
-                    .and_then(|(pixels, time)| Ok((queue(&placement, pixels, permit)?, time))),
-            );
-        }
+        let common = Arc::new(Common { record, placement, field, priority, deadline });
+        let waiting: Vec<Waiting> = images
+            .into_iter()
+            .zip(permits)
+            .enumerate()
+            .map(|(index, (image, permit))| self.start(image, index, permit, Arc::clone(&common)))
+            .collect();
         let mut reply = ClassifyReply {
             items: Vec::with_capacity(waiting.len()),
             queue: Duration::ZERO,
@@ -109,63 +160,98 @@ impl Classifier {
             compute: Duration::ZERO,
             total: Duration::ZERO,
             batch_size: 0,
-            model_version: record.digest.clone(),
-            model: record.id.clone(),
+            model: Arc::clone(&common.record),
         };
         for image in waiting {
             let item = reply.receive(image).await;
-            reply.items.push(item.map(|logits| rank(&logits, top_k, &record.model)));
+            reply.items.push(item);
         }
         reply.total = started.elapsed();
         Ok(reply)
     }
 
-    /// Decodes and preprocesses on the pool of CPU threads.
-    fn start_decode(&self, content: Bytes, field: String, spec: Arc<ModelSpec>) -> Decoding {
-        let (sender, receiver) = oneshot::channel();
+    /// Decodes and preprocesses an image on the pool of decoders, which queue it for the device.
+    fn start(&self, image: ImageInput, index: usize, permit: Permit, call: Arc<Common>) -> Waiting {
+        let (reply, answer) = oneshot::channel();
         let limits = self.limits.clone();
-        rayon::spawn(move || {
-            if sender.is_closed() {
+        self.decoders.spawn(move || {
+            if reply.is_closed() {
                 return;
             }
             let started = Instant::now();
-            let decoded = catch_unwind(AssertUnwindSafe(|| {
-                preprocess(&decode(&content, &limits, &field)?, &spec.preprocessing)
-            }))
-            .unwrap_or_else(|panic| {
-                tracing::error!(panic = panic_text(panic.as_ref()), "an image decoder panicked");
-                Err(Error::invalid(field.as_str(), "the image cannot be decoded"))
-            });
-            let _ = sender.send(decoded.map(|pixels| (pixels, started.elapsed()))); // caller left
+            let pixels = if call.deadline.is_some_and(|deadline| deadline <= started) {
+                Err(Error::Deadline)
+            } else {
+                pixels_of(image, &(call.field)(index), &call.record.model, &limits)
+            };
+            let pixels = match pixels {
+                Ok(pixels) => pixels,
+                Err(error) => {
+                    let _ = reply.send(Err(error)); // the caller may have left
+                    return;
+                }
+            };
+            let Common { placement, priority, deadline, .. } = &*call;
+            let queued = Instant::now();
+            let entry = Entry {
+                model: placement.key,
+                pixels,
+                priority: *priority,
+                decode: queued.duration_since(started),
+                queued,
+                deadline: *deadline,
+                permit,
+                reply,
+            };
+            if let Err(error) = placement.device.classify(entry) {
+                // The entry is gone, and its caller told by that.
+                tracing::error!(%error, "an image could not be queued");
+            }
         });
-        receiver
+        answer
     }
 }
 
-/// Pixels of one image and the time they took.
-type Decoding = oneshot::Receiver<Result<(Vec<f32>, Duration)>>;
-
-/// The answer for one image and the time of its decoding.
-type Waiting = (oneshot::Receiver<Result<Answer>>, Duration);
-
-fn queue(
-    placement: &Placement,
-    pixels: Vec<f32>,
-    permit: OwnedSemaphorePermit,
-) -> Result<oneshot::Receiver<Result<Answer>>> {
-    let (reply, answer) = oneshot::channel();
-    let entry = Entry { model: placement.key, pixels, queued: Instant::now(), permit, reply };
-    placement.device.classify(entry)?;
-    Ok(answer)
+/// What a model sees of an image.
+fn pixels_of(
+    image: ImageInput,
+    field: &str,
+    spec: &ModelSpec,
+    limits: &DecodeLimits,
+) -> Result<Vec<f32>> {
+    match image {
+        ImageInput::Pixels(values) => {
+            let side = usize::try_from(spec.preprocessing.image_size).unwrap_or(0);
+            if values.len() == 3 * side * side {
+                return Ok(values);
+            }
+            let reason = format!("{} values, the model takes 3 x {side} x {side}", values.len());
+            Err(Error::invalid(field, reason))
+        }
+        ImageInput::Encoded(content) => catch_unwind(AssertUnwindSafe(|| {
+            preprocess(&decode(&content, limits, field)?, &spec.preprocessing)
+        }))
+        .unwrap_or_else(|panic| {
+            tracing::error!(panic = panic_text(panic.as_ref()), "an image decoder panicked");
+            Err(Error::invalid(field, "the image cannot be decoded"))
+        }),
+    }
 }
 
+/// The answer for one image.
+type Waiting = oneshot::Receiver<Result<Answer>>;
+
 impl ClassifyReply {
+    /// The most probable classes of one image's logits.
+    pub fn rank(&self, logits: &[f32], count: usize) -> Vec<RankedClass> {
+        rank(logits, count, &self.model.model)
+    }
+
     /// Waits for one image; notes its times.
-    async fn receive(&mut self, image: Result<Waiting>) -> Result<Vec<f32>> {
-        let (answer, decode) = image?;
+    async fn receive(&mut self, image: Waiting) -> Result<Vec<f32>> {
+        let answer = image.await.map_err(|_| Error::internal("an image was lost"))??;
+        let Answer { logits, decode, queue, compute, batch_size } = answer;
         self.decode = self.decode.max(decode);
-        let answer = answer.await.map_err(|_| Error::internal("the device thread is gone"))??;
-        let Answer { logits, queue, compute, batch_size } = answer;
         self.queue = self.queue.max(queue);
         self.compute = self.compute.max(compute);
         self.batch_size = self.batch_size.max(batch_size);

@@ -2,22 +2,23 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use crate::data::Pixels;
-use crate::engine::batcher::{Answer, BatchQueue, Entry};
+use crate::engine::batcher::{Answer, BatchQueue, Entry, Next, Pace};
 use crate::engine::pipeline::image_batch;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 
-/// What a device thread needs of a model. It lives and dies on that thread.
-pub trait Network {
+/// What a device thread needs of a model. It is built elsewhere, lives and dies on that thread.
+pub trait Network: Send {
     /// Logits [n, classes], flat, of a batch of images.
     ///
     /// # Errors
@@ -26,9 +27,14 @@ pub trait Network {
 
     /// Bytes of parameters on the device.
     fn resident_bytes(&self) -> u64;
+
+    /// Side of the images to warm up with; `None` for a model that is not to be warmed up.
+    fn warm_up_side(&self) -> Option<i64> {
+        None
+    }
 }
 
-/// Builds a model on the device's own thread.
+/// Builds a model on a device.
 pub type BuildNetwork = Box<dyn FnOnce(Device) -> Result<Box<dyn Network>> + Send>;
 
 impl Network for QuantizedModel {
@@ -38,6 +44,10 @@ impl Network for QuantizedModel {
 
     fn resident_bytes(&self) -> u64 {
         QuantizedModel::resident_bytes(self)
+    }
+
+    fn warm_up_side(&self) -> Option<i64> {
+        Some(self.spec().preprocessing.image_size)
     }
 }
 
@@ -61,11 +71,13 @@ fn flat_logits(logits: &Tensor) -> Result<Vec<f32>> {
 pub type LoadKey = u64;
 
 enum Command {
-    Load { key: LoadKey, build: BuildNetwork, reply: oneshot::Sender<Result<u64>> },
+    Load { key: LoadKey, network: Box<dyn Network>, pace: Arc<Pace>, reply: LoadReply },
     Unload { key: LoadKey, reply: oneshot::Sender<()> },
     Classify(Entry),
     Forward(Bulk),
 }
+
+type LoadReply = oneshot::Sender<Result<()>>;
 
 /// A batch that its caller formed: evaluation.
 struct Bulk {
@@ -74,31 +86,50 @@ struct Bulk {
     reply: oneshot::Sender<Result<Vec<f32>>>,
 }
 
+/// How a device forms batches.
+#[derive(Clone, Copy, Debug)]
+pub struct Batching {
+    /// Largest batch, in images.
+    pub max_batch: usize,
+    /// How long an idle device holds a small batch back.
+    pub delay: Duration,
+}
+
+/// What others see of a device thread.
+#[derive(Debug, Default)]
+struct Vitals {
+    resident: AtomicU64,
+    /// When the batch that runs began, in milliseconds since the first look at a clock; 0: idle.
+    busy_since: AtomicU64,
+    is_lost: AtomicBool,
+}
+
 /// The way to a device thread. The thread ends, its models with it, after the last handle is gone.
 #[derive(Clone, Debug)]
 pub struct DeviceHandle {
     name: Arc<str>,
     device: Device,
     // Unbounded, but never long: images hold a permit, everything else waits for its reply.
-    commands: mpsc::UnboundedSender<Command>,
-    resident: Arc<AtomicU64>,
+    commands: mpsc::Sender<Command>,
+    vitals: Arc<Vitals>,
+    pace: Arc<Pace>,
 }
 
 impl DeviceHandle {
-    /// Starts the thread of a device; batches have at most `max_batch` images.
+    /// Starts the thread of a device; the `pace` of all its models together is noted there.
     ///
     /// # Errors
     /// `Io` when the operating system has no thread left.
-    pub fn start(device: Device, max_batch: usize) -> Result<Self> {
+    pub fn start(device: Device, batching: Batching, pace: Arc<Pace>) -> Result<Self> {
         let name: Arc<str> = crate::device::name(device).into();
-        let (commands, receiver) = mpsc::unbounded_channel();
-        let resident = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&resident);
+        let (commands, receiver) = mpsc::channel();
+        let vitals = Arc::<Vitals>::default();
+        let worker = DeviceThread::new(device, batching, Arc::clone(&vitals), Arc::clone(&pace));
         thread::Builder::new()
             .name(format!("device-{name}"))
-            .spawn(move || DeviceThread::new(device, max_batch, counter).run(receiver))
+            .spawn(move || worker.run(&receiver))
             .map_err(|error| Error::io(format!("thread of {name}"), error))?;
-        Ok(Self { name, device, commands, resident })
+        Ok(Self { name, device, commands, vitals, pace })
     }
 
     /// `cpu`, `cuda:0`, ...
@@ -113,17 +144,41 @@ impl DeviceHandle {
 
     /// Bytes of all models on the device.
     pub fn resident_bytes(&self) -> u64 {
-        self.resident.load(Ordering::Relaxed)
+        self.vitals.resident.load(Ordering::Relaxed)
     }
 
-    /// Builds a model on the thread; returns its size in bytes.
+    /// How fast the device answers.
+    pub fn pace(&self) -> &Arc<Pace> {
+        &self.pace
+    }
+
+    /// For how long the batch that runs has been running.
+    pub fn busy_for(&self) -> Duration {
+        match self.vitals.busy_since.load(Ordering::Acquire) {
+            0 => Duration::ZERO,
+            since => Duration::from_millis(clock().saturating_sub(since)),
+        }
+    }
+
+    /// Whether the device has failed for good: nothing but another process can use it again.
+    pub fn is_lost(&self) -> bool {
+        self.vitals.is_lost.load(Ordering::Acquire)
+    }
+
+    /// Builds a model here, on the blocking pool, moves it to the thread and warms it up there, between
+    /// the batches of others; its size in bytes.
     ///
     /// # Errors
-    /// Whatever `build` reports; `Internal` when it panics.
-    pub async fn load(&self, key: LoadKey, build: BuildNetwork) -> Result<u64> {
+    /// Whatever `build` or a forward reports; `Internal` when it panics.
+    pub async fn load(&self, key: LoadKey, build: BuildNetwork, pace: Arc<Pace>) -> Result<u64> {
+        let device = self.device;
+        let built = tokio::task::spawn_blocking(move || guarded(|| build(device)));
+        let network = built.await.map_err(|error| Error::internal(format!("load: {error}")))??;
+        let bytes = network.resident_bytes();
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Load { key, build, reply })?;
-        answer.await.map_err(|_| gone(&self.name))?
+        self.send(Command::Load { key, network, pace, reply })?;
+        answer.await.map_err(|_| gone(&self.name))??;
+        Ok(bytes)
     }
 
     /// Answers what is queued for a model, then drops it. Unloading an unknown one is fine.
@@ -167,112 +222,211 @@ fn gone(name: &str) -> Error {
     Error::internal(format!("the thread of device {name} is gone"))
 }
 
+/// Milliseconds since the first call, from 1.
+fn clock() -> u64 {
+    static START: OnceLock<Instant> = OnceLock::new();
+    let elapsed = START.get_or_init(Instant::now).elapsed();
+    u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX).saturating_add(1)
+}
+
+struct Loaded {
+    network: Box<dyn Network>,
+    pace: Arc<Pace>,
+}
+
+/// A model on its way: the batch sizes that it has not run yet.
+struct WarmUp {
+    key: LoadKey,
+    sizes: Vec<usize>,
+    reply: LoadReply,
+}
+
 struct DeviceThread {
     device: Device,
-    max_batch: usize,
-    models: BTreeMap<LoadKey, Box<dyn Network>>,
+    batching: Batching,
+    models: BTreeMap<LoadKey, Loaded>,
     queue: BatchQueue,
     bulk: VecDeque<Bulk>,
-    resident: Arc<AtomicU64>,
+    warming: VecDeque<WarmUp>,
+    vitals: Arc<Vitals>,
+    pace: Arc<Pace>,
 }
 
 impl DeviceThread {
-    fn new(device: Device, max_batch: usize, resident: Arc<AtomicU64>) -> Self {
-        let (models, queue, bulk) = Default::default();
-        Self { device, max_batch, models, queue, bulk, resident }
+    fn new(device: Device, batching: Batching, vitals: Arc<Vitals>, pace: Arc<Pace>) -> Self {
+        Self {
+            device,
+            batching,
+            models: BTreeMap::new(),
+            queue: BatchQueue::new(batching.max_batch, batching.delay),
+            bulk: VecDeque::new(),
+            warming: VecDeque::new(),
+            vitals,
+            pace,
+        }
     }
 
-    fn run(mut self, mut commands: mpsc::UnboundedReceiver<Command>) {
+    fn run(mut self, commands: &mpsc::Receiver<Command>) {
         let _no_grad = tch::no_grad_guard();
         loop {
             while let Ok(command) = commands.try_recv() {
                 self.take(command);
             }
-            // Queued images and formed batches take turns, so neither starves the other.
-            let batch = self.queue.next_batch(self.max_batch);
-            let bulk = self.bulk.pop_front();
-            if batch.is_empty() && bulk.is_none() {
-                match commands.blocking_recv() {
-                    Some(command) => self.take(command),
-                    None => return,
+            // Queued images, formed batches and models that warm up take turns: none starves.
+            let next = self.queue.next(Instant::now());
+            let (bulk, warming) = (self.bulk.pop_front(), self.warming.pop_front());
+            let is_idle = bulk.is_none() && warming.is_none();
+            match next {
+                Next::Batch(batch) => self.answer(batch),
+                Next::Later(at) if is_idle => {
+                    let patience = at.saturating_duration_since(Instant::now());
+                    match commands.recv_timeout(patience) {
+                        Ok(command) => self.take(command),
+                        Err(RecvTimeoutError::Timeout) => {}
+                        Err(RecvTimeoutError::Disconnected) => return,
+                    }
                 }
-                continue;
+                Next::Nothing if is_idle => match commands.recv() {
+                    Ok(command) => self.take(command),
+                    Err(_) => return,
+                },
+                Next::Later(_) | Next::Nothing => {}
             }
-            self.answer(batch);
             if let Some(bulk) = bulk {
                 self.answer_bulk(bulk);
+            }
+            if let Some(warming) = warming {
+                self.warm_up(warming);
             }
         }
     }
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Classify(entry) => self.queue.push(entry),
-            Command::Forward(bulk) => self.bulk.push_back(bulk),
-            Command::Load { key, build, reply } => {
-                // A caller that has left does not matter: the registry waits for every load.
-                let _ = reply.send(self.load(key, build));
+            Command::Classify(entry) if self.models.contains_key(&entry.model) => {
+                self.queue.push(entry);
             }
+            Command::Classify(entry) => {
+                let _ = entry.reply.send(Err(unloaded())); // the caller may have left
+            }
+            Command::Forward(bulk) => self.bulk.push_back(bulk),
+            Command::Load { key, network, pace, reply } => self.load(key, network, pace, reply),
             Command::Unload { key, reply } => {
                 self.unload(key);
-                let _ = reply.send(());
+                let _ = reply.send(()); // as above
             }
         }
     }
 
-    fn load(&mut self, key: LoadKey, build: BuildNetwork) -> Result<u64> {
-        let device = self.device;
-        let network = guarded(|| build(device))?;
-        let bytes = network.resident_bytes();
-        self.models.insert(key, network);
-        self.resident.fetch_add(bytes, Ordering::Relaxed);
-        Ok(bytes)
+    fn load(&mut self, key: LoadKey, network: Box<dyn Network>, pace: Arc<Pace>, reply: LoadReply) {
+        self.vitals.resident.fetch_add(network.resident_bytes(), Ordering::Relaxed);
+        let sizes = match network.warm_up_side() {
+            Some(_) => batch_sizes(self.batching.max_batch),
+            None => Vec::new(),
+        };
+        self.models.insert(key, Loaded { network, pace });
+        self.warming.push_back(WarmUp { key, sizes, reply });
+    }
+
+    /// Runs one more batch size; the first forward of each costs more than those that follow.
+    fn warm_up(&mut self, mut warming: WarmUp) {
+        let Some(size) = warming.sizes.pop() else {
+            // A caller that has left does not matter: the registry waits for every load.
+            let _ = warming.reply.send(Ok(()));
+            return;
+        };
+        let side = self.models.get(&warming.key).and_then(|model| model.network.warm_up_side());
+        let Some(side) = side else { return }; // unloaded meanwhile
+        let values = usize::try_from(3 * side * side).unwrap_or(0) * size;
+        let images = Pixels { count: size, image_size: side, data: vec![0.0; values] };
+        let started = Instant::now();
+        match self.forward(warming.key, &images) {
+            Ok(_) => {
+                // Only a first idea: what a model costs is learned from its batches.
+                if warming.sizes.is_empty()
+                    && let Some(model) = self.models.get(&warming.key)
+                {
+                    model.pace.note(size, started.elapsed());
+                }
+                self.warming.push_back(warming);
+            }
+            Err(error) => {
+                self.unload(warming.key);
+                let _ = warming.reply.send(Err(error)); // as above
+            }
+        }
     }
 
     fn unload(&mut self, key: LoadKey) {
         loop {
-            let batch = self.queue.take(key, self.max_batch);
-            if batch.is_empty() {
+            let batch = self.queue.take(key, Instant::now());
+            if batch.is_empty() && self.queue.waiting(key) == 0 {
                 break;
             }
             self.answer(batch);
         }
-        if let Some(network) = self.models.remove(&key) {
-            self.resident.fetch_sub(network.resident_bytes(), Ordering::Relaxed);
+        self.queue.forget(key);
+        if let Some(Loaded { network, .. }) = self.models.remove(&key) {
+            self.vitals.resident.fetch_sub(network.resident_bytes(), Ordering::Relaxed);
         }
     }
 
-    fn answer(&self, batch: Vec<Entry>) {
+    fn answer(&mut self, batch: Vec<Entry>) {
         let Some(model) = batch.first().map(|entry| entry.model) else { return };
         let started = Instant::now();
-        let batch_size = batch.len();
-        let mut images = Pixels { count: batch_size, image_size: 0, data: Vec::new() };
-        images.image_size = side(batch.first().map_or(0, |entry| entry.pixels.len()));
+        let images = batch.len();
+        let failed = self.answer_once(batch);
+        // Two halves may fit where the whole did not. What one image alone needs is not there.
+        if let Some((mut first, error)) = failed {
+            tracing::warn!(%error, images, "out of memory: the batch is halved");
+            let second = first.split_off(first.len() / 2);
+            for half in [first, second] {
+                if let Some((entries, error)) = self.answer_once(half) {
+                    refuse(entries, &error);
+                }
+            }
+        }
+        self.queue.charge(model, started.elapsed());
+    }
+
+    /// Answers a batch; gives it back if it was more than the memory holds.
+    fn answer_once(&self, batch: Vec<Entry>) -> Option<(Vec<Entry>, Error)> {
+        let now = Instant::now();
+        let batch: Vec<Entry> = batch.into_iter().filter_map(|e| e.still_wanted(now)).collect();
+        let first = batch.first()?;
+        let (model, count, values) = (first.model, batch.len(), first.pixels.len());
+        let run = padded(count, self.batching.max_batch, self.device);
+        let mut images = Pixels { count: run, image_size: side(values), data: Vec::new() };
+        images.data.reserve(values * run);
         for entry in &batch {
             images.data.extend_from_slice(&entry.pixels);
         }
-        let span = tracing::debug_span!("batch", model, batch_size);
+        images.data.resize(values * run, 0.0);
+        let span = tracing::debug_span!("batch", model, count);
         let logits = span.in_scope(|| self.forward(model, &images));
-        let compute = started.elapsed();
-        match logits {
-            Ok(logits) => {
-                let classes = logits.len() / batch_size;
-                for (entry, logits) in batch.into_iter().zip(logits.chunks_exact(classes.max(1))) {
-                    let answer = Answer {
-                        logits: logits.to_vec(),
-                        queue: started.duration_since(entry.queued),
-                        compute,
-                        batch_size,
-                    };
-                    let _ = entry.reply.send(Ok(answer)); // the caller may have left
-                }
+        let compute = now.elapsed();
+        let logits = match logits {
+            Ok(logits) => logits,
+            Err(error) if is_out_of_memory(&error) && count > 1 => {
+                return Some((batch, memory_error(error)));
             }
             Err(error) => {
-                for entry in batch {
-                    let _ = entry.reply.send(Err(error.replica())); // as above
-                }
+                refuse(batch, &memory_error(error));
+                return None;
             }
+        };
+        self.pace.note(count, compute);
+        if let Some(model) = self.models.get(&model) {
+            model.pace.note(count, compute);
         }
+        let classes = (logits.len() / run).max(1);
+        for (entry, logits) in batch.into_iter().zip(logits.chunks_exact(classes)) {
+            let (decode, queue) = (entry.decode, now.duration_since(entry.queued));
+            let logits = logits.to_vec();
+            let answer = Answer { logits, decode, queue, compute, batch_size: count };
+            let _ = entry.reply.send(Ok(answer)); // the caller may have left
+        }
+        None
     }
 
     fn answer_bulk(&self, bulk: Bulk) {
@@ -283,11 +437,85 @@ impl DeviceThread {
     }
 
     fn forward(&self, key: LoadKey, images: &Pixels) -> Result<Vec<f32>> {
-        let network = self.models.get(&key).ok_or_else(|| Error::FailedPrecondition {
-            reason: "the model was unloaded while the call was on its way".to_owned(),
-        })?;
-        guarded(|| network.forward(images))
+        if self.vitals.is_lost.load(Ordering::Acquire) {
+            return Err(Error::DeviceLost);
+        }
+        let model = self.models.get(&key).ok_or_else(unloaded)?;
+        self.vitals.busy_since.store(clock(), Ordering::Release);
+        let result = guarded(|| model.network.forward(images));
+        self.vitals.busy_since.store(0, Ordering::Release);
+        if let Err(error) = &result
+            && is_sticky(error)
+        {
+            tracing::error!(%error, "the device has failed for good");
+            self.vitals.is_lost.store(true, Ordering::Release);
+            return Err(Error::DeviceLost);
+        }
+        result
     }
+}
+
+fn refuse(batch: Vec<Entry>, error: &Error) {
+    for entry in batch {
+        let _ = entry.reply.send(Err(error.replica())); // the caller may have left
+    }
+}
+
+fn unloaded() -> Error {
+    Error::FailedPrecondition {
+        reason: "the model was unloaded while the call was on its way".to_owned(),
+    }
+}
+
+/// Batch sizes that a device runs: the powers of two below the largest, and the largest; falling.
+fn batch_sizes(max: usize) -> Vec<usize> {
+    let powers = std::iter::successors(Some(1_usize), |size| size.checked_mul(2));
+    let mut sizes: Vec<usize> = powers.take_while(|size| *size < max).collect();
+    sizes.push(max.max(1));
+    sizes.reverse();
+    sizes
+}
+
+/// The size at which so many images run. A GPU runs few sizes well; on the CPU an image more is
+/// an image's work more.
+fn padded(images: usize, max: usize, device: Device) -> usize {
+    match device {
+        Device::Cuda(_) => images.next_power_of_two().min(max.max(images)),
+        Device::Cpu | Device::Mps | Device::Vulkan => images,
+    }
+}
+
+/// Whether libtorch had too little memory, on a GPU or on the machine.
+fn is_out_of_memory(error: &Error) -> bool {
+    let Error::Device { source } = error else { return false };
+    let text = source.to_string();
+    ["out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED"]
+        .iter()
+        .any(|sign| text.contains(sign))
+}
+
+/// The same error, as one of memory if that is its cause.
+pub(super) fn memory_error(error: Error) -> Error {
+    if is_out_of_memory(&error) {
+        return Error::DeviceMemory { reason: "the device's memory is full".to_owned() };
+    }
+    error
+}
+
+/// Whether the GPU refuses everything from now on.
+fn is_sticky(error: &Error) -> bool {
+    let Error::Device { source } = error else { return false };
+    let text = source.to_string();
+    [
+        "illegal memory access",
+        "device-side assert",
+        "unspecified launch failure",
+        "uncorrectable ECC error",
+        "misaligned address",
+        "hardware stack error",
+    ]
+    .iter()
+    .any(|sign| text.contains(sign))
 }
 
 /// Side length of square [3, side, side] images with that many values.
@@ -314,7 +542,7 @@ pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::engine::batcher::Admission;
+    use crate::engine::batcher::{Admission, Priority, QueueLimits};
 
     /// Answers with the sum of each image; panics on a negative first pixel.
     struct Sums;
@@ -332,8 +560,10 @@ mod tests {
     }
 
     async fn with_sums(key: LoadKey) -> DeviceHandle {
-        let device = DeviceHandle::start(Device::Cpu, 4).unwrap();
-        device.load(key, Box::new(|_| Ok(Box::new(Sums)))).await.unwrap();
+        let batching = Batching { max_batch: 4, delay: Duration::ZERO };
+        let device = DeviceHandle::start(Device::Cpu, batching, Arc::default()).unwrap();
+        let build: BuildNetwork = Box::new(|_| Ok(Box::new(Sums)));
+        device.load(key, build, Arc::default()).await.unwrap();
         device
     }
 
@@ -343,9 +573,19 @@ mod tests {
         pixel: f32,
     ) -> oneshot::Receiver<Result<Answer>> {
         let (reply, answer) = oneshot::channel();
-        let permit = Admission::new(1).admit(1).unwrap().remove(0);
-        let pixels = vec![pixel; 12]; // [3, 2, 2]
-        device.classify(Entry { model, pixels, queued: Instant::now(), permit, reply }).unwrap();
+        let limits = QueueLimits { images: 1, bytes: 1 };
+        let permit = Admission::new(limits, Arc::default()).admit("m", &[1]).unwrap().remove(0);
+        let entry = Entry {
+            model,
+            pixels: vec![pixel; 12], // [3, 2, 2]
+            priority: Priority::Interactive,
+            decode: Duration::ZERO,
+            queued: Instant::now(),
+            deadline: None,
+            permit,
+            reply,
+        };
+        device.classify(entry).unwrap();
         answer
     }
 
@@ -370,7 +610,7 @@ mod tests {
         assert!(error.to_string().contains("negative pixel"));
         assert!(classify(&device, 1, 1.0).await.unwrap().is_ok());
         let panics: BuildNetwork = Box::new(|_| panic!("no memory"));
-        assert!(device.load(2, panics).await.is_err());
+        assert!(device.load(2, panics, Arc::default()).await.is_err());
         assert!(classify(&device, 1, 1.0).await.unwrap().is_ok());
     }
 

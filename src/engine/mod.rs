@@ -18,6 +18,7 @@ mod upkeep;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tch::Device;
 use tokio::runtime::Handle;
@@ -26,9 +27,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::artifact::store;
 use crate::data::DecodeLimits;
 use crate::database::{Database, Dialect};
+use crate::engine::batcher::{Admission, Pace, QueueLimits};
 use crate::engine::catalog::ModelCatalog;
 use crate::engine::classify::Classifier;
-use crate::engine::device::DeviceHandle;
+use crate::engine::device::{Batching, DeviceHandle};
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
 use crate::engine::registry::{ModelRegistry, RegistryParts, blocking};
@@ -69,16 +71,46 @@ pub struct EngineConfig {
     pub devices: Vec<Device>,
     /// The arithmetic of all models.
     pub backend: Backend,
-    /// Largest batch, in images.
-    pub max_batch: usize,
-    /// Images in the server at once.
-    pub queue_images: usize,
+    /// How devices form batches.
+    pub batching: Batching,
+    /// What may be in the server at once.
+    pub queue: QueueLimits,
+    /// Threads that decode images.
+    pub decode_threads: usize,
+    /// Bytes of models that each device may hold.
+    pub memory_budget: Option<u64>,
     /// Jobs that run at the same time.
     pub workers: usize,
     /// Bounds of the job store.
     pub jobs: JobLimits,
     /// What is accepted as an image.
     pub limits: DecodeLimits,
+}
+
+impl EngineConfig {
+    /// A small local engine: everything in one folder, one job at a time.
+    pub fn local(data_dir: impl Into<PathBuf>, device: Device) -> Self {
+        Self {
+            data_dir: data_dir.into(),
+            database: None,
+            store: None,
+            checkpoints: None,
+            datasets: None,
+            cache: None,
+            cache_bytes: 1 << 30,
+            upload_quota: 1 << 30,
+            hub: None,
+            devices: vec![device],
+            backend: Backend::Simulated,
+            batching: Batching { max_batch: 8, delay: Duration::ZERO },
+            queue: QueueLimits { images: 64, bytes: 256 << 20 },
+            decode_threads: 1,
+            memory_budget: None,
+            workers: 1,
+            jobs: JobLimits::default(),
+            limits: DecodeLimits::default(),
+        }
+    }
 }
 
 /// Everything behind the services.
@@ -114,20 +146,25 @@ impl Engine {
             hub,
             devices,
             backend,
-            max_batch,
-            queue_images,
+            batching,
+            queue,
+            decode_threads,
+            memory_budget,
             workers,
             jobs,
             limits,
         } = config;
         let first = *devices.first().ok_or_else(|| Error::invalid("device", "names no device"))?;
         let folder = data_dir.clone();
+        let pace = Arc::<Pace>::default();
+        let noted = Arc::clone(&pace);
         let (needs_folder, is_local) = (database.is_none(), store.is_none());
         let (store, handles) = blocking(move || {
             if needs_folder {
                 std::fs::create_dir_all(&folder).map_err(|error| Error::io(&folder, error))?;
             }
-            let start = |device: &Device| DeviceHandle::start(*device, max_batch);
+            let start =
+                |device: &Device| DeviceHandle::start(*device, batching, Arc::clone(&noted));
             let handles = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
             Ok((store::open(store.as_deref(), &folder)?, handles))
         })
@@ -149,8 +186,14 @@ impl Engine {
         let catalog = ModelCatalog::new(database.clone());
         let garbage = Garbage::new(database.clone(), Arc::clone(&store));
         let artifacts = Arc::clone(&store);
-        let parts =
-            RegistryParts { store, catalog, garbage: garbage.clone(), devices: handles, backend };
+        let parts = RegistryParts {
+            store,
+            catalog,
+            garbage: garbage.clone(),
+            devices: handles,
+            backend,
+            memory_budget,
+        };
         let registry = ModelRegistry::open(parts).await?;
         let parts = ResourceParts {
             checkpoints,
@@ -185,7 +228,12 @@ impl Engine {
             stop.clone(),
         ));
         Ok(Arc::new(Self {
-            classifier: Classifier::new(Arc::clone(&registry), queue_images, limits),
+            classifier: Classifier::new(
+                Arc::clone(&registry),
+                Admission::new(queue, pace),
+                decode_threads,
+                limits,
+            )?,
             jobs: JobRunner::start(parts, Handle::current())?,
             registry,
             resources,

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -10,6 +11,7 @@ use tokio::sync::watch;
 use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin, put_named};
 use crate::artifact::{Artifact, Header};
 use crate::engine::QuantizedModel;
+use crate::engine::batcher::Pace;
 use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
 use crate::engine::garbage::Garbage;
@@ -34,6 +36,10 @@ pub struct ModelRegistry {
     read: ReadArtifact,
     names: Mutex<Names>,
     next_key: AtomicU64,
+    /// Bytes of models that each device may hold.
+    memory_budget: Option<u64>,
+    /// One model at a time comes to a device: what is free is counted before and after.
+    arriving: tokio::sync::Mutex<()>,
     /// The catalogue's version that the names are of; whoever holds it brings them up to date.
     seen: tokio::sync::Mutex<Option<i64>>,
 }
@@ -42,6 +48,25 @@ pub struct ModelRegistry {
 struct Names {
     models: BTreeMap<ModelId, Slot>,
     aliases: BTreeMap<ModelId, ModelId>,
+    /// Where aliases still lead that have moved to a model which is on its way to a device.
+    held: BTreeMap<ModelId, ModelId>,
+}
+
+impl Names {
+    /// The model that a name stands for.
+    fn target<'a>(&'a self, name: &'a ModelId) -> &'a ModelId {
+        self.aliases.get(name).unwrap_or(name)
+    }
+
+    /// The model that answers under a name now.
+    fn answering<'a>(&'a self, name: &'a ModelId) -> &'a ModelId {
+        let held = self.held.get(name).filter(|model| self.models.contains_key(model));
+        held.unwrap_or_else(|| self.target(name))
+    }
+
+    fn is_ready(&self, id: &ModelId) -> bool {
+        self.models.get(id).is_some_and(|slot| matches!(slot.state, SlotState::Ready(_)))
+    }
 }
 
 /// A model and whether it can answer at once.
@@ -79,12 +104,31 @@ pub struct Placement {
     pub key: LoadKey,
     /// Its size there in bytes.
     pub resident_bytes: u64,
+    /// How fast it answers.
+    pub pace: Arc<Pace>,
+    /// Held by everybody who is about to use it: a model in use is not unloaded to make room.
+    users: Arc<()>,
+}
+
+impl Placement {
+    fn is_in_use(&self) -> bool {
+        Arc::strong_count(&self.users) > 1
+    }
 }
 
 #[derive(Debug)]
 struct Slot {
     record: Arc<ModelRecord>,
     state: SlotState,
+    last_used: Instant,
+    /// Its size on a device, once it was there.
+    measured: Option<u64>,
+}
+
+impl Slot {
+    fn new(record: Arc<ModelRecord>) -> Self {
+        Self { record, state: SlotState::Stored, last_used: Instant::now(), measured: None }
+    }
 }
 
 #[derive(Debug)]
@@ -109,6 +153,8 @@ pub struct RegistryParts {
     pub devices: Vec<DeviceHandle>,
     /// The arithmetic of all models.
     pub backend: Backend,
+    /// Bytes of models that each device may hold; those not used for longest make room.
+    pub memory_budget: Option<u64>,
 }
 
 impl ModelRegistry {
@@ -121,8 +167,8 @@ impl ModelRegistry {
     }
 
     async fn with_reader(parts: RegistryParts, read: ReadArtifact) -> Result<Arc<Self>> {
-        let RegistryParts { store, catalog, garbage, devices, backend } = parts;
-        let registry = Self {
+        let RegistryParts { store, catalog, garbage, devices, backend, memory_budget } = parts;
+        let registry = Arc::new(Self {
             store,
             catalog,
             garbage,
@@ -131,10 +177,17 @@ impl ModelRegistry {
             read,
             names: Mutex::default(),
             next_key: AtomicU64::new(1),
+            memory_budget,
+            arriving: tokio::sync::Mutex::default(),
             seen: tokio::sync::Mutex::new(None),
-        };
+        });
         registry.refresh().await?;
-        Ok(Arc::new(registry))
+        Ok(registry)
+    }
+
+    /// The devices.
+    pub fn devices(&self) -> &[DeviceHandle] {
+        &self.devices
     }
 
     /// Takes over what changed in the catalogue, here or elsewhere: new models can be served, models
@@ -142,7 +195,7 @@ impl ModelRegistry {
     ///
     /// # Errors
     /// `Unavailable` when the catalogue cannot be read: then everything stays as it was.
-    pub async fn refresh(&self) -> Result<()> {
+    pub async fn refresh(self: &Arc<Self>) -> Result<()> {
         let mut seen = self.seen.lock().await;
         // Asked before the content is read: what changes in between is read again next time.
         let version = self.catalog.version().await?;
@@ -161,7 +214,7 @@ impl ModelRegistry {
 
     /// What is to be unloaded.
     fn take_over(
-        &self,
+        self: &Arc<Self>,
         records: Vec<ModelRecord>,
         aliases: Vec<(String, String)>,
     ) -> Vec<Placement> {
@@ -178,15 +231,13 @@ impl ModelRegistry {
                 Some(slot) if *slot.record == record => slot,
                 other => {
                     before.extend(other.map(|slot| (id.clone(), slot)));
-                    Slot { record: Arc::new(record), state: SlotState::Stored }
+                    Slot::new(Arc::new(record))
                 }
             };
             names.models.insert(id, slot);
         }
-        names.aliases = aliases
-            .iter()
-            .filter_map(|(alias, model)| Some((id_of(alias)?, id_of(model)?)))
-            .collect();
+        let aliases = aliases.iter().filter_map(|(a, model)| Some((id_of(a)?, id_of(model)?)));
+        self.move_aliases(&mut names, aliases.collect());
         let gone = before.into_values().filter_map(|slot| match slot.state {
             SlotState::Ready(placement) => Some(placement),
             // A load in progress finds its slot gone.
@@ -195,9 +246,30 @@ impl ModelRegistry {
         gone.collect()
     }
 
+    /// Traffic moves when the new model can take it: until then it goes where it went.
+    fn move_aliases(self: &Arc<Self>, names: &mut Names, aliases: BTreeMap<ModelId, ModelId>) {
+        let mut held = BTreeMap::new();
+        for (alias, model) in &aliases {
+            let before = names.answering(alias).clone();
+            if before != *model && names.is_ready(&before) && !names.is_ready(model) {
+                held.insert(alias.clone(), before);
+            }
+        }
+        names.aliases = aliases;
+        let coming: Vec<ModelId> = held.keys().map(|alias| names.target(alias).clone()).collect();
+        names.held = held;
+        for model in coming {
+            if let Some(slot) = names.models.get_mut(&model)
+                && !matches!(slot.state, SlotState::Loading(..))
+            {
+                let _nobody_waits = self.start_load(&model, slot);
+            }
+        }
+    }
+
     /// At most `count` models whose id follows `after`, by id.
     pub fn list(&self, after: Option<&str>, count: usize) -> Vec<ModelView> {
-        let Names { models, aliases } = &*self.lock();
+        let Names { models, aliases, held: _ } = &*self.lock();
         let follows = |id: &ModelId| after.is_none_or(|after| id.as_str() > after);
         let selected = models.iter().filter(|(id, _)| follows(id)).take(count);
         selected.map(|(_, slot)| self.view(slot, aliases)).collect()
@@ -209,19 +281,27 @@ impl ModelRegistry {
     /// `NotFound`.
     pub fn get(&self, name: &ModelId) -> Result<ModelView> {
         let names = self.lock();
-        let id = names.aliases.get(name).unwrap_or(name);
         names
             .models
-            .get(id)
+            .get(names.target(name))
             .map(|slot| self.view(slot, &names.aliases))
             .ok_or_else(|| not_found(name))
     }
 
-    /// Points an alias to a model; calls that come from now on go there.
+    /// Points an alias to a model; calls that come from now on go there. If the alias has been
+    /// answering, the model is brought to a device first; other servers go on answering with the old
+    /// one until they have the new one.
     ///
     /// # Errors
-    /// As [`ModelCatalog::set_alias`].
-    pub async fn set_alias(&self, alias: &ModelId, model: &ModelId) -> Result<()> {
+    /// As [`ModelCatalog::set_alias`] and [`ModelRegistry::ensure_loaded`].
+    pub async fn set_alias(self: &Arc<Self>, alias: &ModelId, model: &ModelId) -> Result<()> {
+        let is_answering = {
+            let names = self.lock();
+            names.aliases.contains_key(alias) && names.is_ready(names.answering(alias))
+        };
+        if is_answering {
+            self.ensure_loaded(model).await?;
+        }
         self.catalog.set_alias(alias, model).await?;
         self.refresh().await
     }
@@ -230,7 +310,7 @@ impl ModelRegistry {
     ///
     /// # Errors
     /// As [`ModelCatalog::remove_alias`].
-    pub async fn remove_alias(&self, alias: &ModelId) -> Result<()> {
+    pub async fn remove_alias(self: &Arc<Self>, alias: &ModelId) -> Result<()> {
         self.catalog.remove_alias(alias).await?;
         self.refresh().await
     }
@@ -269,7 +349,7 @@ impl ModelRegistry {
     /// # Errors
     /// As [`ModelCatalog::publish`] and [`ArtifactStore::put`]; then nothing is listed.
     pub async fn publish(
-        &self,
+        self: &Arc<Self>,
         origin: RecordOrigin,
         header: Header,
         bytes: Bytes,
@@ -297,7 +377,7 @@ impl ModelRegistry {
     /// # Errors
     /// `NotFound`; `FailedPrecondition` while an alias names it; `Io` or `Unavailable` when the
     /// catalogue refuses, and then the model is still listed.
-    pub async fn delete(&self, id: &ModelId) -> Result<()> {
+    pub async fn delete(self: &Arc<Self>, id: &ModelId) -> Result<()> {
         self.refresh().await?;
         if !self.lock().models.contains_key(id) {
             return Err(not_found(id));

@@ -1,15 +1,18 @@
 //! `InferenceService`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use tonic::{Request, Response, Status};
 
+use super::deadline;
 use super::fields::{count, duration};
 use super::proto::inference_service_server::InferenceService;
 use super::proto::{self, ClassifyRequest, ClassifyResponse, classify_item::Outcome};
 use super::status::rpc_status;
 use crate::engine::Engine;
-use crate::engine::classify::{ClassifyCall, ClassifyReply, RankedClass};
+use crate::engine::batcher::Priority;
+use crate::engine::classify::{ClassifyCall, ClassifyReply, ImageInput, RankedClass};
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
@@ -34,32 +37,49 @@ impl InferenceService for Inference {
         &self,
         request: Request<ClassifyRequest>,
     ) -> Result<Response<ClassifyResponse>, Status> {
-        let call = call(request.into_inner())?;
-        let reply = self.engine.classifier.classify(call).await?;
-        Ok(Response::new(response(reply)))
+        let deadline = deadline::of(&request);
+        let request = request.into_inner();
+        let top_k = top_k(request.top_k);
+        let reply = self.engine.classifier.classify(call(request, deadline)?).await?;
+        Ok(Response::new(response(reply, top_k)))
     }
 }
 
-fn call(request: ClassifyRequest) -> Result<ClassifyCall> {
-    let ClassifyRequest { model, images, top_k } = request;
+fn call(request: ClassifyRequest, deadline: Option<Instant>) -> Result<ClassifyCall> {
+    let ClassifyRequest { model, images, top_k: _, priority } = request;
     if images.is_empty() {
         return Err(Error::invalid("images", "at least one image is needed"));
     }
+    let image = |proto::Image { content }| ImageInput::Encoded(content);
     Ok(ClassifyCall {
         model: ModelId::parse(&model, "model")?,
-        images: images.into_iter().map(|proto::Image { content }| content).collect(),
-        top_k: match top_k {
-            0 => DEFAULT_TOP_K,
-            given => usize::try_from(given).unwrap_or(usize::MAX),
+        images: images.into_iter().map(image).collect(),
+        field: |index| format!("images[{index}].content"),
+        priority: match proto::ClassifyPriority::try_from(priority) {
+            Ok(proto::ClassifyPriority::Unspecified | proto::ClassifyPriority::Interactive) => {
+                Priority::Interactive
+            }
+            Ok(proto::ClassifyPriority::Bulk) => Priority::Bulk,
+            Err(_) => return Err(Error::invalid("priority", "is not one of the priorities")),
         },
+        deadline,
     })
 }
 
-fn response(reply: ClassifyReply) -> ClassifyResponse {
-    let ClassifyReply { items, queue, decode, compute, total, batch_size, model_version, model } =
-        reply;
+fn top_k(given: u32) -> usize {
+    match given {
+        0 => DEFAULT_TOP_K,
+        given => usize::try_from(given).unwrap_or(usize::MAX),
+    }
+}
+
+fn response(mut reply: ClassifyReply, top_k: usize) -> ClassifyResponse {
+    let outcomes = std::mem::take(&mut reply.items).into_iter();
+    let items = outcomes.map(|outcome| item(outcome.map(|logits| reply.rank(&logits, top_k))));
+    let items = items.collect();
+    let ClassifyReply { items: _, queue, decode, compute, total, batch_size, model } = reply;
     ClassifyResponse {
-        items: items.into_iter().map(item).collect(),
+        items,
         timings: Some(proto::Timings {
             queue: Some(duration(queue)),
             decode: Some(duration(decode)),
@@ -67,8 +87,8 @@ fn response(reply: ClassifyReply) -> ClassifyResponse {
             total: Some(duration(total)),
         }),
         batch_size: count(batch_size),
-        model_version,
-        model,
+        model_version: model.digest.clone(),
+        model: model.id.clone(),
     }
 }
 

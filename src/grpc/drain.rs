@@ -8,7 +8,7 @@ use tonic::Status;
 use tonic::codegen::http::{Request, Response};
 use tower::{Layer, Service};
 
-use super::Readiness;
+use super::Flag;
 use crate::error::Error;
 
 /// Paths that are always served.
@@ -17,11 +17,11 @@ const HEALTH: &str = "/grpc.health.v1.Health/";
 /// The layer.
 #[derive(Clone, Debug)]
 pub(super) struct RefuseWhileDraining {
-    readiness: Readiness,
+    readiness: Flag,
 }
 
 impl RefuseWhileDraining {
-    pub(super) fn new(readiness: Readiness) -> Self {
+    pub(super) fn new(readiness: Flag) -> Self {
         Self { readiness }
     }
 }
@@ -38,7 +38,7 @@ impl<S> Layer<S> for RefuseWhileDraining {
 #[derive(Clone, Debug)]
 pub(super) struct Refusing<S> {
     inner: S,
-    readiness: Readiness,
+    readiness: Flag,
 }
 
 impl<S, In, Out> Service<Request<In>> for Refusing<S>
@@ -57,7 +57,7 @@ where
     }
 
     fn call(&mut self, request: Request<In>) -> Self::Future {
-        if self.readiness.is_ready() || request.uri().path().starts_with(HEALTH) {
+        if self.readiness.is_set() || request.uri().path().starts_with(HEALTH) {
             return Box::pin(self.inner.call(request));
         }
         let refusal = Status::from(Error::Draining).into_http();

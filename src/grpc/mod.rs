@@ -2,6 +2,7 @@
 
 mod catalog;
 mod classify;
+mod deadline;
 mod drain;
 mod evaluate;
 mod events;
@@ -33,6 +34,7 @@ use tonic_health::server::{HealthReporter, health_reporter};
 use crate::engine::Engine;
 use crate::error::{Error, Result};
 
+use ops::Probes;
 use proto::catalog_service_server::CatalogServiceServer;
 use proto::checkpoint_service_server::CheckpointServiceServer;
 use proto::dataset_service_server::DatasetServiceServer;
@@ -55,6 +57,9 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from
 const MAX_HEADERS: u32 = 16 << 10;
 /// Streams that a client may reset before they are served: a defence against rapid reset.
 const MAX_RESETS: usize = 20;
+/// How often devices are looked at, and for how long a batch may run.
+const WATCH: Duration = Duration::from_secs(1);
+const STUCK: Duration = Duration::from_secs(60);
 /// Health service name of the process as such, whatever its readiness.
 const LIVENESS: &str = "liveness";
 /// Health service names that follow the server's readiness.
@@ -76,28 +81,36 @@ const READINESS: [&str; 10] = [
 pub struct ServerConfig {
     /// Largest request with images, in bytes.
     pub max_message_bytes: usize,
-    /// Time for calls in progress once the server is asked to stop.
+    /// Time for which a server that was asked to stop goes on taking calls, so that balancers learn
+    /// that it is not ready.
+    pub drain_delay: Duration,
+    /// Time for calls in progress after that.
     pub drain_timeout: Duration,
 }
 
-/// Whether the server takes new calls; shared with the probes.
-#[derive(Clone, Debug, Default)]
-pub struct Readiness(Arc<AtomicBool>);
-
-impl Readiness {
-    /// Not ready yet.
-    pub fn new() -> Self {
-        Self::default()
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            max_message_bytes: 32 << 20,
+            drain_delay: Duration::ZERO,
+            drain_timeout: Duration::from_secs(60),
+        }
     }
+}
 
-    /// Whether new calls are taken.
-    pub fn is_ready(&self) -> bool {
+/// A yes or no that its clones share; no at first.
+#[derive(Clone, Debug, Default)]
+pub struct Flag(Arc<AtomicBool>);
+
+impl Flag {
+    /// Whether it is yes.
+    pub fn is_set(&self) -> bool {
         self.0.load(Ordering::Acquire)
     }
 
-    /// Says whether new calls, or jobs, are taken from now on.
-    pub fn set(&self, ready: bool) {
-        self.0.store(ready, Ordering::Release);
+    /// Makes it yes or no.
+    pub fn set(&self, value: bool) {
+        self.0.store(value, Ordering::Release);
     }
 }
 
@@ -106,23 +119,28 @@ impl Readiness {
 pub struct Running {
     /// Its limits.
     pub config: ServerConfig,
-    /// Where it says whether it takes calls.
-    pub readiness: Readiness,
+    /// Where it says whether it takes calls, and whether it can still answer at all.
+    pub probes: Probes,
     /// Asks it to stop.
     pub stop: CancellationToken,
 }
 
-/// Serves until asked to stop, then drains: health says so, new calls are refused, running jobs
-/// are given back, calls in progress get their time.
+/// Serves until asked to stop, then drains: health says so; for a while everything goes on; new calls
+/// are refused; running jobs are given back and calls in progress get their time.
 ///
 /// # Errors
 /// `Internal` when the transport fails.
 pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -> Result<()> {
-    let Running { config, readiness, stop } = running;
+    let Running { config, probes: Probes { readiness, alive }, stop } = running;
     let (health, health_service) = health_reporter();
     health.set_service_status(LIVENESS, ServingStatus::Serving).await;
     announce(&health, ServingStatus::Serving).await;
     readiness.set(true);
+    // Calls are taken a little longer than the server calls itself ready.
+    let taking = Flag::default();
+    taking.set(true);
+    let watched = tokio::spawn(watchdog(Arc::clone(&engine), health.clone(), alive));
+    let _watched = AbortOnDrop(watched);
 
     let images = config.max_message_bytes;
     let descriptors = || {
@@ -156,7 +174,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .http2_keepalive_timeout(Some(KEEPALIVE.1))
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
-        .layer(drain::RefuseWhileDraining::new(readiness.clone()))
+        .layer(deadline::Deadlines)
+        .layer(drain::RefuseWhileDraining::new(taking.clone()))
         .add_service(service!(QuantizationServiceServer, quantize, images))
         .add_service(service!(InferenceServiceServer, classify, images))
         .add_service(service!(EvaluationServiceServer, evaluate, SMALL_MESSAGE))
@@ -179,9 +198,14 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         () = stop.cancelled() => {}
     }
 
-    tracing::info!("draining");
+    tracing::info!(delay = config.drain_delay.as_secs_f64(), "draining");
     readiness.set(false);
     announce(&health, ServingStatus::NotServing).await;
+    tokio::select! {
+        ended = &mut serving => return ended.map_err(|e| transport(&e)),
+        () = tokio::time::sleep(config.drain_delay) => {}
+    }
+    taking.set(false);
     goodbye.cancel();
     let drained = async {
         engine.jobs.stop();
@@ -200,6 +224,37 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
 async fn announce(health: &HealthReporter, status: ServingStatus) {
     for service in READINESS {
         health.set_service_status(service, status).await;
+    }
+}
+
+/// Looks whether every device still answers.
+async fn watchdog(engine: Arc<Engine>, health: HealthReporter, alive: Flag) {
+    alive.set(true);
+    loop {
+        tokio::time::sleep(WATCH).await;
+        let devices = engine.registry.devices();
+        let stuck = devices.iter().find(|d| d.is_lost() || d.busy_for() > STUCK);
+        if alive.is_set() == stuck.is_none() {
+            continue;
+        }
+        alive.set(stuck.is_none());
+        let status = match stuck {
+            Some(device) => {
+                let busy = device.busy_for().as_secs_f64();
+                tracing::error!(device = device.name(), busy, "a device does not answer");
+                ServingStatus::NotServing
+            }
+            None => ServingStatus::Serving,
+        };
+        health.set_service_status(LIVENESS, status).await;
+    }
+}
+
+struct AbortOnDrop(tokio::task::JoinHandle<()>);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -171,7 +171,7 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
     match state {
         ModelState::Stored => {}
         ModelState::Loading => message.set_state(State::Loading),
-        ModelState::Ready(Placement { device, key: _, resident_bytes }) => {
+        ModelState::Ready(Placement { device, resident_bytes, .. }) => {
             message.set_state(State::Ready);
             message.resident_bytes = *resident_bytes;
             message.device = device.name().to_owned();

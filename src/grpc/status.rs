@@ -99,6 +99,15 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
         ),
         Error::Cancelled => (Code::Cancelled, "CANCELLED".to_owned(), none),
         Error::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned(), none),
+        Error::DeadlineTooShort { .. } => {
+            (Code::DeadlineExceeded, "DEADLINE_TOO_SHORT".to_owned(), none)
+        }
+        Error::DeviceMemory { .. } => (Code::ResourceExhausted, "GPU_MEMORY".to_owned(), none),
+        Error::DeviceLost => (
+            Code::Unavailable,
+            "DEVICE_LOST".to_owned(),
+            ErrorDetails::with_retry_info(Some(RETRY_ELSEWHERE)),
+        ),
         Error::Draining => (
             Code::Unavailable,
             "DRAINING".to_owned(),
@@ -163,6 +172,13 @@ mod tests {
                 "QUOTA_EXCEEDED",
             ),
             (Error::Cancelled, Code::Cancelled, "CANCELLED"),
+            (
+                Error::DeadlineTooShort { needed: Duration::from_secs(1) },
+                Code::DeadlineExceeded,
+                "DEADLINE_TOO_SHORT",
+            ),
+            (Error::DeviceMemory { reason: name() }, Code::ResourceExhausted, "GPU_MEMORY"),
+            (Error::DeviceLost, Code::Unavailable, "DEVICE_LOST"),
             (Error::Deadline, Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
             (Error::Draining, Code::Unavailable, "DRAINING"),
             (

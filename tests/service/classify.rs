@@ -95,7 +95,12 @@ async fn concurrent_calls_share_batches_and_change_nothing() {
     for class in 0..10 {
         let mut client = server.inference();
         let image = Image { content: digit(class, 2).into() };
-        let request = ClassifyRequest { model: "m".to_owned(), images: vec![image; 4], top_k: 10 };
+        let request = ClassifyRequest {
+            model: "m".to_owned(),
+            images: vec![image; 4],
+            top_k: 10,
+            ..Default::default()
+        };
         tasks.spawn(async move { (class, client.classify(request).await.unwrap().into_inner()) });
     }
     let mut largest = 0;

@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
 use tempfile::TempDir;
 use tokio::net::TcpListener;
@@ -13,10 +12,10 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tonic::transport::Channel;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
-use vitq::data::DecodeLimits;
+use vitq::engine::batcher::QueueLimits;
 use vitq::engine::jobs::JobLimits;
 use vitq::engine::{Engine, EngineConfig};
-use vitq::exec::Backend;
+use vitq::grpc::ops::Probes;
 use vitq::grpc::proto::catalog_service_client::CatalogServiceClient;
 use vitq::grpc::proto::evaluation_service_client::EvaluationServiceClient;
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
@@ -29,12 +28,12 @@ use vitq::grpc::proto::{
     CalibrationDataset, ClassifyRequest, ClassifyResponse, Image, QuantizeEvent, QuantizeRequest,
     QuantizeResult,
 };
-use vitq::grpc::{self, Readiness, Running, ServerConfig};
+use vitq::grpc::{self, Running, ServerConfig};
 
 /// A running server. Stopped, at the latest, when it is dropped.
 pub(crate) struct TestServer {
     pub(crate) channel: Channel,
-    pub(crate) readiness: Readiness,
+    pub(crate) probes: Probes,
     pub(crate) stop: CancellationToken,
     served: JoinHandle<vitq::Result<()>>,
     _stops_when_dropped: DropGuard,
@@ -84,34 +83,23 @@ impl TestServer {
     pub(crate) async fn with(data: &TempDir, setup: Setup) -> Self {
         let Setup { checkpoints, datasets, queue_images, upload_quota, jobs } = setup;
         let config = EngineConfig {
-            data_dir: data.path().to_path_buf(),
-            database: None,
-            store: None,
             checkpoints,
             datasets,
-            cache: None,
-            cache_bytes: 1 << 30,
             upload_quota,
-            hub: None,
-            devices: vec![tch::Device::Cpu],
-            backend: Backend::Simulated,
-            max_batch: 8,
-            queue_images,
-            workers: 1,
+            queue: QueueLimits { images: queue_images, bytes: 256 << 20 },
             jobs,
-            limits: DecodeLimits::default(),
+            ..EngineConfig::local(data.path(), tch::Device::Cpu)
         };
         let engine: Arc<Engine> = Engine::start(config).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = format!("http://{}", listener.local_addr().unwrap());
-        let (readiness, stop) = (Readiness::new(), CancellationToken::new());
-        let config =
-            ServerConfig { max_message_bytes: 32 << 20, drain_timeout: Duration::from_secs(60) };
-        let running = Running { config, readiness: readiness.clone(), stop: stop.clone() };
+        let (probes, stop) = (Probes::default(), CancellationToken::new());
+        let config = ServerConfig::default();
+        let running = Running { config, probes: probes.clone(), stop: stop.clone() };
         let served = tokio::spawn(grpc::run(listener, engine, running));
         let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
         let _stops_when_dropped = stop.clone().drop_guard();
-        Self { channel, readiness, stop, served, _stops_when_dropped }
+        Self { channel, probes, stop, served, _stops_when_dropped }
     }
 
     /// Drains and ends it.
@@ -166,7 +154,8 @@ impl TestServer {
         images: Vec<Vec<u8>>,
     ) -> Result<ClassifyResponse, Status> {
         let images = images.into_iter().map(|content| Image { content: content.into() }).collect();
-        let request = ClassifyRequest { model: model.to_owned(), images, top_k: 10 };
+        let model = model.to_owned();
+        let request = ClassifyRequest { model, images, top_k: 10, ..Default::default() };
         Ok(self.inference().classify(request).await?.into_inner())
     }
 }

@@ -93,7 +93,7 @@ async fn probes_follow_the_servers_readiness() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let stop = CancellationToken::new();
-    let probes = tokio::spawn(ops::serve(listener, server.readiness.clone(), stop.clone()));
+    let probes = tokio::spawn(ops::serve(listener, server.probes.clone(), stop.clone()));
     let probe = async |path: &str| {
         let mut stream = TcpStream::connect(address).await.unwrap();
         let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");

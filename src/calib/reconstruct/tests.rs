@@ -179,7 +179,9 @@ fn train_block(schedule: &Schedule, importance: Option<&Tensor>) -> Trained {
     };
     let trained = reconstruct(&student, &examples, schedule, &mut note).unwrap();
     assert_eq!((losses.len(), losses[0]), (schedule.iterations, trained.loss_before));
-    assert!(trained.loss_before == 0.0 || losses[1] != losses[0], "each is told: {losses:?}");
+    // Steps on images without importance move nothing.
+    let differ = losses.iter().any(|loss| *loss != losses[0]);
+    assert!(trained.loss_before == 0.0 || differ, "each is told: {losses:?}");
     trained
 }
 

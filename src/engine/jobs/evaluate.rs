@@ -113,7 +113,7 @@ fn float_reference(
         let model = FloatModel::load(&checkpoint, device)?;
         Ok(Box::new(model) as Box<dyn crate::engine::device::Network>)
     });
-    runner.runtime.block_on(device.load(key, build))?;
+    runner.runtime.block_on(device.load(key, build, Arc::default()))?;
     Ok(key)
 }
 

@@ -11,7 +11,7 @@ use super::*;
 use crate::artifact::store::{LocalArtifactStore, example_record};
 use crate::data::Pixels;
 use crate::database::Database;
-use crate::engine::device::Network;
+use crate::engine::device::{Batching, Network};
 
 /// Size of every model here, in bytes.
 const SIZE: u64 = 100;
@@ -56,10 +56,19 @@ async fn database(data: &TempDir) -> Database {
 }
 
 async fn open(store: Arc<dyn ArtifactStore>, data: &TempDir) -> Arc<ModelRegistry> {
-    let devices = vec![DeviceHandle::start(tch::Device::Cpu, 4).unwrap()];
+    with_budget(store, data, None).await
+}
+
+async fn with_budget(
+    store: Arc<dyn ArtifactStore>,
+    data: &TempDir,
+    memory_budget: Option<u64>,
+) -> Arc<ModelRegistry> {
+    let batching = Batching { max_batch: 4, delay: Duration::ZERO };
+    let devices = vec![DeviceHandle::start(tch::Device::Cpu, batching, Arc::default()).unwrap()];
     let garbage = Garbage::new(database(data).await, Arc::clone(&store));
     let (catalog, backend) = (catalog(data).await, Backend::Simulated);
-    let parts = RegistryParts { store, catalog, garbage, devices, backend };
+    let parts = RegistryParts { store, catalog, garbage, devices, backend, memory_budget };
     ModelRegistry::with_reader(parts, read_word).await.unwrap()
 }
 

@@ -1,0 +1,9 @@
+//! Admission and batching: how many images may be in the server, and which of them run together.
+
+mod admission;
+mod pace;
+mod queue;
+
+pub use admission::{Admission, Permit, QueueLimits};
+pub use pace::Pace;
+pub use queue::{Answer, BatchQueue, Entry, Next, Priority};
