@@ -16,6 +16,7 @@ use crate::engine::EngineConfig;
 use crate::engine::batcher::QueueLimits;
 use crate::engine::device::Batching;
 use crate::engine::jobs::JobLimits;
+use crate::engine::names::ModelId;
 use crate::engine::resources::HubOwners;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
@@ -50,6 +51,11 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_DRAIN_DELAY", default_value = "5", value_name = "SECONDS",
           value_parser = seconds)]
     pub drain_delay: Duration,
+    /// Models, by id or alias, comma-separated, that the server brings to its devices before it says
+    /// that it is ready. All others are loaded by the first call that needs them.
+    #[arg(long, env = "VITQ_PRELOAD", value_name = "MODELS", value_delimiter = ',',
+          value_parser = model_name)]
+    pub preload: Vec<ModelId>,
     /// Quantization and evaluation jobs that this server runs at the same time; 0 leaves them to
     /// workers.
     #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS")]
@@ -172,6 +178,7 @@ impl ServeConfig {
     pub fn server(&self) -> ServerConfig {
         ServerConfig {
             max_message_bytes: self.process.max_message_bytes,
+            preload: self.preload.clone(),
             drain_delay: self.drain_delay,
             drain_timeout: self.process.drain_timeout,
         }
@@ -254,6 +261,10 @@ fn at_least_one(text: &str) -> Result<usize> {
         .ok_or_else(|| Error::invalid("value", "must be a whole number from 1"))
 }
 
+fn model_name(text: &str) -> Result<ModelId> {
+    ModelId::parse(text, "preload")
+}
+
 fn seconds(text: &str) -> Result<Duration> {
     text.parse()
         .ok()
@@ -303,6 +314,9 @@ mod tests {
             ("--job-attempts", "0"),
             ("--executor", "magic"),
             ("--listen", "somewhere"),
+            ("--preload", "a,../b"),
+            ("--memory-budget", "0"),
+            ("--queue-bytes", "0"),
             ("--unknown", "1"),
         ] {
             assert!(Command::try_parse_from(["vitq", flag, value]).is_err(), "{flag} {value}");

@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
-use crate::engine::batcher::{Admission, Answer, Entry, Permit, Priority};
+use crate::engine::batcher::{Admission, Answer, Entry, Payload, Permit, Priority};
 use crate::engine::device::panic_text;
 use crate::engine::evaluator::top_k;
 use crate::engine::names::ModelId;
@@ -173,6 +173,8 @@ impl Classifier {
     /// Decodes and preprocesses an image on the pool of decoders, which queue it for the device.
     fn start(&self, image: ImageInput, index: usize, permit: Permit, call: Arc<Common>) -> Waiting {
         let (reply, answer) = oneshot::channel();
+        let payload = Payload::new(permit);
+        let waiting = Waiting { answer, payload: payload.clone() };
         let limits = self.limits.clone();
         self.decoders.spawn(move || {
             if reply.is_closed() {
@@ -184,23 +186,22 @@ impl Classifier {
             } else {
                 pixels_of(image, &(call.field)(index), &call.record.model, &limits)
             };
-            let pixels = match pixels {
-                Ok(pixels) => pixels,
+            match pixels {
+                Ok(pixels) => payload.fill(pixels),
                 Err(error) => {
                     let _ = reply.send(Err(error)); // the caller may have left
                     return;
                 }
-            };
+            }
             let Common { placement, priority, deadline, .. } = &*call;
             let queued = Instant::now();
             let entry = Entry {
                 model: placement.key,
-                pixels,
                 priority: *priority,
                 decode: queued.duration_since(started),
                 queued,
                 deadline: *deadline,
-                permit,
+                payload,
                 reply,
             };
             if let Err(error) = placement.device.classify(entry) {
@@ -208,7 +209,7 @@ impl Classifier {
                 tracing::error!(%error, "an image could not be queued");
             }
         });
-        answer
+        waiting
     }
 }
 
@@ -238,8 +239,17 @@ fn pixels_of(
     }
 }
 
-/// The answer for one image.
-type Waiting = oneshot::Receiver<Result<Answer>>;
+/// The answer for one image; dropped, it gives up the image's place.
+struct Waiting {
+    answer: oneshot::Receiver<Result<Answer>>,
+    payload: Payload,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.payload.release();
+    }
+}
 
 impl ClassifyReply {
     /// The most probable classes of one image's logits.
@@ -248,8 +258,9 @@ impl ClassifyReply {
     }
 
     /// Waits for one image; notes its times.
-    async fn receive(&mut self, image: Waiting) -> Result<Vec<f32>> {
-        let answer = image.await.map_err(|_| Error::internal("an image was lost"))??;
+    async fn receive(&mut self, mut image: Waiting) -> Result<Vec<f32>> {
+        let answer =
+            (&mut image.answer).await.map_err(|_| Error::internal("an image was lost"))??;
         let Answer { logits, decode, queue, compute, batch_size } = answer;
         self.decode = self.decode.max(decode);
         self.queue = self.queue.max(queue);

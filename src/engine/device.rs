@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 use tokio::sync::oneshot;
 
 use crate::data::Pixels;
-use crate::engine::batcher::{Answer, BatchQueue, Entry, Next, Pace};
+use crate::engine::batcher::{Answer, BatchQueue, Entry, Image, Next, Pace};
 use crate::engine::pipeline::image_batch;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
@@ -371,7 +371,7 @@ impl DeviceThread {
         }
     }
 
-    fn answer(&mut self, batch: Vec<Entry>) {
+    fn answer(&mut self, batch: Vec<Image>) {
         let Some(model) = batch.first().map(|entry| entry.model) else { return };
         let started = Instant::now();
         let images = batch.len();
@@ -390,9 +390,9 @@ impl DeviceThread {
     }
 
     /// Answers a batch; gives it back if it was more than the memory holds.
-    fn answer_once(&self, batch: Vec<Entry>) -> Option<(Vec<Entry>, Error)> {
+    fn answer_once(&self, batch: Vec<Image>) -> Option<(Vec<Image>, Error)> {
         let now = Instant::now();
-        let batch: Vec<Entry> = batch.into_iter().filter_map(|e| e.still_wanted(now)).collect();
+        let batch: Vec<Image> = batch.into_iter().filter_map(|e| e.still_wanted(now)).collect();
         let first = batch.first()?;
         let (model, count, values) = (first.model, batch.len(), first.pixels.len());
         let run = padded(count, self.batching.max_batch, self.device);
@@ -455,7 +455,7 @@ impl DeviceThread {
     }
 }
 
-fn refuse(batch: Vec<Entry>, error: &Error) {
+fn refuse(batch: Vec<Image>, error: &Error) {
     for entry in batch {
         let _ = entry.reply.send(Err(error.replica())); // the caller may have left
     }
@@ -541,8 +541,10 @@ pub(super) fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
-    use crate::engine::batcher::{Admission, Priority, QueueLimits};
+    use crate::engine::batcher::{Admission, Payload, Priority, QueueLimits};
 
     /// Answers with the sum of each image; panics on a negative first pixel.
     struct Sums;
@@ -575,14 +577,15 @@ mod tests {
         let (reply, answer) = oneshot::channel();
         let limits = QueueLimits { images: 1, bytes: 1 };
         let permit = Admission::new(limits, Arc::default()).admit("m", &[1]).unwrap().remove(0);
+        let payload = Payload::new(permit);
+        payload.fill(vec![pixel; 12]); // [3, 2, 2]
         let entry = Entry {
             model,
-            pixels: vec![pixel; 12], // [3, 2, 2]
             priority: Priority::Interactive,
             decode: Duration::ZERO,
             queued: Instant::now(),
             deadline: None,
-            permit,
+            payload,
             reply,
         };
         device.classify(entry).unwrap();
@@ -626,5 +629,149 @@ mod tests {
         assert_eq!(device.resident_bytes(), 0);
         let late = classify(&device, 1, 1.0).await.unwrap().unwrap_err();
         assert!(matches!(late, Error::FailedPrecondition { .. }));
+    }
+
+    /// Does what its function does, and notes the batches that it gets.
+    struct Scripted {
+        batches: Arc<Mutex<Vec<usize>>>,
+        warms_up: bool,
+        answer: fn(&Pixels) -> Result<Vec<f32>>,
+    }
+
+    impl Network for Scripted {
+        fn forward(&self, images: &Pixels) -> Result<Vec<f32>> {
+            self.batches.lock().unwrap().push(images.count);
+            (self.answer)(images)
+        }
+
+        fn resident_bytes(&self) -> u64 {
+            100
+        }
+
+        fn warm_up_side(&self) -> Option<i64> {
+            self.warms_up.then_some(2)
+        }
+    }
+
+    /// A device with a model 1 of that kind, and the sizes of the batches that it ran.
+    async fn scripted(
+        max_batch: usize,
+        warms_up: bool,
+        answer: fn(&Pixels) -> Result<Vec<f32>>,
+    ) -> (Result<DeviceHandle>, Arc<Mutex<Vec<usize>>>) {
+        let batching = Batching { max_batch, delay: Duration::ZERO };
+        let device = DeviceHandle::start(Device::Cpu, batching, Arc::default()).unwrap();
+        let batches = Arc::<Mutex<Vec<usize>>>::default();
+        let network = Scripted { batches: Arc::clone(&batches), warms_up, answer };
+        let build: BuildNetwork = Box::new(|_| Ok(Box::new(network)));
+        let loaded = device.load(1, build, Arc::default()).await;
+        (loaded.map(|_| device), batches)
+    }
+
+    fn first_pixels(images: &Pixels) -> Vec<f32> {
+        images.data.chunks(12).map(|image| image[0]).collect()
+    }
+
+    fn out_of_memory() -> Error {
+        let text = "CUDA out of memory. Tried to allocate 2.00 GiB".to_owned();
+        Error::Device { source: tch::TchError::Torch(text) }
+    }
+
+    #[tokio::test]
+    async fn every_batch_size_is_warmed_up_before_a_model_answers() {
+        let (device, batches) = scripted(6, true, |images| Ok(first_pixels(images))).await;
+        assert_eq!(*batches.lock().unwrap(), [1, 2, 4, 6]);
+        assert_eq!(device.unwrap().resident_bytes(), 100);
+        let (device, _) = scripted(4, true, |images| match images.count {
+            1 | 2 => Ok(first_pixels(images)),
+            _ => Err(out_of_memory()),
+        })
+        .await;
+        assert!(is_out_of_memory(&device.unwrap_err()));
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_is_too_large_is_halved_once() {
+        let (device, batches) = scripted(8, false, |images| match images.count {
+            1..=4 => Ok(first_pixels(images)),
+            _ => Err(out_of_memory()),
+        })
+        .await;
+        let device = device.unwrap();
+        let answers = together(&device, 8).await;
+        for (pixel, answer) in (0_u8..).zip(answers) {
+            let answer = answer.unwrap();
+            assert_eq!((answer.logits, answer.batch_size), (vec![f32::from(pixel)], 4));
+        }
+        assert_eq!(*batches.lock().unwrap(), [8, 4, 4]);
+        let (device, batches) = scripted(8, false, |_| Err(out_of_memory())).await;
+        for answer in together(&device.unwrap(), 4).await {
+            assert!(matches!(answer.unwrap_err(), Error::DeviceMemory { .. }));
+        }
+        assert_eq!(*batches.lock().unwrap(), [4, 2, 2]);
+    }
+
+    #[tokio::test]
+    async fn a_lost_device_says_so_and_computes_no_more() {
+        let (device, batches) = scripted(1, false, |_| {
+            let text = "CUDA error: an illegal memory access was encountered".to_owned();
+            Err(Error::Device { source: tch::TchError::Torch(text) })
+        })
+        .await;
+        let device = device.unwrap();
+        for _ in 0..2 {
+            let error = classify(&device, 1, 1.0).await.unwrap().unwrap_err();
+            assert!(matches!(error, Error::DeviceLost), "{error}");
+        }
+        assert!(device.is_lost() && batches.lock().unwrap().len() == 1);
+    }
+
+    /// Holds the device until so many images wait for it, pixel values 0, 1, ...
+    async fn together(device: &DeviceHandle, images: u8) -> Vec<Result<Answer>> {
+        // Commands are taken in order: the images come behind one another while nothing runs.
+        let (held, hold) = std::sync::mpsc::channel::<()>();
+        let gate: BuildNetwork = Box::new(move |_| Ok(Box::new(Gate(Mutex::new(hold)))));
+        device.load(9, gate, Arc::default()).await.unwrap();
+        let closed =
+            device.forward(9, Pixels { count: 1, image_size: 1, data: vec![0.0; 3] }).unwrap();
+        let answers: Vec<_> = (0..images).map(|p| classify(device, 1, p.into())).collect();
+        drop(held);
+        let _ = closed.await.unwrap();
+        let mut all = Vec::new();
+        for answer in answers {
+            all.push(answer.await.unwrap());
+        }
+        all
+    }
+
+    /// Keeps the device busy until its sender is gone.
+    struct Gate(Mutex<mpsc::Receiver<()>>);
+
+    impl Network for Gate {
+        fn forward(&self, _images: &Pixels) -> Result<Vec<f32>> {
+            let _ = self.0.lock().unwrap().recv(); // the sender is gone
+            Ok(Vec::new())
+        }
+
+        fn resident_bytes(&self) -> u64 {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn a_busy_device_tells_for_how_long() {
+        let device = with_sums(1).await;
+        assert_eq!(device.busy_for(), Duration::ZERO);
+        let (held, hold) = mpsc::channel::<()>();
+        let gate: BuildNetwork = Box::new(move |_| Ok(Box::new(Gate(Mutex::new(hold)))));
+        device.load(9, gate, Arc::default()).await.unwrap();
+        let closed =
+            device.forward(9, Pixels { count: 1, image_size: 1, data: vec![0.0; 3] }).unwrap();
+        while device.busy_for() == Duration::ZERO {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        drop(held);
+        closed.await.unwrap().unwrap();
+        assert_eq!(device.busy_for(), Duration::ZERO);
     }
 }

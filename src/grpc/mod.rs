@@ -32,6 +32,7 @@ use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 
 use crate::engine::Engine;
+use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
 use ops::Probes;
@@ -60,6 +61,8 @@ const MAX_RESETS: usize = 20;
 /// How often devices are looked at, and for how long a batch may run.
 const WATCH: Duration = Duration::from_secs(1);
 const STUCK: Duration = Duration::from_secs(60);
+/// When a model that has to be there is tried again.
+const RETRY_PRELOAD: Duration = Duration::from_secs(5);
 /// Health service name of the process as such, whatever its readiness.
 const LIVENESS: &str = "liveness";
 /// Health service names that follow the server's readiness.
@@ -81,6 +84,8 @@ const READINESS: [&str; 10] = [
 pub struct ServerConfig {
     /// Largest request with images, in bytes.
     pub max_message_bytes: usize,
+    /// Models, by id or alias, that are loaded before the server says that it is ready.
+    pub preload: Vec<ModelId>,
     /// Time for which a server that was asked to stop goes on taking calls, so that balancers learn
     /// that it is not ready.
     pub drain_delay: Duration,
@@ -92,6 +97,7 @@ impl Default for ServerConfig {
     fn default() -> Self {
         Self {
             max_message_bytes: 32 << 20,
+            preload: Vec::new(),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(60),
         }
@@ -134,9 +140,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let Running { config, probes: Probes { readiness, alive }, stop } = running;
     let (health, health_service) = health_reporter();
     health.set_service_status(LIVENESS, ServingStatus::Serving).await;
-    announce(&health, ServingStatus::Serving).await;
-    readiness.set(true);
-    // Calls are taken a little longer than the server calls itself ready.
+    announce(&health, ServingStatus::NotServing).await;
+    // Calls are taken a little earlier and longer than the server calls itself ready.
     let taking = Flag::default();
     taking.set(true);
     let watched = tokio::spawn(watchdog(Arc::clone(&engine), health.clone(), alive));
@@ -193,8 +198,15 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
     let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
     tokio::pin!(serving);
+    let ready = async {
+        preload(&engine, &config.preload).await;
+        announce(&health, ServingStatus::Serving).await;
+        readiness.set(true);
+        std::future::pending().await
+    };
     tokio::select! {
         ended = &mut serving => return ended.map_err(|e| transport(&e)),
+        () = ready => {}
         () = stop.cancelled() => {}
     }
 
@@ -224,6 +236,16 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
 async fn announce(health: &HealthReporter, status: ServingStatus) {
     for service in READINESS {
         health.set_service_status(service, status).await;
+    }
+}
+
+/// Loads what has to be there, however long that takes.
+async fn preload(engine: &Engine, models: &[ModelId]) {
+    for model in models {
+        while let Err(error) = engine.registry.ensure_loaded(model).await {
+            tracing::error!(%error, %model, "not ready: the model cannot be loaded, trying again");
+            tokio::time::sleep(RETRY_PRELOAD).await;
+        }
     }
 }
 

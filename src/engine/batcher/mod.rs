@@ -6,4 +6,4 @@ mod queue;
 
 pub use admission::{Admission, Permit, QueueLimits};
 pub use pace::Pace;
-pub use queue::{Answer, BatchQueue, Entry, Next, Priority};
+pub use queue::{Answer, BatchQueue, Entry, Image, Next, Payload, Priority};

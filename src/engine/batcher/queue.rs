@@ -6,6 +6,7 @@
 //! queueing, Goyal, Vin and Cheng 1996: deficit round robin whose turns are whole batches).
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -46,8 +47,6 @@ pub struct Answer {
 pub struct Entry {
     /// Which loaded model is to answer.
     pub model: u64,
-    /// Normalised pixels [3, size, size].
-    pub pixels: Vec<f32>,
     /// Whether it can wait.
     pub priority: Priority,
     /// What decoding and resizing took.
@@ -56,14 +55,79 @@ pub struct Entry {
     pub queued: Instant,
     /// When its caller gives up.
     pub deadline: Option<Instant>,
-    /// Its place in the server, given back when the entry is dropped.
-    pub permit: Permit,
+    /// What the caller takes back by leaving.
+    pub payload: Payload,
     /// Where the answer goes; closed when the caller has left.
     pub reply: oneshot::Sender<Result<Answer>>,
 }
 
+/// An image's place in the server and its pixels, shared by the queue and by who waits for the
+/// answer: who leaves takes both back at once, however long the device is busy.
+#[derive(Clone, Debug)]
+pub struct Payload(Arc<Mutex<Option<Held>>>);
+
+#[derive(Debug)]
+struct Held {
+    /// Normalised [3, size, size]; empty until they are decoded.
+    pixels: Vec<f32>,
+    permit: Permit,
+}
+
+impl Payload {
+    /// A place, for pixels to come.
+    pub fn new(permit: Permit) -> Self {
+        Self(Arc::new(Mutex::new(Some(Held { pixels: Vec::new(), permit }))))
+    }
+
+    /// Puts normalised pixels [3, size, size] there, unless the place was given back.
+    pub fn fill(&self, pixels: Vec<f32>) {
+        if let Some(held) = &mut *self.lock() {
+            held.pixels = pixels;
+        }
+    }
+
+    /// Gives the place and the pixels back.
+    pub fn release(&self) {
+        let held = self.lock().take();
+        drop(held); // without the lock
+    }
+
+    /// Nothing panics while it holds the lock.
+    fn lock(&self) -> MutexGuard<'_, Option<Held>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An entry that the device has taken on.
+#[derive(Debug)]
+pub struct Image {
+    /// Which loaded model is to answer.
+    pub model: u64,
+    /// Normalised pixels [3, size, size].
+    pub pixels: Vec<f32>,
+    /// What decoding and resizing took.
+    pub decode: Duration,
+    /// When it was queued.
+    pub queued: Instant,
+    /// When its caller gives up.
+    pub deadline: Option<Instant>,
+    /// Where the answer goes; closed when the caller has left.
+    pub reply: oneshot::Sender<Result<Answer>>,
+    /// Its place in the server, given back with the answer.
+    _permit: Permit,
+}
+
 impl Entry {
-    /// The entry, if somebody still waits for it. Who waited too long is told so.
+    /// What the device needs of it, if somebody still waits for it. Who waited too long is told so.
+    fn claim(self, now: Instant) -> Option<Image> {
+        let Held { pixels, permit } = self.payload.lock().take()?;
+        let Self { model, decode, queued, deadline, reply, priority: _, payload: _ } = self;
+        Image { model, pixels, decode, queued, deadline, reply, _permit: permit }.still_wanted(now)
+    }
+}
+
+impl Image {
+    /// The image, if somebody still waits for it. Who waited too long is told so.
     pub fn still_wanted(self, now: Instant) -> Option<Self> {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
             let _ = self.reply.send(Err(Error::Deadline)); // the caller may have left
@@ -77,7 +141,7 @@ impl Entry {
 #[derive(Debug)]
 pub enum Next {
     /// Run these; all of one model, at least one.
-    Batch(Vec<Entry>),
+    Batch(Vec<Image>),
     /// Look again at that time, or when something comes.
     Later(Instant),
     /// Nothing waits.
@@ -180,13 +244,13 @@ impl BatchQueue {
     }
 
     /// One batch of a model, however few wait; entries that nobody wants any more are dropped.
-    pub fn take(&mut self, model: u64, now: Instant) -> Vec<Entry> {
+    pub fn take(&mut self, model: u64, now: Instant) -> Vec<Image> {
         let mut batch = Vec::new();
         let Some(line) = self.models.get_mut(&model) else { return batch };
         self.clock = self.clock.max(line.served);
         while batch.len() < self.max_batch {
             let Some(entry) = line.pop(now) else { break };
-            batch.extend(entry.still_wanted(now));
+            batch.extend(entry.claim(now));
         }
         batch
     }
@@ -206,8 +270,6 @@ impl BatchQueue {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
     use crate::engine::batcher::{Admission, QueueLimits};
 
@@ -247,18 +309,17 @@ mod tests {
             let (queued, deadline) = (self.at(at), deadline.map(|ms| self.at(ms)));
             self.queue.push(Entry {
                 model,
-                pixels: vec![],
                 priority,
                 decode: Duration::ZERO,
                 queued,
                 deadline,
-                permit,
+                payload: Payload::new(permit),
                 reply,
             });
             receiver
         }
 
-        fn batch(&mut self, at: u64) -> Vec<Entry> {
+        fn batch(&mut self, at: u64) -> Vec<Image> {
             match self.queue.next(self.at(at)) {
                 Next::Batch(batch) => batch,
                 Next::Later(_) | Next::Nothing => Vec::new(),
@@ -341,9 +402,12 @@ mod tests {
         for at in 1..4 {
             waiting.push(bench.push(1, Interactive, at, None));
         }
-        let kinds = |batch: Vec<Entry>| batch.iter().map(|e| e.priority).collect::<Vec<_>>();
-        assert_eq!(kinds(bench.batch(5)), [Interactive, Interactive]);
-        assert_eq!(kinds(bench.batch(5)), [Interactive, Bulk]);
+        let start = bench.start;
+        let queued = |batch: Vec<Image>| -> Vec<u128> {
+            batch.iter().map(|image| (image.queued - start).as_millis()).collect()
+        };
+        assert_eq!(queued(bench.batch(5)), [1, 2]);
+        assert_eq!(queued(bench.batch(5)), [3, 0], "the last interactive one, then bulk");
         waiting.push(bench.push(1, Interactive, 6, None));
         waiting.push(bench.push(1, Bulk, 6, None));
         // A second later model 2 has waited long enough.
@@ -379,5 +443,16 @@ mod tests {
         assert!(bench.batch(10).is_empty());
         assert_eq!(bench.admission.images(), 0);
         assert!(matches!(late.try_recv().unwrap(), Err(Error::Deadline)));
+    }
+
+    #[test]
+    fn who_leaves_frees_the_place_while_the_device_is_busy() {
+        let mut bench = Bench::new(8, 0);
+        let _reply = bench.push(1, Interactive, 0, None);
+        let payload = bench.queue.models[&1].interactive[0].payload.clone();
+        assert_eq!(bench.admission.images(), 1);
+        payload.release();
+        assert_eq!(bench.admission.images(), 0);
+        assert!(bench.batch(1).is_empty());
     }
 }

@@ -38,13 +38,21 @@ fn read_word(_digest: &str, bytes: &[u8], _backend: Backend) -> Result<BuildNetw
 
 /// A registry with one model per word; ids are the words with hyphens.
 async fn registry(data: &TempDir, words: &[&'static str]) -> Arc<ModelRegistry> {
+    registry_with(data, words, None).await
+}
+
+async fn registry_with(
+    data: &TempDir,
+    words: &[&'static str],
+    memory_budget: Option<u64>,
+) -> Arc<ModelRegistry> {
     let store = LocalArtifactStore::open(data.path()).unwrap();
     let catalog = catalog(data).await;
     for word in words {
         let digest = store.put(Bytes::from_static(word.as_bytes())).await.unwrap();
         catalog.create(&example_record(&word.replace(' ', "-"), &digest)).await.unwrap();
     }
-    open(Arc::new(store), data).await
+    with_budget(Arc::new(store), data, memory_budget).await
 }
 
 async fn catalog(data: &TempDir) -> ModelCatalog {
@@ -170,4 +178,80 @@ async fn a_caller_that_leaves_does_not_stop_the_load_and_unload_waits_for_it() {
     assert!(matches!(registry.get(&name).unwrap_err(), Error::NotFound { .. }));
     assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
     assert!(matches!(store.inner.get(&digest).await.unwrap_err(), Error::NotFound { .. }));
+}
+
+fn loaded(registry: &ModelRegistry) -> Vec<String> {
+    let views = registry.list(None, 100).into_iter();
+    let ready = views.filter(|view| matches!(view.state, ModelState::Ready(_)));
+    ready.map(|view| view.record.id.clone()).collect()
+}
+
+#[tokio::test]
+async fn the_least_recently_used_models_make_room() {
+    let data = tempfile::tempdir().unwrap();
+    let registry = registry_with(&data, &["a1", "b1", "c1"], Some(2 * SIZE)).await;
+    for name in ["a1", "b1", "a1", "c1"] {
+        registry.ensure_loaded(&id(name)).await.unwrap();
+    }
+    assert_eq!(loaded(&registry), ["a1", "c1"]);
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 2 * SIZE);
+    // Models in use stay, and what does not fit then says so; it fits as soon as they are not.
+    let users = [
+        registry.ensure_loaded(&id("a1")).await.unwrap(),
+        registry.ensure_loaded(&id("c1")).await.unwrap(),
+    ];
+    let error = registry.ensure_loaded(&id("b1")).await.unwrap_err();
+    assert!(matches!(error, Error::DeviceMemory { .. }), "{error}");
+    assert_eq!(loaded(&registry), ["a1", "c1"]);
+    drop(users);
+    registry.ensure_loaded(&id("b1")).await.unwrap();
+    assert_eq!(loaded(&registry), ["b1", "c1"]);
+}
+
+#[tokio::test]
+async fn a_model_larger_than_the_budget_is_refused_and_leaves_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let registry = registry_with(&data, &["a1"], Some(SIZE - 1)).await;
+    let error = registry.ensure_loaded(&id("a1")).await.unwrap_err();
+    assert!(matches!(error, Error::DeviceMemory { .. }), "{error}");
+    assert_eq!(registry.emptiest_device().unwrap().resident_bytes(), 0);
+}
+
+#[tokio::test]
+async fn traffic_of_an_alias_moves_when_its_new_model_can_take_it() {
+    let data = tempfile::tempdir().unwrap();
+    let inner = LocalArtifactStore::open(data.path()).unwrap();
+    let names = catalog(&data).await;
+    for word in ["old", "new"] {
+        let digest = inner.put(Bytes::from_static(word.as_bytes())).await.unwrap();
+        names.create(&example_record(word, &digest)).await.unwrap();
+    }
+    let store = Arc::new(Gated { inner, gate: Semaphore::new(1) });
+    let registry = open(Arc::clone(&store) as Arc<dyn ArtifactStore>, &data).await;
+    registry.set_alias(&id("live"), &id("old")).await.unwrap();
+    registry.ensure_loaded(&id("live")).await.unwrap();
+
+    // Here: the alias waits for the model.
+    let (alias, new) = (id("live"), id("new"));
+    let moving = registry.set_alias(&alias, &new);
+    tokio::pin!(moving);
+    tokio::select! {
+        biased;
+        _ = &mut moving => panic!("the new model is not there"),
+        () = tokio::task::yield_now() => {}
+    }
+    assert_eq!(registry.ensure_loaded(&alias).await.unwrap().0.id, "old");
+    store.gate.add_permits(1);
+    moving.await.unwrap();
+    assert_eq!(registry.ensure_loaded(&alias).await.unwrap().0.id, "new");
+
+    // Elsewhere: who learns of it goes on with the old one until the new one is there.
+    registry.unload(&id("old")).await.unwrap();
+    names.set_alias(&alias, &id("old")).await.unwrap();
+    registry.refresh().await.unwrap();
+    assert_eq!(registry.ensure_loaded(&alias).await.unwrap().0.id, "new");
+    assert_eq!(registry.get(&alias).unwrap().record.id, "old", "the name is of the new model");
+    store.gate.add_permits(1);
+    registry.ensure_loaded(&id("old")).await.unwrap();
+    assert_eq!(registry.ensure_loaded(&alias).await.unwrap().0.id, "old");
 }
