@@ -33,6 +33,7 @@ use vitq::grpc::{self, Running, ServerConfig};
 /// A running server. Stopped, at the latest, when it is dropped.
 pub(crate) struct TestServer {
     pub(crate) channel: Channel,
+    pub(crate) engine: Arc<Engine>,
     pub(crate) probes: Probes,
     pub(crate) stop: CancellationToken,
     served: JoinHandle<vitq::Result<()>>,
@@ -96,16 +97,16 @@ impl TestServer {
         let (probes, stop) = (Probes::default(), CancellationToken::new());
         let config = ServerConfig::default();
         let running = Running { config, probes: probes.clone(), stop: stop.clone() };
-        let served = tokio::spawn(grpc::run(listener, engine, running));
+        let served = tokio::spawn(grpc::run(listener, Arc::clone(&engine), running));
         let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
         let _stops_when_dropped = stop.clone().drop_guard();
-        Self { channel, probes, stop, served, _stops_when_dropped }
+        Self { channel, engine, probes, stop, served, _stops_when_dropped }
     }
 
     /// Drains and ends it.
     pub(crate) async fn stop(self) {
-        let Self { channel, stop, served, .. } = self;
-        drop(channel);
+        let Self { channel, engine, stop, served, .. } = self;
+        drop((channel, engine));
         stop.cancel();
         served.await.unwrap().unwrap();
     }
