@@ -144,6 +144,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     // Calls are taken a little earlier and longer than the server calls itself ready.
     let taking = Flag::default();
     taking.set(true);
+    alive.set(true);
     let watched = tokio::spawn(watchdog(Arc::clone(&engine), health.clone(), alive));
     let _watched = AbortOnDrop(watched);
 
@@ -251,7 +252,6 @@ async fn preload(engine: &Engine, models: &[ModelId]) {
 
 /// Looks whether every device still answers.
 async fn watchdog(engine: Arc<Engine>, health: HealthReporter, alive: Flag) {
-    alive.set(true);
     loop {
         tokio::time::sleep(WATCH).await;
         let devices = engine.registry.devices();
