@@ -23,8 +23,10 @@ fn main() -> Result<(), Box<dyn Error>> {
 fn compile_protos() -> Result<(), Box<dyn Error>> {
     let out = PathBuf::from(env::var("OUT_DIR")?);
     let mut files = vec![PathBuf::from("google/longrunning/operations.proto")];
-    for entry in fs::read_dir("proto/vitq/v1")? {
-        files.push(Path::new("vitq/v1").join(entry?.file_name()));
+    for folder in ["inference", "vitq/v1"] {
+        for entry in fs::read_dir(Path::new("proto").join(folder))? {
+            files.push(Path::new(folder).join(entry?.file_name()));
+        }
     }
     files.sort();
     let descriptors = protox::compile(files, ["proto"])?;
@@ -36,9 +38,13 @@ fn compile_protos() -> Result<(), Box<dyn Error>> {
     tonic_prost_build::configure()
         .include_file("proto.rs")
         .extern_path(".google.rpc", "::tonic_types::pb")
+        .bytes(".inference.InferTensorContents.bytes_contents")
+        .bytes(".inference.ModelInferRequest.raw_input_contents")
+        .bytes(".inference.ModelInferResponse.raw_output_contents")
         .bytes(".vitq.v1.Image.content")
         .bytes(".vitq.v1.UploadImage.content")
         .bytes(".vitq.v1.UploadRequest.chunk")
+        .btree_map(".inference")
         .btree_map(".vitq.v1")
         // Foreign comments hold indented text that rustdoc would take for tests.
         .disable_comments([".google"])

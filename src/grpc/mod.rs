@@ -8,6 +8,7 @@ mod evaluate;
 mod events;
 mod fields;
 mod models;
+pub mod oip;
 mod operations;
 pub mod ops;
 mod page;

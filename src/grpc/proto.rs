@@ -6,6 +6,7 @@ mod generated {
 }
 
 pub use generated::google::longrunning;
+pub use generated::inference;
 pub use generated::vitq::v1::*;
 
 /// Descriptors of every file under `proto/` with their imports, for server reflection.

@@ -1,0 +1,3 @@
+//! The Open Inference Protocol, version 2, with Triton's extensions: `GRPCInferenceService`.
+
+pub mod tensors;
