@@ -138,10 +138,11 @@ impl Classifier {
         let sizes: Vec<usize> = images.iter().map(ImageInput::bytes).collect();
         self.admission.check(&sizes)?;
         let id = self.registry.answering(&model).await?;
+        let note = self.registry.statistics(&id).call(started);
         let permits = self.admission.admit(id.as_str(), &sizes)?;
         let (record, placement) = self.registry.ensure_loaded(&model).await?;
         if let Some(deadline) = deadline {
-            let needed = placement.pace.for_images(images.len());
+            let needed = placement.meter.pace.for_images(images.len());
             if deadline.saturating_duration_since(Instant::now()) < needed {
                 return Err(Error::DeadlineTooShort { needed });
             }
@@ -167,6 +168,7 @@ impl Classifier {
             reply.items.push(item);
         }
         reply.total = started.elapsed();
+        note.answered(&reply);
         Ok(reply)
     }
 
@@ -283,8 +285,8 @@ fn rank(logits: &[f32], count: usize, spec: &ModelSpec) -> Vec<RankedClass> {
         .collect()
 }
 
-/// exp(x − max) / Σ exp(x − max), in float64.
-fn softmax(logits: &[f32]) -> Vec<f32> {
+/// Probabilities of logits: exp(x − max) / Σ exp(x − max), in float64.
+pub fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exp: Vec<f64> = logits.iter().map(|x| f64::from(x - max).exp()).collect();
     let sum: f64 = exp.iter().sum();

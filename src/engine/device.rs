@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use crate::data::Pixels;
 use crate::engine::batcher::{Answer, BatchQueue, Entry, Image, Next, Pace};
 use crate::engine::pipeline::image_batch;
+use crate::engine::statistics::Meter;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 
@@ -71,7 +72,7 @@ fn flat_logits(logits: &Tensor) -> Result<Vec<f32>> {
 pub type LoadKey = u64;
 
 enum Command {
-    Load { key: LoadKey, network: Box<dyn Network>, pace: Arc<Pace>, reply: LoadReply },
+    Load { key: LoadKey, network: Box<dyn Network>, meter: Arc<Meter>, reply: LoadReply },
     Unload { key: LoadKey, reply: oneshot::Sender<()> },
     Classify(Entry),
     Forward(Bulk),
@@ -170,13 +171,13 @@ impl DeviceHandle {
     ///
     /// # Errors
     /// Whatever `build` or a forward reports; `Internal` when it panics.
-    pub async fn load(&self, key: LoadKey, build: BuildNetwork, pace: Arc<Pace>) -> Result<u64> {
+    pub async fn load(&self, key: LoadKey, build: BuildNetwork, meter: Arc<Meter>) -> Result<u64> {
         let device = self.device;
         let built = tokio::task::spawn_blocking(move || guarded(|| build(device)));
         let network = built.await.map_err(|error| Error::internal(format!("load: {error}")))??;
         let bytes = network.resident_bytes();
         let (reply, answer) = oneshot::channel();
-        self.send(Command::Load { key, network, pace, reply })?;
+        self.send(Command::Load { key, network, meter, reply })?;
         answer.await.map_err(|_| gone(&self.name))??;
         Ok(bytes)
     }
@@ -231,7 +232,7 @@ fn clock() -> u64 {
 
 struct Loaded {
     network: Box<dyn Network>,
-    pace: Arc<Pace>,
+    meter: Arc<Meter>,
 }
 
 /// A model on its way: the batch sizes that it has not run yet.
@@ -310,7 +311,7 @@ impl DeviceThread {
                 let _ = entry.reply.send(Err(unloaded())); // the caller may have left
             }
             Command::Forward(bulk) => self.bulk.push_back(bulk),
-            Command::Load { key, network, pace, reply } => self.load(key, network, pace, reply),
+            Command::Load { key, network, meter, reply } => self.load(key, network, meter, reply),
             Command::Unload { key, reply } => {
                 self.unload(key);
                 let _ = reply.send(()); // as above
@@ -318,13 +319,19 @@ impl DeviceThread {
         }
     }
 
-    fn load(&mut self, key: LoadKey, network: Box<dyn Network>, pace: Arc<Pace>, reply: LoadReply) {
+    fn load(
+        &mut self,
+        key: LoadKey,
+        network: Box<dyn Network>,
+        meter: Arc<Meter>,
+        reply: LoadReply,
+    ) {
         self.vitals.resident.fetch_add(network.resident_bytes(), Ordering::Relaxed);
         let sizes = match network.warm_up_side() {
             Some(_) => batch_sizes(self.batching.max_batch),
             None => Vec::new(),
         };
-        self.models.insert(key, Loaded { network, pace });
+        self.models.insert(key, Loaded { network, meter });
         self.warming.push_back(WarmUp { key, sizes, reply });
     }
 
@@ -346,7 +353,7 @@ impl DeviceThread {
                 if warming.sizes.is_empty()
                     && let Some(model) = self.models.get(&warming.key)
                 {
-                    model.pace.note(size, started.elapsed());
+                    model.meter.pace.note(size, started.elapsed());
                 }
                 self.warming.push_back(warming);
             }
@@ -417,7 +424,8 @@ impl DeviceThread {
         };
         self.pace.note(count, compute);
         if let Some(model) = self.models.get(&model) {
-            model.pace.note(count, compute);
+            model.meter.pace.note(count, compute);
+            model.meter.statistics.note_batch(count, compute);
         }
         let classes = (logits.len() / run).max(1);
         for (entry, logits) in batch.into_iter().zip(logits.chunks_exact(classes)) {

@@ -14,6 +14,7 @@ pub mod pipeline;
 pub mod quantized_model;
 pub mod registry;
 pub mod resources;
+pub mod statistics;
 mod upkeep;
 
 use std::path::PathBuf;

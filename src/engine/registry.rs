@@ -11,12 +11,12 @@ use tokio::sync::watch;
 use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin, put_named};
 use crate::artifact::{Artifact, Header};
 use crate::engine::QuantizedModel;
-use crate::engine::batcher::Pace;
 use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::Lease;
 use crate::engine::names::ModelId;
+use crate::engine::statistics::{Meter, ModelStatistics};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 
@@ -105,7 +105,7 @@ pub struct Placement {
     /// Its size there in bytes.
     pub resident_bytes: u64,
     /// How fast it answers.
-    pub pace: Arc<Pace>,
+    pub meter: Arc<Meter>,
     /// Held by everybody who is about to use it: a model in use is not unloaded to make room.
     users: Arc<()>,
 }
@@ -123,11 +123,18 @@ struct Slot {
     last_used: Instant,
     /// Its size on a device, once it was there.
     measured: Option<u64>,
+    statistics: Arc<ModelStatistics>,
 }
 
 impl Slot {
     fn new(record: Arc<ModelRecord>) -> Self {
-        Self { record, state: SlotState::Stored, last_used: Instant::now(), measured: None }
+        Self {
+            record,
+            state: SlotState::Stored,
+            last_used: Instant::now(),
+            measured: None,
+            statistics: Arc::default(),
+        }
     }
 }
 
@@ -286,6 +293,12 @@ impl ModelRegistry {
             .get(names.target(name))
             .map(|slot| self.view(slot, &names.aliases))
             .ok_or_else(|| not_found(name))
+    }
+
+    /// What a model, by its id, has done here; nothing if it is not known.
+    pub fn statistics(&self, id: &ModelId) -> Arc<ModelStatistics> {
+        let names = self.lock();
+        names.models.get(id).map(|slot| Arc::clone(&slot.statistics)).unwrap_or_default()
     }
 
     /// Points an alias to a model; calls that come from now on go there. If the alias has been

@@ -63,6 +63,11 @@ impl Admission {
         Self { places: Arc::new(places), pace }
     }
 
+    /// Images that fit into an empty server, and so into one call.
+    pub fn capacity(&self) -> usize {
+        self.places.images
+    }
+
     /// Images in the server.
     pub fn images(&self) -> usize {
         self.places.lock().images

@@ -7,9 +7,9 @@ use tokio::sync::watch;
 
 use super::{ModelRegistry, ModelView, Names, Placement, Slot, SlotState, blocking, not_found};
 use crate::artifact::store::ModelRecord;
-use crate::engine::batcher::Pace;
 use crate::engine::device::{DeviceHandle, LoadKey, memory_error};
 use crate::engine::names::ModelId;
+use crate::engine::statistics::Meter;
 use crate::error::{Error, Result};
 
 /// What is to be done before a model is unloaded.
@@ -114,15 +114,21 @@ impl ModelRegistry {
         slot.state = SlotState::Loading(key, done.clone());
         let (registry, id, record) = (Arc::clone(self), id.clone(), Arc::clone(&slot.record));
         let expected = slot.measured.unwrap_or(record.source_bytes);
+        let meter = Arc::new(Meter::new(Arc::clone(&slot.statistics)));
         tokio::spawn(async move {
-            let loaded = registry.load(key, &record, expected).await;
+            let loaded = registry.load((key, meter), &record, expected).await;
             registry.finish_load(&id, key, loaded).await;
             drop(over);
         });
         done
     }
 
-    async fn load(&self, key: LoadKey, record: &ModelRecord, expected: u64) -> Result<Placement> {
+    async fn load(
+        &self,
+        (key, meter): (LoadKey, Arc<Meter>),
+        record: &ModelRecord,
+        expected: u64,
+    ) -> Result<Placement> {
         let started = std::time::Instant::now();
         let bytes = self.store.get(&record.digest).await?;
         let (read, digest, backend) = (self.read, record.digest.clone(), self.backend);
@@ -132,8 +138,7 @@ impl ModelRegistry {
         let budget = self.memory_budget.unwrap_or(u64::MAX);
         // What is expected may be too much: what counts is measured behind the load.
         self.make_room(&device, expected.min(budget)).await?;
-        let pace = Arc::<Pace>::default();
-        let loaded = device.load(key, build, Arc::clone(&pace)).await;
+        let loaded = device.load(key, build, Arc::clone(&meter)).await;
         let resident_bytes = loaded.map_err(memory_error)?;
         if let Err(error) = self.make_room(&device, 0).await {
             device.unload(key).await?;
@@ -141,7 +146,7 @@ impl ModelRegistry {
         }
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(model = record.id, device = device.name(), seconds, "model loaded");
-        Ok(Placement { device, key, resident_bytes, pace, users: Arc::default() })
+        Ok(Placement { device, key, resident_bytes, meter, users: Arc::default() })
     }
 
     /// Unloads models that nobody uses, those not used for longest first, until so many bytes are
