@@ -19,19 +19,21 @@ const HEADER: &str = "grpc-timeout";
 /// How much earlier than tonic this layer answers, at most.
 const MARGIN: Duration = Duration::from_millis(2);
 /// Limit of a classification whose client sets none.
-const CLASSIFY: Duration = Duration::from_secs(10);
+pub(super) const CLASSIFY: Duration = Duration::from_secs(10);
 /// Limit of the other calls that answer once.
 const OTHERS: Duration = Duration::from_secs(30);
 /// Calls that stream, wait or load: as long as the client likes.
-const UNLIMITED: [&str; 9] = [
+const UNLIMITED: [&str; 11] = [
     "/Quantize",
     "/Evaluate",
     "/Watch",
     "/Upload",
     "/WaitOperation",
     "/LoadModel",
+    "/RepositoryModelLoad",
     "/SetAlias",
     "/ClassifyStream",
+    "/ModelStreamInfer",
     "/ServerReflectionInfo",
 ];
 
@@ -114,7 +116,7 @@ pub(super) fn parse(text: &str) -> Option<Duration> {
 }
 
 fn limit_of(path: &str) -> Option<Duration> {
-    if path.ends_with("/Classify") {
+    if path.ends_with("/Classify") || path.ends_with("/ModelInfer") {
         return Some(CLASSIFY);
     }
     (!UNLIMITED.iter().any(|call| path.ends_with(call))).then_some(OTHERS)
@@ -142,6 +144,8 @@ mod tests {
         assert_eq!(limit_of("/vitq.v1.InferenceService/Classify"), Some(CLASSIFY));
         assert_eq!(limit_of("/vitq.v1.ModelService/GetModel"), Some(OTHERS));
         assert_eq!(limit_of("/vitq.v1.QuantizationService/Watch"), None);
+        assert_eq!(limit_of("/inference.GRPCInferenceService/ModelInfer"), Some(CLASSIFY));
+        assert_eq!(limit_of("/inference.GRPCInferenceService/ModelStreamInfer"), None);
         assert_eq!(limit_of("/grpc.health.v1.Health/Check"), Some(OTHERS));
     }
 

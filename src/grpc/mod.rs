@@ -41,6 +41,7 @@ use proto::catalog_service_server::CatalogServiceServer;
 use proto::checkpoint_service_server::CheckpointServiceServer;
 use proto::dataset_service_server::DatasetServiceServer;
 use proto::evaluation_service_server::EvaluationServiceServer;
+use proto::inference::grpc_inference_service_server::GrpcInferenceServiceServer;
 use proto::inference_service_server::InferenceServiceServer;
 use proto::longrunning::operations_server::OperationsServer;
 use proto::model_service_server::ModelServiceServer;
@@ -67,10 +68,11 @@ const RETRY_PRELOAD: Duration = Duration::from_secs(5);
 /// Health service name of the process as such, whatever its readiness.
 const LIVENESS: &str = "liveness";
 /// Health service names that follow the server's readiness.
-const READINESS: [&str; 10] = [
+const READINESS: [&str; 11] = [
     "",
     QuantizationServiceServer::<()>::NAME,
     InferenceServiceServer::<()>::NAME,
+    GrpcInferenceServiceServer::<()>::NAME,
     EvaluationServiceServer::<()>::NAME,
     ModelServiceServer::<()>::NAME,
     CatalogServiceServer::<()>::NAME,
@@ -138,7 +140,8 @@ pub struct Running {
 /// # Errors
 /// `Internal` when the transport fails.
 pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -> Result<()> {
-    let Running { config, probes: Probes { readiness, alive }, stop } = running;
+    let Running { config, probes, stop } = running;
+    let Probes { readiness, alive } = probes.clone();
     let (health, health_service) = health_reporter();
     health.set_service_status(LIVENESS, ServingStatus::Serving).await;
     announce(&health, ServingStatus::NotServing).await;
@@ -167,6 +170,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     }
     let quantize = quantize::Quantization::new(Arc::clone(&engine));
     let classify = classify::Inference::new(Arc::clone(&engine));
+    let open_inference = oip::OpenInference::new(Arc::clone(&engine), probes.clone());
     let evaluate = evaluate::Evaluation::new(Arc::clone(&engine));
     let models = models::Models::new(Arc::clone(&engine));
     let resources = resources::ResourceLists::new(Arc::clone(&engine));
@@ -185,6 +189,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .layer(drain::RefuseWhileDraining::new(taking.clone()))
         .add_service(service!(QuantizationServiceServer, quantize, images))
         .add_service(service!(InferenceServiceServer, classify, images))
+        .add_service(service!(GrpcInferenceServiceServer, open_inference, images))
         .add_service(service!(EvaluationServiceServer, evaluate, SMALL_MESSAGE))
         .add_service(service!(ModelServiceServer, models, SMALL_MESSAGE))
         .add_service(service!(CatalogServiceServer, catalog::Catalog, SMALL_MESSAGE))

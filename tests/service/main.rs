@@ -8,6 +8,7 @@ mod cancel;
 mod classify;
 mod evaluate;
 mod models;
+mod oip;
 mod overload;
 mod quantize;
 mod reload;

@@ -39,6 +39,7 @@ async fn health_and_reflection_name_every_service() {
     for name in [
         "vitq.v1.QuantizationService",
         "vitq.v1.InferenceService",
+        "inference.GRPCInferenceService",
         "vitq.v1.EvaluationService",
         "vitq.v1.ModelService",
         "vitq.v1.CatalogService",
