@@ -2,7 +2,8 @@
 # Makes the machine ready to build: compiler, Rust, and libtorch from PyPI in .venv. Instant when
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
 # libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
-# what only the tests need: the programs of a PostgreSQL server, which they start by themselves.
+# what only the tests need: the programs of a PostgreSQL server, which they start by themselves, and
+# a client of the Open Inference Protocol in .venv-clients.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -11,6 +12,8 @@ torch=2.11.0 # the version that the tch crate of Cargo.toml is made for
 cpu_packages=("torch==$torch" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
 libtorch=.venv/torch/lib/libtorch_cpu.so
 stamp=.venv/vitq-setup     # written last: names what is installed
+# Clients that the tests use; numpy is the newest that the machine's Python can have.
+client_packages=("tritonclient[grpc]==2.73.0" grpcio==1.85.3 protobuf==6.33.6)
 started=.venv/vitq-started # there while packages are being installed
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -39,6 +42,16 @@ check_postgresql() {
     echo "create_main_cluster = false" | "${sudo[@]}" tee "$settings" >/dev/null
   fi
   packages postgresql
+}
+
+install_clients() {
+  local stamp=.venv-clients/vitq-setup
+  if [ "$(cat "$stamp" 2>/dev/null)" = "${client_packages[*]}" ]; then return; fi
+  say "installing ${client_packages[*]} into .venv-clients"
+  python3 -m venv --clear .venv-clients
+  .venv-clients/bin/python -m pip install --disable-pip-version-check --quiet \
+    "${client_packages[@]}" || die "pip could not install ${client_packages[*]}: see above"
+  echo "${client_packages[*]}" >"$stamp"
 }
 
 check_rust() {
@@ -122,3 +135,4 @@ if ! installed; then
 else
   check_system
 fi
+if [ "${1:-}" = test ]; then install_clients; fi

@@ -60,6 +60,9 @@ impl Drop for Process {
 pub struct Program {
     _process: Process,
     pub channel: Channel,
+    /// Where it listens: `http://127.0.0.1:PORT`.
+    #[allow(dead_code, reason = "for tests with clients of their own")]
+    pub address: String,
 }
 
 impl Program {
@@ -69,7 +72,7 @@ impl Program {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let process = Process(child);
         let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
-        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
-        Self { _process: process, channel }
+        let channel = Channel::from_shared(address.clone()).unwrap().connect().await.unwrap();
+        Self { _process: process, channel, address }
     }
 }
