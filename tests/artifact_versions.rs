@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
+use vitq::Error;
 use vitq::artifact::Artifact;
 use vitq::artifact::format::SCHEMA_VERSION;
 use vitq::engine::QuantizedModel;
@@ -34,6 +35,21 @@ fn every_version_is_readable_and_gives_its_logits() {
         let expected = tensor(&format!("artifacts/schema-{version}-logits.safetensors"), "logits");
         let fidelity = sqnr_db(&expected, &logits).unwrap();
         assert!(fidelity >= FLOOR_DB, "schema {version}: {fidelity} dB");
+    }
+}
+
+#[test]
+fn values_that_are_not_finite_are_refused() {
+    let bytes = std::fs::read(fixture("artifacts/schema-1.safetensors")).unwrap();
+    let artifact = Artifact::from_bytes("fixture", &bytes).unwrap();
+    for end in ["_scale", ".bias"] {
+        let mut broken = artifact.clone();
+        let mut tensors = broken.tensors.iter_mut();
+        let (name, tensor) = tensors.find(|(name, _)| name.ends_with(end)).unwrap();
+        tensor.data[..4].copy_from_slice(&f32::NAN.to_le_bytes());
+        let name = name.clone();
+        let refused = QuantizedModel::load(&broken, Device::Cpu, Backend::Simulated).err();
+        assert!(matches!(refused, Some(Error::CorruptArtifact { .. })), "{name}: {refused:?}");
     }
 }
 

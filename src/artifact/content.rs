@@ -160,7 +160,12 @@ impl Artifact {
             ));
         }
         let shape: Vec<i64> = raw.shape.iter().map(|n| *n as i64).collect();
-        Ok(Tensor::f_from_data_size(&raw.data, &shape, Kind::Float)?)
+        let tensor = Tensor::f_from_data_size(&raw.data, &shape, Kind::Float)?;
+        // A scale or a weight that is not finite would make every answer NaN.
+        if tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? == 0 {
+            return Err(Error::corrupt("artifact", "a tensor holds values that are not finite"));
+        }
+        Ok(tensor)
     }
 
     /// (codes − zero_point)·scale, exactly as the quantizer's own fake quantization computes it.

@@ -78,8 +78,8 @@ impl NamedFolder {
     /// The folder, or the accepted file, of that name. Blocking.
     ///
     /// # Errors
-    /// `InvalidArgument` on `field` for a name that is no plain relative path or leads out of the
-    /// root; `NotFound` when there is nothing.
+    /// `InvalidArgument` on `field` for a name that is no plain relative path, or that leads out of
+    /// the root itself or by a link in its folder; `NotFound` when there is nothing.
     pub fn resolve(&self, name: &str, field: &str) -> Result<PathBuf> {
         let refused = || {
             let reason = format!(
@@ -103,7 +103,16 @@ impl NamedFolder {
         if !path.starts_with(root) {
             return Err(refused());
         }
-        if path.is_dir() || (self.accepts)(&path) { Ok(path) } else { Err(not_found()) }
+        if path.is_dir() {
+            match escaping_link(&path, root) {
+                None => return Ok(path),
+                Some(link) => {
+                    let reason = format!("`{name}` holds `{link}`, a link that leads elsewhere");
+                    return Err(Error::invalid(field, reason));
+                }
+            }
+        }
+        if (self.accepts)(&path) { Ok(path) } else { Err(not_found()) }
     }
 
     /// Names of what is accepted below the root, at most `depth` levels down; the search does not
@@ -122,6 +131,17 @@ impl NamedFolder {
         names.sort();
         names
     }
+}
+
+/// An entry of a folder that is a symbolic link to something outside the root. Links within the root
+/// are how caches are laid out; one that leads nowhere is found when it is opened.
+fn escaping_link(folder: &Path, root: &Path) -> Option<String> {
+    let entries = folder.read_dir().into_iter().flatten().flatten();
+    let mut links = entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_symlink()));
+    let leaves = |path: &Path| path.canonicalize().is_ok_and(|target| !target.starts_with(root));
+    links
+        .find(|link| leaves(&link.path()))
+        .map(|link| link.file_name().to_string_lossy().escape_debug().to_string())
 }
 
 /// Visits files and folders below `folder`; `visit` says whether a folder is a leaf. Unreadable
@@ -176,6 +196,25 @@ mod tests {
             let error = names.resolve(absent, "dataset").unwrap_err();
             assert!(matches!(error, Error::NotFound { kind: "dataset", .. }), "{absent}: {error}");
         }
+    }
+
+    #[test]
+    fn links_in_a_folder_stay_below_the_root() {
+        use std::os::unix::fs::symlink;
+        let outside = tempfile::NamedTempFile::new().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let root = folder.path();
+        for name in ["blobs", "inside", "outside", "nowhere"] {
+            fs::create_dir(root.join(name)).unwrap();
+        }
+        fs::write(root.join("blobs/1"), b"").unwrap();
+        symlink("../blobs/1", root.join("inside/model.safetensors")).unwrap();
+        symlink(outside.path(), root.join("outside/config.json")).unwrap();
+        symlink("../gone", root.join("nowhere/config.json")).unwrap();
+        let names = NamedFolder::open(Some(root), "checkpoint", |_| false).unwrap();
+        assert!(names.resolve("inside", "x").is_ok() && names.resolve("nowhere", "x").is_ok());
+        let error = names.resolve("outside", "x").unwrap_err().to_string();
+        assert!(error.contains("config.json"), "{error}");
     }
 
     #[test]

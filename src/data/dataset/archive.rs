@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// Most members that are listed: more than ImageNet has images, few enough to hold their names.
 const MAX_MEMBERS: usize = 4_000_000;
 /// More is no list of classes.
-const MAX_CLASSES_BYTES: u64 = 16 << 20;
+pub(super) const MAX_CLASSES_BYTES: u64 = 16 << 20;
 /// How compressed files begin, which cannot be read in place.
 const COMPRESSED: [(&[u8], &str); 5] = [
     (&[0x1f, 0x8b], "gzip"),

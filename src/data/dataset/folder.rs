@@ -1,9 +1,10 @@
 //! Data sets in folders.
 
-use std::fs::{self, DirEntry};
-use std::io::ErrorKind;
+use std::fs::{self, DirEntry, File};
+use std::io::{ErrorKind, Read as _};
 use std::path::Path;
 
+use super::archive::MAX_CLASSES_BYTES;
 use super::{CLASSES_FILE, Contents, Source, has_image_name};
 use crate::error::{Error, Result};
 
@@ -22,7 +23,11 @@ pub(super) fn contents(root: &Path, canonical: &Path, field: &str) -> Result<Con
 
 fn read_classes(root: &Path) -> Result<Option<String>> {
     let path = root.join(CLASSES_FILE);
-    match fs::read_to_string(&path) {
+    let read = |file: File| {
+        let mut text = String::new();
+        file.take(MAX_CLASSES_BYTES).read_to_string(&mut text).map(|_| text)
+    };
+    match File::open(&path).and_then(read) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::io(path, error)),

@@ -36,7 +36,7 @@ pub struct DecodeLimits {
 
 impl Default for DecodeLimits {
     fn default() -> Self {
-        Self { max_bytes: 32 << 20, max_side: 16_384, max_pixels: 50_000_000 }
+        Self { max_bytes: 32 << 20, max_side: 8192, max_pixels: 50_000_000 }
     }
 }
 
@@ -185,11 +185,11 @@ mod tests {
         let mut jpeg = encoded(8, 8, ImageFormat::Jpeg);
         let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
         jpeg[frame + 5..frame + 9].copy_from_slice(&[0xc3, 0x50, 0xc3, 0x50]);
-        let expected = "50000x50000 pixels exceed the limit of 16384 a side";
+        let expected = "50000x50000 pixels exceed the limit of 8192 a side";
         assert_eq!(refused(&png_header(50_000, 50_000)), expected);
         assert_eq!(refused(&jpeg), expected);
-        let expected = "10000x10000 pixels exceed the limit of 50000000 in all";
-        assert_eq!(refused(&png_header(10_000, 10_000)), expected);
+        let expected = "8000x8000 pixels exceed the limit of 50000000 in all";
+        assert_eq!(refused(&png_header(8000, 8000)), expected);
         for format in FORMATS {
             let bytes = encoded(19, 11, format);
             let limits = DecodeLimits { max_side: 18, ..DecodeLimits::default() };
