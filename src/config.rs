@@ -20,7 +20,8 @@ use crate::engine::names::ModelId;
 use crate::engine::resources::HubOwners;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
-use crate::grpc::ServerConfig;
+use crate::grpc::security::{Security, SecurityConfig};
+use crate::grpc::{ConnectionLimits, ServerConfig};
 use crate::telemetry::LogConfig;
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -39,6 +40,19 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_QUEUE_BYTES", default_value_t = 512 << 20, value_name = "BYTES",
           value_parser = at_least_one)]
     pub queue_bytes: usize,
+    /// Images of one client that may be in the server at once; more are refused with
+    /// RESOURCE_EXHAUSTED. 0 leaves it to the bounds of all.
+    #[arg(long, env = "VITQ_MAX_IMAGES_PER_CLIENT", default_value_t = 0, value_name = "IMAGES")]
+    pub max_images_per_client: usize,
+    /// Connections at once; more are closed.
+    #[arg(long, env = "VITQ_MAX_CONNECTIONS", default_value_t = 1024, value_name = "N",
+          value_parser = at_least_one)]
+    pub max_connections: usize,
+    /// Seconds after which a connection is asked to end, give or take a tenth, so that clients spread
+    /// over new servers; what then runs on it gets 30 s. 0 lets connections live for ever.
+    #[arg(long, env = "VITQ_MAX_CONNECTION_AGE", default_value = "600", value_name = "SECONDS",
+          value_parser = seconds)]
+    pub max_connection_age: Duration,
     /// Threads that decode images; without a number, one per core.
     #[arg(long, env = "VITQ_DECODE_THREADS", value_name = "N", value_parser = at_least_one)]
     pub decode_threads: Option<usize>,
@@ -60,6 +74,9 @@ pub struct ServeConfig {
     /// workers.
     #[arg(long, env = "VITQ_WORKERS", default_value_t = 1, value_name = "JOBS")]
     pub workers: usize,
+    /// Who may connect, and who may do what.
+    #[command(flatten)]
+    pub security: SecurityConfig,
     /// What servers and workers have in common.
     #[command(flatten)]
     pub process: ProcessConfig,
@@ -133,7 +150,7 @@ pub struct ProcessConfig {
           value_parser = at_least_one)]
     pub max_queued_jobs: usize,
     /// Jobs of one client that may wait or run; more are refused with RESOURCE_EXHAUSTED. Clients are
-    /// told apart by their addresses.
+    /// told apart by their credentials, or else by their addresses.
     #[arg(long, env = "VITQ_MAX_JOBS_PER_CLIENT", default_value_t = 64, value_name = "JOBS",
           value_parser = at_least_one)]
     pub max_jobs_per_client: usize,
@@ -169,18 +186,25 @@ impl ServeConfig {
         EngineConfig {
             batching: Batching { max_batch: process.max_batch, delay: self.batch_delay },
             queue: QueueLimits { images: self.queue_images, bytes: self.queue_bytes },
+            images_per_client: self.max_images_per_client,
             decode_threads: self.decode_threads.unwrap_or(cores),
             ..process.engine(devices, *workers)
         }
     }
 
-    /// The services' part.
-    pub fn server(&self) -> ServerConfig {
+    /// The services' part, with what the files of security hold.
+    pub fn server(&self, security: Security) -> ServerConfig {
         ServerConfig {
             max_message_bytes: self.process.max_message_bytes,
             preload: self.preload.clone(),
             drain_delay: self.drain_delay,
             drain_timeout: self.process.drain_timeout,
+            connections: ConnectionLimits {
+                connections: self.max_connections,
+                age: (!self.max_connection_age.is_zero()).then_some(self.max_connection_age),
+                ..ConnectionLimits::default()
+            },
+            security,
         }
     }
 }
@@ -220,6 +244,7 @@ impl ProcessConfig {
             backend: self.executor,
             batching: Batching { max_batch: self.max_batch, delay: Duration::ZERO },
             queue: QueueLimits { images: 0, bytes: 0 },
+            images_per_client: 0,
             decode_threads: 1,
             memory_budget: self.memory_budget,
             workers,
@@ -291,8 +316,10 @@ mod tests {
         assert!(listen.ip().is_loopback() && process.ops_listen.ip().is_loopback());
         assert_eq!((process.max_batch, *queue_images, *workers), (32, 256, 1));
         assert!(process.uses_data_dir());
-        assert_eq!(serve.server().drain_timeout, Duration::from_secs(30));
-        assert_eq!(serve.server().drain_delay, Duration::from_secs(5));
+        let server = serve.server(Security::default());
+        assert_eq!(server.drain_timeout, Duration::from_secs(30));
+        assert_eq!(server.connections.age, Some(Duration::from_secs(600)));
+        assert_eq!(server.drain_delay, Duration::from_secs(5));
     }
 
     #[test]

@@ -8,6 +8,20 @@ use std::time::Duration;
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
+/// What is wrong with a caller's proof of who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadCredentials {
+    /// There is none.
+    #[error("a bearer token, or a client certificate, is needed")]
+    Missing,
+    /// It is not one that this server believes; what exactly is wrong is the server's affair.
+    #[error("the token or certificate is not valid here")]
+    Invalid,
+    /// It was valid once.
+    #[error("the token has expired")]
+    Expired,
+}
+
 /// What went wrong, from the caller's point of view.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -56,6 +70,17 @@ pub enum Error {
         subject: String,
         /// Which quota, and by how much.
         reason: String,
+    },
+    /// The caller does not say, or cannot show, who it is.
+    #[error(transparent)]
+    Unauthenticated(#[from] BadCredentials),
+    /// The caller may not do this.
+    #[error("{principal} may not do this: it needs {needs}")]
+    PermissionDenied {
+        /// Who it is.
+        principal: String,
+        /// What would help: `scope admin`, ...
+        needs: String,
     },
     /// The caller, or someone on the caller's behalf, cancelled the work.
     #[error("cancelled")]
@@ -169,6 +194,10 @@ impl Error {
             }
             Self::QuotaExceeded { subject, reason } => {
                 Self::QuotaExceeded { subject: subject.clone(), reason: reason.clone() }
+            }
+            Self::Unauthenticated(reason) => Self::Unauthenticated(*reason),
+            Self::PermissionDenied { principal, needs } => {
+                Self::PermissionDenied { principal: principal.clone(), needs: needs.clone() }
             }
             Self::Cancelled => Self::Cancelled,
             Self::Deadline => Self::Deadline,

@@ -4,9 +4,8 @@ use std::path::PathBuf;
 
 use clap::Subcommand;
 use serde_json::{Value, json};
-use tonic::transport::Channel;
 
-use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, columns};
 use crate::cli::render::time;
@@ -50,7 +49,7 @@ struct One {
     server: ServerArgs,
 }
 
-type Client = DatasetServiceClient<Channel>;
+type Client = DatasetServiceClient<Connection>;
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {

@@ -5,9 +5,8 @@ use std::time::{Duration, Instant};
 use clap::Subcommand;
 use prost::Message;
 use serde_json::{Value, json};
-use tonic::transport::Channel;
 
-use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::{Failure, inner_status, status_json, status_text};
 use crate::cli::follow::{Outcome, Patience, follow, step};
 use crate::cli::output::{Output, columns};
@@ -76,7 +75,7 @@ struct One {
     server: ServerArgs,
 }
 
-type Client = OperationsClient<Channel>;
+type Client = OperationsClient<Connection>;
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {

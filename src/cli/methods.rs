@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use serde_json::{Value, json};
 
-use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::client::{CredentialArgs, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::Output;
 use crate::grpc::proto::catalog_service_client::CatalogServiceClient;
@@ -16,6 +16,8 @@ pub(super) struct Args {
     /// Ask this server; without it, the methods of this program.
     #[arg(long, value_name = "URL")]
     server: Option<String>,
+    #[command(flatten)]
+    credentials: CredentialArgs,
 }
 
 /// A method as it is shown, wherever it comes from.
@@ -38,8 +40,9 @@ impl Args {
         let Some(server) = self.server else {
             return show(&METHODS.iter().map(|method| local(method)).collect::<Vec<_>>(), output);
         };
+        let server = ServerArgs { server, credentials: self.credentials };
         block_on(async move {
-            let mut client = CatalogServiceClient::new(ServerArgs { server }.connect().await?)
+            let mut client = CatalogServiceClient::new(server.connect().await?)
                 .max_decoding_message_size(MAX_ANSWER);
             let answer = client.list_methods(ListMethodsRequest {}).await?.into_inner();
             show(&answer.methods.into_iter().map(remote).collect::<Vec<_>>(), output)

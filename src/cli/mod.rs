@@ -23,6 +23,7 @@ mod progress;
 mod quantize;
 mod render;
 mod serve;
+mod token;
 mod upload;
 mod worker;
 
@@ -50,6 +51,8 @@ enum Command {
     Serve(Box<serve::Args>),
     /// Run jobs for servers that share a database with this process.
     Worker(Box<worker::Args>),
+    /// Make a token for a server's --tokens file.
+    Token(token::Args),
     /// Quantize a checkpoint on a server and watch the progress.
     Quantize(quantize::Args),
     /// Classify images with a model of a server.
@@ -91,6 +94,7 @@ impl Command {
         match self {
             Self::Serve(args) => args.run(),
             Self::Worker(args) => args.run(),
+            Self::Token(args) => args.run(output),
             Self::Quantize(args) => args.run(output),
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),
@@ -142,7 +146,9 @@ mod tests {
 
     #[test]
     fn the_commands_in_the_documents_are_understood() {
-        for (document, least) in [("imagenet.md", 8), ("accuracy.md", 1), ("cli.md", 2)] {
+        for (document, least) in
+            [("imagenet.md", 8), ("accuracy.md", 1), ("cli.md", 2), ("security.md", 4)]
+        {
             let commands = commands(document);
             assert!(commands.len() >= least, "{document} has {} commands", commands.len());
             for words in commands.iter().filter_map(|words| with_known_methods(words)) {

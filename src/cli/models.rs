@@ -2,9 +2,8 @@
 
 use clap::Subcommand;
 use serde_json::{Value, json};
-use tonic::transport::Channel;
 
-use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes, columns};
 use crate::cli::render::{bits, model_json, model_state, model_text, report_json, report_text};
@@ -65,7 +64,7 @@ struct One {
     server: ServerArgs,
 }
 
-type Client = ModelServiceClient<Channel>;
+type Client = ModelServiceClient<Connection>;
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {

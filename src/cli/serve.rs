@@ -20,21 +20,25 @@ impl Args {
     /// flag.
     ///
     /// # Errors
-    /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
+    /// `Usage` for an address that needs protection; `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
     pub(super) fn run(self) -> Result<(), Failure> {
+        self.config.security.check(self.config.listen).map_err(Failure::Usage)?;
         run(&self.config.process, serve(&self.config))
     }
 }
 
 async fn serve(config: &ServeConfig) -> Result<()> {
     let devices = device::parse_list(&config.process.device)?;
+    let security = config.security.open(config.listen)?;
     let process = Process::start(&config.process).await?;
     let listener = listen(config.listen).await?;
     let engine = Engine::start(config.engine(devices)).await?;
     let address = listener.local_addr().map_err(|e| Error::io("gRPC port", e))?;
-    announce(&format!("listening on http://{address}"));
+    let scheme = if security.is_encrypted() { "https" } else { "http" };
+    announce(&format!("listening on {scheme}://{address}"));
     let (stop, probes) = (process.stop.clone(), process.probes.clone());
-    grpc::run(listener, engine, grpc::Running { config: config.server(), probes, stop }).await
+    let config = config.server(security);
+    grpc::run(listener, engine, grpc::Running { config, probes, stop }).await
 }
 
 /// Scripts read the address from stdout; everything else goes to the log.

@@ -14,7 +14,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_stream::{StreamExt as _, once};
 use tonic::Code;
 
-use crate::cli::client::ServerArgs;
+use crate::cli::client::{ServerArgs, is_broken};
 use crate::cli::failure::Failure;
 use crate::cli::progress::{Display, Step};
 use crate::data::{Dataset, Source, is_tar};
@@ -210,12 +210,7 @@ async fn attempt(
 fn is_temporary(failure: &Failure) -> bool {
     match failure {
         Failure::Unreachable { .. } => true,
-        Failure::Refused(status) => {
-            // A broken connection has one of these codes, and none of the server's details.
-            let broken = [Code::Unknown, Code::Cancelled, Code::Internal];
-            status.code() == Code::Unavailable
-                || broken.contains(&status.code()) && status.details().is_empty()
-        }
+        Failure::Refused(status) => is_broken(status),
         Failure::Local(_) | Failure::Usage(_) | Failure::Unfinished(_) => false,
     }
 }

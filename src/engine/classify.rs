@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
-use crate::engine::batcher::{Admission, Answer, Entry, Payload, Permit, Priority};
+use crate::engine::batcher::{Admission, Answer, ClientLimit, Entry, Payload, Permit, Priority};
 use crate::engine::device::panic_text;
 use crate::engine::evaluator::top_k;
 use crate::engine::names::ModelId;
@@ -21,6 +21,8 @@ use crate::model::ModelSpec;
 /// Images to classify.
 #[derive(Debug)]
 pub struct ClassifyCall {
+    /// Who asks: what limits of clients are counted by.
+    pub client: Arc<str>,
     /// The model, by its id or an alias.
     pub model: ModelId,
     /// The images, at least one.
@@ -88,6 +90,7 @@ pub struct RankedClass {
 pub struct Classifier {
     registry: Arc<ModelRegistry>,
     admission: Admission,
+    clients: ClientLimit,
     decoders: ThreadPool,
     limits: DecodeLimits,
 }
@@ -103,13 +106,15 @@ struct Common {
 }
 
 impl Classifier {
-    /// A classifier that lets images in by `admission` and decodes them on threads of its own.
+    /// A classifier that lets images in by `admission` and by their `clients`, and decodes them on
+    /// threads of its own.
     ///
     /// # Errors
     /// `Io` when the operating system has no threads left.
     pub fn new(
         registry: Arc<ModelRegistry>,
         admission: Admission,
+        clients: ClientLimit,
         decode_threads: usize,
         limits: DecodeLimits,
     ) -> Result<Self> {
@@ -118,7 +123,7 @@ impl Classifier {
             .thread_name(|number| format!("decode-{number}"))
             .build()
             .map_err(|error| Error::io("decoder threads", std::io::Error::other(error)))?;
-        Ok(Self { registry, admission, decoders, limits })
+        Ok(Self { registry, admission, clients, decoders, limits })
     }
 
     /// What is let in, and how much of it is there.
@@ -131,14 +136,15 @@ impl Classifier {
     ///
     /// # Errors
     /// `InvalidArgument` for too many images; `NotFound` for the model; `Overloaded`;
-    /// `DeadlineTooShort`; whatever the model's load reports.
+    /// `QuotaExceeded`; `DeadlineTooShort`; whatever the model's load reports.
     pub async fn classify(&self, call: ClassifyCall) -> Result<ClassifyReply> {
         let started = Instant::now();
-        let ClassifyCall { model, images, field, priority, deadline } = call;
+        let ClassifyCall { client, model, images, field, priority, deadline } = call;
         let sizes: Vec<usize> = images.iter().map(ImageInput::bytes).collect();
         self.admission.check(&sizes)?;
         let id = self.registry.answering(&model).await?;
         let note = self.registry.statistics(&id).call(started);
+        let share = self.clients.admit(&client, images.len())?.map(Arc::new);
         let permits = self.admission.admit(id.as_str(), &sizes)?;
         let (record, placement) = self.registry.ensure_loaded(&model).await?;
         if let Some(deadline) = deadline {
@@ -152,7 +158,10 @@ impl Classifier {
             .into_iter()
             .zip(permits)
             .enumerate()
-            .map(|(index, (image, permit))| self.start(image, index, permit, Arc::clone(&common)))
+            .map(|(index, (image, permit))| {
+                let permit = permit.within(share.clone());
+                self.start(image, index, permit, Arc::clone(&common))
+            })
             .collect();
         let mut reply = ClassifyReply {
             items: Vec::with_capacity(waiting.len()),

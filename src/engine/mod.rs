@@ -28,7 +28,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::artifact::store;
 use crate::data::DecodeLimits;
 use crate::database::{Database, Dialect};
-use crate::engine::batcher::{Admission, Pace, QueueLimits};
+use crate::engine::batcher::{Admission, ClientLimit, Pace, QueueLimits};
 use crate::engine::catalog::ModelCatalog;
 use crate::engine::classify::Classifier;
 use crate::engine::device::{Batching, DeviceHandle};
@@ -76,6 +76,8 @@ pub struct EngineConfig {
     pub batching: Batching,
     /// What may be in the server at once.
     pub queue: QueueLimits,
+    /// Images of one client that may be in the server at once; 0 for no limit of its own.
+    pub images_per_client: usize,
     /// Threads that decode images.
     pub decode_threads: usize,
     /// Bytes of models that each device may hold.
@@ -105,6 +107,7 @@ impl EngineConfig {
             backend: Backend::Simulated,
             batching: Batching { max_batch: 8, delay: Duration::ZERO },
             queue: QueueLimits { images: 64, bytes: 256 << 20 },
+            images_per_client: 0,
             decode_threads: 1,
             memory_budget: None,
             workers: 1,
@@ -149,6 +152,7 @@ impl Engine {
             backend,
             batching,
             queue,
+            images_per_client,
             decode_threads,
             memory_budget,
             workers,
@@ -232,6 +236,7 @@ impl Engine {
             classifier: Classifier::new(
                 Arc::clone(&registry),
                 Admission::new(queue, pace),
+                ClientLimit::new(images_per_client),
                 decode_threads,
                 limits,
             )?,

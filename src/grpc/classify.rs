@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tonic::{Request, Response, Status};
 
+use super::auth::principal;
 use super::deadline;
 use super::fields::{count, duration};
 use super::proto::inference_service_server::InferenceService;
@@ -37,21 +38,26 @@ impl InferenceService for Inference {
         &self,
         request: Request<ClassifyRequest>,
     ) -> Result<Response<ClassifyResponse>, Status> {
-        let deadline = deadline::of(&request);
+        let (client, deadline) = (principal(&request).name, deadline::of(&request));
         let request = request.into_inner();
         let top_k = top_k(request.top_k);
-        let reply = self.engine.classifier.classify(call(request, deadline)?).await?;
+        let reply = self.engine.classifier.classify(call(request, client, deadline)?).await?;
         Ok(Response::new(response(reply, top_k)))
     }
 }
 
-fn call(request: ClassifyRequest, deadline: Option<Instant>) -> Result<ClassifyCall> {
+fn call(
+    request: ClassifyRequest,
+    client: Arc<str>,
+    deadline: Option<Instant>,
+) -> Result<ClassifyCall> {
     let ClassifyRequest { model, images, top_k: _, priority } = request;
     if images.is_empty() {
         return Err(Error::invalid("images", "at least one image is needed"));
     }
     let image = |proto::Image { content }| ImageInput::Encoded(content);
     Ok(ClassifyCall {
+        client,
         model: ModelId::parse(&model, "model")?,
         images: images.into_iter().map(image).collect(),
         field: |index| format!("images[{index}].content"),

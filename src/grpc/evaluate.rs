@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
+use super::auth::principal;
 use super::events::{self, EventSource, Messages};
 use super::fields::{checked_priority, request_id, timestamp};
-use super::principal::principal;
 use super::proto::evaluation_service_server::EvaluationService;
 use super::proto::{self, EvaluateEvent, EvaluateRequest, WatchRequest, evaluate_event::Event};
 use crate::engine::Engine;
@@ -38,7 +38,7 @@ impl EvaluationService for Evaluation {
         &self,
         request: Request<EvaluateRequest>,
     ) -> Result<Response<Self::EvaluateStream>, Status> {
-        let principal = principal(&request);
+        let principal = principal(&request).name.to_string();
         let request = request.into_inner();
         let validate_only = request.validate_only;
         let job = new_job(request, principal)?;

@@ -1,7 +1,9 @@
 //! The services: thin methods that validate, convert, call the engine, and convert back.
 
+pub mod auth;
 mod catalog;
 mod classify;
+mod connections;
 mod deadline;
 mod drain;
 mod evaluate;
@@ -12,13 +14,17 @@ pub mod oip;
 mod operations;
 pub mod ops;
 mod page;
-mod principal;
 pub mod proto;
 mod quantize;
+mod reload;
 mod resources;
+pub mod security;
 mod status;
+mod tls;
 mod uploads;
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -28,7 +34,6 @@ use tokio_util::sync::CancellationToken;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
 use tonic::server::NamedService;
 use tonic::transport::Server;
-use tonic::transport::server::TcpIncoming;
 use tonic_health::ServingStatus;
 use tonic_health::server::{HealthReporter, health_reporter};
 
@@ -36,6 +41,7 @@ use crate::engine::Engine;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
+pub use connections::ConnectionLimits;
 use ops::Probes;
 use proto::catalog_service_server::CatalogServiceServer;
 use proto::checkpoint_service_server::CheckpointServiceServer;
@@ -47,6 +53,7 @@ use proto::longrunning::operations_server::OperationsServer;
 use proto::model_service_server::ModelServiceServer;
 use proto::quantization_service_server::QuantizationServiceServer;
 use proto::upload_service_server::UploadServiceServer;
+use security::Security;
 
 /// Largest request of calls without images, in bytes.
 const SMALL_MESSAGE: usize = 4 << 20;
@@ -56,6 +63,8 @@ const MAX_STREAMS: u32 = 256;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// Silence after which a connection is pinged, and how long the answer may take.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
+/// Time for the calls of a connection that is asked to end for its age.
+const AGE_GRACE: Duration = Duration::from_secs(30);
 /// Request headers, in bytes.
 const MAX_HEADERS: u32 = 16 << 10;
 /// Streams that a client may reset before they are served: a defence against rapid reset.
@@ -94,6 +103,10 @@ pub struct ServerConfig {
     pub drain_delay: Duration,
     /// Time for calls in progress after that.
     pub drain_timeout: Duration,
+    /// Bounds of connections.
+    pub connections: ConnectionLimits,
+    /// Who may connect, and who may do what.
+    pub security: Security,
 }
 
 impl Default for ServerConfig {
@@ -103,6 +116,8 @@ impl Default for ServerConfig {
             preload: Vec::new(),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(60),
+            connections: ConnectionLimits::default(),
+            security: Security::default(),
         }
     }
 }
@@ -151,6 +166,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     alive.set(true);
     let watched = tokio::spawn(watchdog(Arc::clone(&engine), health.clone(), alive));
     let _watched = AbortOnDrop(watched);
+    let Security { tls, gate, .. } = config.security.clone();
+    let _followed = AbortOnDrop(tokio::spawn(config.security.clone().follow()));
 
     let images = config.max_message_bytes;
     let descriptors = || {
@@ -176,9 +193,12 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let resources = resources::ResourceLists::new(Arc::clone(&engine));
     let uploads = uploads::Uploads::new(Arc::clone(&engine));
     let operations = operations::Jobs::new(Arc::clone(&engine));
-    let router = Server::builder()
+    let mut server = Server::builder();
+    if let Some(age) = config.connections.age {
+        server = server.max_connection_age(jittered(age)).max_connection_age_grace(AGE_GRACE);
+    }
+    let router = server
         .trace_fn(|request| tracing::info_span!("request", method = request.uri().path()))
-        .tcp_nodelay(true)
         .max_concurrent_streams(MAX_STREAMS)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
@@ -187,6 +207,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .layer(deadline::Deadlines)
         .layer(drain::RefuseWhileDraining::new(taking.clone()))
+        .layer(auth::Authorize::new(gate))
         .add_service(service!(QuantizationServiceServer, quantize, images))
         .add_service(service!(InferenceServiceServer, classify, images))
         .add_service(service!(GrpcInferenceServiceServer, open_inference, images))
@@ -202,7 +223,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .add_service(descriptors().build_v1alpha().map_err(broken)?);
 
     let goodbye = CancellationToken::new();
-    let incoming = TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = connections::incoming(listener, config.connections, tls);
     let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
     tokio::pin!(serving);
     let ready = async {
@@ -278,12 +299,19 @@ async fn watchdog(engine: Arc<Engine>, health: HealthReporter, alive: Flag) {
     }
 }
 
-struct AbortOnDrop(tokio::task::JoinHandle<()>);
+struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
 
-impl Drop for AbortOnDrop {
+impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
+}
+
+/// Give or take a tenth, so that the connections of servers that were started together do not all end
+/// together.
+fn jittered(age: Duration) -> Duration {
+    let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
+    age.mul_f64(0.9 + 0.2 * random)
 }
 
 fn transport(error: &tonic::transport::Error) -> Error {

@@ -7,6 +7,7 @@ use prost::{Message, Name};
 use prost_types::Any;
 use tonic::{Request, Response, Status};
 
+use super::auth::{Principal, Scope, principal};
 use super::events::job_id;
 use super::fields::{count, timestamp};
 use super::page::PageRequest;
@@ -19,7 +20,7 @@ use super::proto::longrunning::{
 use super::status::{rpc_status, status};
 use super::{evaluate, events, proto, quantize};
 use crate::engine::Engine;
-use crate::engine::jobs::{JobFilter, JobId, JobOutput, JobRecord, JobRunner, JobState};
+use crate::engine::jobs::{JobFilter, JobId, JobOutput, JobRecord, JobRunner, JobSpec, JobState};
 use crate::error::{Error, Result};
 
 /// The service.
@@ -64,8 +65,9 @@ impl Operations for Jobs {
         &self,
         request: Request<DeleteOperationRequest>,
     ) -> Result<Response<()>, Status> {
+        let caller = principal(&request);
         let DeleteOperationRequest { name } = request.into_inner();
-        self.engine.jobs.store().delete(&job_id(&name)?).await?;
+        self.engine.jobs.store().delete(&self.in_hands_of(&caller, &name).await?).await?;
         Ok(Response::new(()))
     }
 
@@ -73,8 +75,9 @@ impl Operations for Jobs {
         &self,
         request: Request<CancelOperationRequest>,
     ) -> Result<Response<()>, Status> {
+        let caller = principal(&request);
         let CancelOperationRequest { name } = request.into_inner();
-        self.engine.jobs.cancel(&job_id(&name)?).await?;
+        self.engine.jobs.cancel(&self.in_hands_of(&caller, &name).await?).await?;
         Ok(Response::new(()))
     }
 
@@ -91,6 +94,18 @@ impl Operations for Jobs {
 }
 
 impl Jobs {
+    /// The job of that name, if the caller may end and forget it: whoever may start jobs of its kind
+    /// may, whoever started it.
+    async fn in_hands_of(&self, caller: &Principal, name: &str) -> Result<JobId> {
+        let id = job_id(name)?;
+        let starts = match *self.engine.jobs.store().get(&id).await?.spec {
+            JobSpec::Quantize(_) => Scope::Quantize,
+            JobSpec::Evaluate(_) => Scope::Evaluate,
+        };
+        caller.needs(&[starts, Scope::Admin])?;
+        Ok(id)
+    }
+
     /// One job more than the page has, of those that the filter accepts.
     async fn list(&self, filter: &JobFilter, page: &PageRequest) -> Result<Vec<JobRecord>> {
         let before = page.after.as_deref().map(JobId::given);

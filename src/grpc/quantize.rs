@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use tonic::{Request, Response, Status};
 
+use super::auth::principal;
 use super::events::{self, EventSource, Messages};
 use super::fields::{
     checked_priority, request_id, role_bits_from, seconds, stem_head_from, timestamp,
 };
 use super::models;
-use super::principal::principal;
 use super::proto::quantization_service_server::QuantizationService;
 use super::proto::{
     self, QuantizeEvent, QuantizeRequest, WatchRequest, quantize_event::Event,
@@ -49,7 +49,7 @@ impl QuantizationService for Quantization {
         &self,
         request: Request<QuantizeRequest>,
     ) -> Result<Response<Self::QuantizeStream>, Status> {
-        let principal = principal(&request);
+        let principal = principal(&request).name.to_string();
         let request = request.into_inner();
         let validate_only = request.validate_only;
         let job = new_job(request, principal)?;

@@ -6,7 +6,7 @@ use prost::Message as _;
 use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _, pb};
 
-use crate::error::Error;
+use crate::error::{BadCredentials, Error};
 
 /// Domain of every [`ErrorDetails`] reason.
 const DOMAIN: &str = "vitq.dev";
@@ -47,6 +47,10 @@ pub(super) fn status(error: &Error, id: &str) -> Status {
         if let Error::Busy { model, operation } = error {
             metadata.insert("model".to_owned(), model.clone());
             metadata.insert("operation".to_owned(), operation.clone());
+        }
+        if let Error::PermissionDenied { principal, needs } = error {
+            metadata.insert("principal".to_owned(), principal.clone());
+            metadata.insert("needs".to_owned(), needs.clone());
         }
         if let Error::Unavailable { what, .. } = error {
             metadata.insert("store".to_owned(), (*what).to_owned());
@@ -97,6 +101,17 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
             "QUOTA_EXCEEDED".to_owned(),
             ErrorDetails::with_quota_failure_violation(subject, reason),
         ),
+        Error::Unauthenticated(credentials) => {
+            let reason = match credentials {
+                BadCredentials::Missing => "MISSING_TOKEN",
+                BadCredentials::Invalid => "INVALID_TOKEN",
+                BadCredentials::Expired => "EXPIRED_TOKEN",
+            };
+            (Code::Unauthenticated, reason.to_owned(), none)
+        }
+        Error::PermissionDenied { .. } => {
+            (Code::PermissionDenied, "PERMISSION_DENIED".to_owned(), none)
+        }
         Error::Cancelled => (Code::Cancelled, "CANCELLED".to_owned(), none),
         Error::Deadline => (Code::DeadlineExceeded, "DEADLINE_EXCEEDED".to_owned(), none),
         Error::DeadlineTooShort { .. } => {
@@ -170,6 +185,14 @@ mod tests {
                 Error::QuotaExceeded { subject: name(), reason: name() },
                 Code::ResourceExhausted,
                 "QUOTA_EXCEEDED",
+            ),
+            (BadCredentials::Missing.into(), Code::Unauthenticated, "MISSING_TOKEN"),
+            (BadCredentials::Invalid.into(), Code::Unauthenticated, "INVALID_TOKEN"),
+            (BadCredentials::Expired.into(), Code::Unauthenticated, "EXPIRED_TOKEN"),
+            (
+                Error::PermissionDenied { principal: name(), needs: name() },
+                Code::PermissionDenied,
+                "PERMISSION_DENIED",
             ),
             (Error::Cancelled, Code::Cancelled, "CANCELLED"),
             (

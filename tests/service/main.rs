@@ -12,6 +12,7 @@ mod oip;
 mod overload;
 mod quantize;
 mod reload;
+mod security;
 mod server;
 mod shutdown;
 mod surface;

@@ -1,6 +1,7 @@
 //! A server on a free port, and the calls that most tests need.
 
 use std::fs;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -32,6 +33,7 @@ use vitq::grpc::{self, Running, ServerConfig};
 
 /// A running server. Stopped, at the latest, when it is dropped.
 pub(crate) struct TestServer {
+    pub(crate) address: SocketAddr,
     pub(crate) channel: Channel,
     pub(crate) engine: Arc<Engine>,
     pub(crate) probes: Probes,
@@ -47,6 +49,9 @@ pub(crate) struct Setup {
     pub(crate) queue_images: usize,
     pub(crate) upload_quota: u64,
     pub(crate) jobs: JobLimits,
+    /// Images of one client at once; 0 for no limit.
+    pub(crate) images_per_client: usize,
+    pub(crate) server: ServerConfig,
 }
 
 impl Default for Setup {
@@ -57,6 +62,8 @@ impl Default for Setup {
             queue_images: 64,
             upload_quota: 1 << 30,
             jobs: JobLimits::default(),
+            images_per_client: 0,
+            server: ServerConfig::default(),
         }
     }
 }
@@ -82,25 +89,37 @@ impl TestServer {
     }
 
     pub(crate) async fn with(data: &TempDir, setup: Setup) -> Self {
-        let Setup { checkpoints, datasets, queue_images, upload_quota, jobs } = setup;
-        let config = EngineConfig {
+        let Setup {
+            checkpoints,
+            datasets,
+            queue_images,
+            upload_quota,
+            jobs,
+            images_per_client,
+            server: config,
+        } = setup;
+        let is_encrypted = config.security.is_encrypted();
+        let engine_config = EngineConfig {
             checkpoints,
             datasets,
             upload_quota,
             queue: QueueLimits { images: queue_images, bytes: 256 << 20 },
             jobs,
+            images_per_client,
             ..EngineConfig::local(data.path(), tch::Device::Cpu)
         };
-        let engine: Arc<Engine> = Engine::start(config).await.unwrap();
+        let engine: Arc<Engine> = Engine::start(engine_config).await.unwrap();
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = format!("http://{}", listener.local_addr().unwrap());
+        let address = listener.local_addr().unwrap();
         let (probes, stop) = (Probes::default(), CancellationToken::new());
-        let config = ServerConfig::default();
         let running = Running { config, probes: probes.clone(), stop: stop.clone() };
         let served = tokio::spawn(grpc::run(listener, Arc::clone(&engine), running));
-        let channel = Channel::from_shared(address).unwrap().connect().await.unwrap();
+        let endpoint = Channel::from_shared(format!("http://{address}")).unwrap();
+        // Where TLS is spoken, the tests bring channels of their own.
+        let channel =
+            if is_encrypted { endpoint.connect_lazy() } else { endpoint.connect().await.unwrap() };
         let _stops_when_dropped = stop.clone().drop_guard();
-        Self { channel, engine, probes, stop, served, _stops_when_dropped }
+        Self { address, channel, engine, probes, stop, served, _stops_when_dropped }
     }
 
     /// Drains and ends it.

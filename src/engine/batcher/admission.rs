@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::Pace;
+use super::{ClientShare, Pace};
 use crate::error::{Error, Result};
 
 /// Bytes are counted in blocks of so many, each image by at least one.
@@ -52,6 +52,17 @@ pub struct Permit {
     places: Arc<Places>,
     model: Arc<str>,
     blocks: usize,
+    /// The client's share of the call, given back with the last of its images.
+    _share: Option<Arc<ClientShare>>,
+}
+
+impl Permit {
+    /// The permit of an image that its client's share holds, too.
+    #[must_use]
+    pub fn within(mut self, share: Option<Arc<ClientShare>>) -> Self {
+        self._share = share;
+        self
+    }
 }
 
 impl Admission {
@@ -119,6 +130,7 @@ impl Admission {
             places: Arc::clone(&self.places),
             model: Arc::clone(&model),
             blocks: blocks_of(bytes),
+            _share: None,
         };
         Ok(sizes.iter().map(permit).collect())
     }

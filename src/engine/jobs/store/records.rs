@@ -93,6 +93,10 @@ impl From<&Error> for Failure {
             Error::QuotaExceeded { subject, reason } => {
                 Self::QuotaExceeded { subject: subject.clone(), reason: reason.clone() }
             }
+            // Calls are refused so, never jobs.
+            Error::Unauthenticated(_) | Error::PermissionDenied { .. } => {
+                Self::FailedPrecondition { reason: error.to_string() }
+            }
             Error::Cancelled => Self::Cancelled,
             Error::Deadline => Self::Deadline,
             Error::DeadlineTooShort { needed } => Self::DeadlineTooShort { needed: *needed },
