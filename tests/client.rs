@@ -256,6 +256,26 @@ fn an_upload_goes_on_when_its_server_is_killed_and_started_again() {
 }
 
 #[test]
+fn a_job_is_followed_when_its_server_is_killed_and_started_again() {
+    let mut server = Server::start();
+    let mut client = server
+        .command(&[&quantize("followed", "ubb", "16")[..], &["--json"]].concat())
+        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(client.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let job = lines.find(|line| line.starts_with("job operations/")).unwrap();
+    server.crash();
+    let seen: Vec<String> = lines.collect();
+    let output = client.wait_with_output().unwrap();
+    assert!(output.status.success(), "{seen:?}");
+    let made: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(job, format!("job {}", made["operation"].as_str().unwrap()));
+    assert_eq!(made["model"]["id"], "followed");
+}
+
+#[test]
 fn detach_returns_the_job_at_once() {
     let server = Server::start();
     let args = quantize("later", "minmax", "4");

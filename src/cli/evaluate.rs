@@ -48,10 +48,11 @@ impl Args {
         };
         let server = self.server;
         block_on(async move {
-            let mut client = EvaluationServiceClient::new(server.connect().await?)
+            let client = EvaluationServiceClient::new(server.connect().await?)
                 .max_decoding_message_size(MAX_ANSWER);
-            let events = client.evaluate(request).await?.into_inner();
-            match follow(events, patience, &server.server).await? {
+            let events = client.clone().evaluate(request).await?.into_inner();
+            let again = async |from| Ok(client.clone().watch(from).await?.into_inner());
+            match follow(events, again, patience, &server.server).await? {
                 Outcome::Validated => {
                     output.result("the request is valid", &json!({ "valid": true }))
                 }

@@ -1,20 +1,28 @@
 //! Following a job: its events in one shape, shown as progress until it ends or the user leaves.
 
 use std::pin::pin;
+use std::time::Duration;
 
 use tonic::{Status, Streaming};
 
+use crate::cli::client::is_broken;
 use crate::cli::failure::{Failure, inner_status};
 use crate::cli::progress::{Display, Step};
 use crate::cli::render::seconds;
 use crate::grpc::proto::{
     EvaluateEvent, EvaluateResult, EvaluationMetrics, JobProgress, QuantizeEvent, QuantizeResult,
-    evaluate_event, quantize_event,
+    WatchRequest, evaluate_event, quantize_event,
 };
+
+/// Broken streams in a row without an event after which the command gives up.
+const ATTEMPTS: u32 = 6;
+/// Pause before a broken stream is continued, times the number of failures.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// An event of any kind of job.
 pub(super) struct Event<R> {
     operation: String,
+    sequence: u64,
     what: What<R>,
 }
 
@@ -52,12 +60,14 @@ pub(super) enum Outcome<R> {
     },
 }
 
-/// Shows progress until the job ends.
+/// Shows progress until the job ends. A stream that breaks, as those do whose connection the server
+/// ends for its age, is continued by `watch`.
 ///
 /// # Errors
-/// `Refused` when the job failed; `Unfinished` when the stream broke or the user left.
+/// `Refused` when the job failed; `Unfinished` when the stream keeps breaking or the user left.
 pub(super) async fn follow<E, R>(
     mut events: Streaming<E>,
+    watch: impl AsyncFn(WatchRequest) -> Result<Streaming<E>, Status>,
     patience: Patience,
     server: &str,
 ) -> Result<Outcome<R>, Failure>
@@ -66,6 +76,7 @@ where
 {
     let display = Display::new();
     let (mut operation, mut warnings) = (String::new(), 0);
+    let (mut after_sequence, mut failures) = (0, 0);
     let mut interrupted = pin!(tokio::signal::ctrl_c());
     loop {
         // Polled first, so that the signal is caught from the first event on.
@@ -76,10 +87,21 @@ where
         };
         let event = match event {
             Ok(Some(event)) => Event::from(event),
-            Ok(None) => return Err(broken(&operation, server, "the stream ended early")),
             Err(status) if operation.is_empty() => return Err(status.into()),
-            Err(status) => return Err(broken(&operation, server, status.message())),
+            ended => {
+                let early = || Status::unavailable("the stream ended early");
+                let status = ended.err().unwrap_or_else(early);
+                let request = WatchRequest { name: operation.clone(), after_sequence };
+                let again = tokio::select! {
+                    _ = &mut interrupted => return Err(left(&operation, server)),
+                    again = resume(&watch, request, status, &mut failures) => again,
+                };
+                events = again.map_err(|status| broken(&operation, server, status.message()))?;
+                continue;
+            }
         };
+        failures = 0;
+        after_sequence = after_sequence.max(event.sequence);
         if operation.is_empty() && !event.operation.is_empty() {
             operation.clone_from(&event.operation);
             display.say(&format!("job {operation}"));
@@ -101,6 +123,27 @@ where
             What::Accepted | What::Nothing => {}
         }
     }
+}
+
+/// The stream once more, from behind the last event that was seen.
+///
+/// # Errors
+/// The last refusal, when trying again does not help or was tried often enough.
+async fn resume<E>(
+    watch: &impl AsyncFn(WatchRequest) -> Result<Streaming<E>, Status>,
+    request: WatchRequest,
+    mut status: Status,
+    failures: &mut u32,
+) -> Result<Streaming<E>, Status> {
+    while !request.name.is_empty() && *failures < ATTEMPTS && is_broken(&status) {
+        *failures += 1;
+        tokio::time::sleep(PAUSE * *failures).await;
+        match watch(request.clone()).await {
+            Ok(events) => return Ok(events),
+            Err(refusal) => status = refusal,
+        }
+    }
+    Err(status)
 }
 
 /// What the user left behind, and how to come back to it.
@@ -155,7 +198,7 @@ pub(super) fn step(progress: JobProgress, metrics: Option<EvaluationMetrics>) ->
 
 impl From<QuantizeEvent> for Event<QuantizeResult> {
     fn from(event: QuantizeEvent) -> Self {
-        let QuantizeEvent { operation, sequence: _, time: _, event } = event;
+        let QuantizeEvent { operation, sequence, time: _, event } = event;
         let what = match event {
             Some(quantize_event::Event::Validated(_)) => What::Validated,
             Some(quantize_event::Event::Accepted(_)) => What::Accepted,
@@ -166,13 +209,13 @@ impl From<QuantizeEvent> for Event<QuantizeResult> {
             Some(quantize_event::Event::Error(status)) => What::Failed(inner_status(status)),
             Some(quantize_event::Event::Heartbeat(_)) | None => What::Nothing,
         };
-        Self { operation, what }
+        Self { operation, sequence, what }
     }
 }
 
 impl From<EvaluateEvent> for Event<EvaluateResult> {
     fn from(event: EvaluateEvent) -> Self {
-        let EvaluateEvent { operation, sequence: _, time: _, event } = event;
+        let EvaluateEvent { operation, sequence, time: _, event } = event;
         let what = match event {
             Some(evaluate_event::Event::Validated(_)) => What::Validated,
             Some(evaluate_event::Event::Accepted(_)) => What::Accepted,
@@ -183,7 +226,7 @@ impl From<EvaluateEvent> for Event<EvaluateResult> {
             Some(evaluate_event::Event::Error(status)) => What::Failed(inner_status(status)),
             Some(evaluate_event::Event::Heartbeat(_)) | None => What::Nothing,
         };
-        Self { operation, what }
+        Self { operation, sequence, what }
     }
 }
 

@@ -150,18 +150,18 @@ async fn watch(one: One, output: &Output) -> Result<(), Failure> {
     let job = Job::of(operations.get_operation(request).await?.into_inner())?;
     let request = WatchRequest { name: one.job, after_sequence: 0 };
     if job.metadata.kind == "evaluate" {
-        let mut client =
-            EvaluationServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-        let events = client.watch(request).await?.into_inner();
-        let outcome = follow(events, Patience::ToTheEnd, &one.server.server).await?;
+        let client = EvaluationServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+        let again = async |from| Ok(client.clone().watch(from).await?.into_inner());
+        let outcome =
+            follow(again(request).await?, again, Patience::ToTheEnd, &one.server.server).await?;
         if let Outcome::Done { operation, result } = outcome {
             output.result(evaluated_text(&result), &evaluated_json(&operation, &result))?;
         }
     } else {
-        let mut client =
-            QuantizationServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-        let events = client.watch(request).await?.into_inner();
-        let outcome = follow(events, Patience::ToTheEnd, &one.server.server).await?;
+        let client = QuantizationServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+        let again = async |from| Ok(client.clone().watch(from).await?.into_inner());
+        let outcome =
+            follow(again(request).await?, again, Patience::ToTheEnd, &one.server.server).await?;
         if let Outcome::Done { operation, result } = outcome {
             output.result(quantized_text(&result), &quantized_json(&operation, &result))?;
         }

@@ -119,10 +119,11 @@ impl Args {
         let (server, patience) = (self.server.clone(), self.patience());
         let request = self.request()?;
         block_on(async move {
-            let mut client = QuantizationServiceClient::new(server.connect().await?)
+            let client = QuantizationServiceClient::new(server.connect().await?)
                 .max_decoding_message_size(MAX_ANSWER);
-            let events = client.quantize(request).await?.into_inner();
-            match follow(events, patience, &server.server).await? {
+            let events = client.clone().quantize(request).await?.into_inner();
+            let again = async |from| Ok(client.clone().watch(from).await?.into_inner());
+            match follow(events, again, patience, &server.server).await? {
                 Outcome::Validated => {
                     output.result("the request is valid", &json!({ "valid": true }))
                 }
