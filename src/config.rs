@@ -18,6 +18,7 @@ use crate::engine::device::Batching;
 use crate::engine::jobs::JobLimits;
 use crate::engine::names::ModelId;
 use crate::engine::resources::HubOwners;
+use crate::engine::response_cache::CacheLimits;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::grpc::security::{Security, SecurityConfig};
@@ -56,6 +57,13 @@ pub struct ServeConfig {
     /// Threads that decode images; without a number, one per core.
     #[arg(long, env = "VITQ_DECODE_THREADS", value_name = "N", value_parser = at_least_one)]
     pub decode_threads: Option<usize>,
+    /// Bytes of answers that are kept by the images' content: the same bytes for the same model are not
+    /// computed again. 0 keeps none.
+    #[arg(long, env = "VITQ_RESPONSE_CACHE_BYTES", default_value_t = 0, value_name = "BYTES")]
+    pub response_cache_bytes: u64,
+    /// Seconds for which an answer is kept; without a number, until others need its room.
+    #[arg(long, env = "VITQ_RESPONSE_CACHE_TTL", value_name = "SECONDS", value_parser = seconds)]
+    pub response_cache_ttl: Option<Duration>,
     /// Seconds for which a small batch waits for more images while its device is idle.
     #[arg(long, env = "VITQ_BATCH_DELAY", default_value = "0", value_name = "SECONDS",
           value_parser = seconds)]
@@ -188,6 +196,10 @@ impl ServeConfig {
             queue: QueueLimits { images: self.queue_images, bytes: self.queue_bytes },
             images_per_client: self.max_images_per_client,
             decode_threads: self.decode_threads.unwrap_or(cores),
+            response_cache: CacheLimits {
+                bytes: self.response_cache_bytes,
+                lifetime: self.response_cache_ttl,
+            },
             ..process.engine(devices, *workers)
         }
     }
@@ -246,6 +258,7 @@ impl ProcessConfig {
             queue: QueueLimits { images: 0, bytes: 0 },
             images_per_client: 0,
             decode_threads: 1,
+            response_cache: CacheLimits::default(),
             memory_budget: self.memory_budget,
             workers,
             jobs: JobLimits {

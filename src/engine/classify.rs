@@ -10,18 +10,23 @@ use tokio::sync::oneshot;
 
 use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
-use crate::engine::batcher::{Admission, Answer, ClientLimit, Entry, Payload, Permit, Priority};
+use crate::engine::batcher::{Admission, ClientLimit, Answer, Entry, Payload, Permit, Priority};
 use crate::engine::device::panic_text;
 use crate::engine::evaluator::top_k;
 use crate::engine::names::ModelId;
 use crate::engine::registry::{ModelRegistry, Placement};
+use crate::engine::response_cache::{Key, ResponseCache};
 use crate::error::{Error, Result};
 use crate::model::ModelSpec;
+
+use entry::{Entered, Seat};
+
+mod entry;
 
 /// Images to classify.
 #[derive(Debug)]
 pub struct ClassifyCall {
-    /// Who asks: what limits of clients are counted by.
+    /// Who asks: what the bound of one client is counted by.
     pub client: Arc<str>,
     /// The model, by its id or an alias.
     pub model: ModelId,
@@ -58,6 +63,8 @@ impl ImageInput {
 pub struct ClassifyReply {
     /// Logits or an error per image, in order.
     pub items: Vec<Result<Vec<f32>>>,
+    /// Per image, whether its logits were known from an earlier call.
+    pub cached: Vec<bool>,
     /// Longest wait for the device.
     pub queue: Duration,
     /// Longest decoding and resizing.
@@ -91,8 +98,26 @@ pub struct Classifier {
     registry: Arc<ModelRegistry>,
     admission: Admission,
     clients: ClientLimit,
+    cache: ResponseCache,
     decoders: ThreadPool,
     limits: DecodeLimits,
+}
+
+/// What it takes to make a [`Classifier`].
+#[derive(Debug)]
+pub struct ClassifierParts {
+    /// Where models are.
+    pub registry: Arc<ModelRegistry>,
+    /// Who comes in.
+    pub admission: Admission,
+    /// How much of it one client may have.
+    pub clients: ClientLimit,
+    /// What is known already.
+    pub cache: ResponseCache,
+    /// Threads that decode images.
+    pub decode_threads: usize,
+    /// What is accepted as an image.
+    pub limits: DecodeLimits,
 }
 
 /// What the images of a call have in common.
@@ -105,30 +130,35 @@ struct Common {
     deadline: Option<Instant>,
 }
 
+/// The answer for one image.
+enum Pending {
+    Known(Vec<f32>),
+    Coming(Waiting, Option<Key>),
+}
+
 impl Classifier {
-    /// A classifier that lets images in by `admission` and by their `clients`, and decodes them on
-    /// threads of its own.
+    /// A classifier that decodes images on threads of its own.
     ///
     /// # Errors
     /// `Io` when the operating system has no threads left.
-    pub fn new(
-        registry: Arc<ModelRegistry>,
-        admission: Admission,
-        clients: ClientLimit,
-        decode_threads: usize,
-        limits: DecodeLimits,
-    ) -> Result<Self> {
+    pub fn new(parts: ClassifierParts) -> Result<Self> {
+        let ClassifierParts { registry, admission, clients, cache, decode_threads, limits } = parts;
         let decoders = ThreadPoolBuilder::new()
             .num_threads(decode_threads)
             .thread_name(|number| format!("decode-{number}"))
             .build()
             .map_err(|error| Error::io("decoder threads", std::io::Error::other(error)))?;
-        Ok(Self { registry, admission, clients, decoders, limits })
+        Ok(Self { registry, admission, clients, cache, decoders, limits })
     }
 
     /// What is let in, and how much of it is there.
     pub fn admission(&self) -> &Admission {
         &self.admission
+    }
+
+    /// Answers that are known already.
+    pub fn cache(&self) -> &ResponseCache {
+        &self.cache
     }
 
     /// Classifies; each image succeeds or fails by itself. Dropping the future gives up what has
@@ -144,41 +174,63 @@ impl Classifier {
         self.admission.check(&sizes)?;
         let id = self.registry.answering(&model).await?;
         let note = self.registry.statistics(&id).call(started);
-        let share = self.clients.admit(&client, images.len())?.map(Arc::new);
-        let permits = self.admission.admit(id.as_str(), &sizes)?;
-        let (record, placement) = self.registry.ensure_loaded(&model).await?;
-        if let Some(deadline) = deadline {
-            let needed = placement.meter.pace.for_images(images.len());
-            if deadline.saturating_duration_since(Instant::now()) < needed {
-                return Err(Error::DeadlineTooShort { needed });
+        let Entered { record, placement, seats } = self.enter(&client, &model, &images).await?;
+        let mut reply = ClassifyReply::empty(Arc::clone(&record));
+        let waiting = match placement {
+            Some(placement) => {
+                let common = Common { record, placement, field, priority, deadline };
+                self.start_all(images, seats, Arc::new(common))?
             }
-        }
-        let common = Arc::new(Common { record, placement, field, priority, deadline });
-        let waiting: Vec<Waiting> = images
-            .into_iter()
-            .zip(permits)
-            .enumerate()
-            .map(|(index, (image, permit))| {
-                let permit = permit.within(share.clone());
-                self.start(image, index, permit, Arc::clone(&common))
-            })
-            .collect();
-        let mut reply = ClassifyReply {
-            items: Vec::with_capacity(waiting.len()),
-            queue: Duration::ZERO,
-            decode: Duration::ZERO,
-            compute: Duration::ZERO,
-            total: Duration::ZERO,
-            batch_size: 0,
-            model: Arc::clone(&common.record),
+            None => seats.into_iter().filter_map(Seat::known).map(Pending::Known).collect(),
         };
         for image in waiting {
-            let item = reply.receive(image).await;
-            reply.items.push(item);
+            self.receive(image, &mut reply).await;
         }
         reply.total = started.elapsed();
         note.answered(&reply);
         Ok(reply)
+    }
+
+    /// Sends every image that is not known on its way.
+    fn start_all(
+        &self,
+        images: Vec<ImageInput>,
+        seats: Vec<Seat>,
+        call: Arc<Common>,
+    ) -> Result<Vec<Pending>> {
+        if let Some(deadline) = call.deadline {
+            let unknown = seats.iter().filter(|seat| matches!(seat, Seat::Taken(..))).count();
+            let needed = call.placement.meter.pace.for_images(unknown);
+            if deadline.saturating_duration_since(Instant::now()) < needed {
+                return Err(Error::DeadlineTooShort { needed });
+            }
+        }
+        let start = |(index, (image, seat))| match seat {
+            Seat::Known(logits) => Pending::Known(logits),
+            Seat::Taken(permit, key) => {
+                Pending::Coming(self.start(image, index, permit, Arc::clone(&call)), key)
+            }
+        };
+        Ok(images.into_iter().zip(seats).enumerate().map(start).collect())
+    }
+
+    /// Waits for one image and adds it to the reply.
+    async fn receive(&self, image: Pending, reply: &mut ClassifyReply) {
+        let (answer, key) = match image {
+            Pending::Known(logits) => {
+                reply.items.push(Ok(logits));
+                reply.cached.push(true);
+                return;
+            }
+            Pending::Coming(mut waiting, key) => ((&mut waiting.answer).await, key),
+        };
+        let answer = answer.unwrap_or_else(|_| Err(Error::internal("an image was lost")));
+        if let (Ok(answer), Some(key)) = (&answer, key) {
+            self.cache.keep(key, &answer.logits);
+        }
+        let item = answer.map(|answer| reply.note(answer));
+        reply.items.push(item);
+        reply.cached.push(false);
     }
 
     /// Decodes and preprocesses an image on the pool of decoders, which queue it for the device.
@@ -250,7 +302,7 @@ fn pixels_of(
     }
 }
 
-/// The answer for one image; dropped, it gives up the image's place.
+/// The device's answer for one image; dropped, it gives up the image's place.
 struct Waiting {
     answer: oneshot::Receiver<Result<Answer>>,
     payload: Payload,
@@ -268,16 +320,27 @@ impl ClassifyReply {
         rank(logits, count, &self.model.model)
     }
 
-    /// Waits for one image; notes its times.
-    async fn receive(&mut self, mut image: Waiting) -> Result<Vec<f32>> {
-        let answer =
-            (&mut image.answer).await.map_err(|_| Error::internal("an image was lost"))??;
+    fn empty(model: Arc<ModelRecord>) -> Self {
+        Self {
+            items: Vec::new(),
+            cached: Vec::new(),
+            queue: Duration::ZERO,
+            decode: Duration::ZERO,
+            compute: Duration::ZERO,
+            total: Duration::ZERO,
+            batch_size: 0,
+            model,
+        }
+    }
+
+    /// Takes note of an image's times; its logits.
+    fn note(&mut self, answer: Answer) -> Vec<f32> {
         let Answer { logits, decode, queue, compute, batch_size } = answer;
         self.decode = self.decode.max(decode);
         self.queue = self.queue.max(queue);
         self.compute = self.compute.max(compute);
         self.batch_size = self.batch_size.max(batch_size);
-        Ok(logits)
+        logits
     }
 }
 
@@ -294,8 +357,8 @@ fn rank(logits: &[f32], count: usize, spec: &ModelSpec) -> Vec<RankedClass> {
         .collect()
 }
 
-/// Probabilities of logits: exp(x − max) / Σ exp(x − max), in float64.
-pub fn softmax(logits: &[f32]) -> Vec<f32> {
+/// exp(x − max) / Σ exp(x − max), in float64.
+fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exp: Vec<f64> = logits.iter().map(|x| f64::from(x - max).exp()).collect();
     let sum: f64 = exp.iter().sum();

@@ -14,6 +14,7 @@ pub mod pipeline;
 pub mod quantized_model;
 pub mod registry;
 pub mod resources;
+pub mod response_cache;
 pub mod statistics;
 mod upkeep;
 
@@ -30,12 +31,13 @@ use crate::data::DecodeLimits;
 use crate::database::{Database, Dialect};
 use crate::engine::batcher::{Admission, ClientLimit, Pace, QueueLimits};
 use crate::engine::catalog::ModelCatalog;
-use crate::engine::classify::Classifier;
+use crate::engine::classify::{Classifier, ClassifierParts};
 use crate::engine::device::{Batching, DeviceHandle};
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::{JobLimits, JobRunner, JobStore, RunnerParts};
 use crate::engine::registry::{ModelRegistry, RegistryParts, blocking};
 use crate::engine::resources::{HubOwners, ResourceKind, ResourceParts, Resources};
+use crate::engine::response_cache::{CacheLimits, ResponseCache};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 
@@ -80,6 +82,8 @@ pub struct EngineConfig {
     pub images_per_client: usize,
     /// Threads that decode images.
     pub decode_threads: usize,
+    /// What is kept of answers.
+    pub response_cache: CacheLimits,
     /// Bytes of models that each device may hold.
     pub memory_budget: Option<u64>,
     /// Jobs that run at the same time.
@@ -109,6 +113,7 @@ impl EngineConfig {
             queue: QueueLimits { images: 64, bytes: 256 << 20 },
             images_per_client: 0,
             decode_threads: 1,
+            response_cache: CacheLimits::default(),
             memory_budget: None,
             workers: 1,
             jobs: JobLimits::default(),
@@ -154,6 +159,7 @@ impl Engine {
             queue,
             images_per_client,
             decode_threads,
+            response_cache,
             memory_budget,
             workers,
             jobs,
@@ -233,13 +239,14 @@ impl Engine {
             stop.clone(),
         ));
         Ok(Arc::new(Self {
-            classifier: Classifier::new(
-                Arc::clone(&registry),
-                Admission::new(queue, pace),
-                ClientLimit::new(images_per_client),
+            classifier: Classifier::new(ClassifierParts {
+                registry: Arc::clone(&registry),
+                admission: Admission::new(queue, pace),
+                clients: ClientLimit::new(images_per_client),
+                cache: ResponseCache::new(response_cache),
                 decode_threads,
                 limits,
-            )?,
+            })?,
             jobs: JobRunner::start(parts, Handle::current())?,
             registry,
             resources,

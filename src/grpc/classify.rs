@@ -80,10 +80,12 @@ fn top_k(given: u32) -> usize {
 }
 
 fn response(mut reply: ClassifyReply, top_k: usize) -> ClassifyResponse {
-    let outcomes = std::mem::take(&mut reply.items).into_iter();
-    let items = outcomes.map(|outcome| item(outcome.map(|logits| reply.rank(&logits, top_k))));
+    let outcomes = std::mem::take(&mut reply.items).into_iter().zip(reply.cached.clone());
+    let items = outcomes
+        .map(|(outcome, cached)| item(outcome.map(|logits| reply.rank(&logits, top_k)), cached));
     let items = items.collect();
-    let ClassifyReply { items: _, queue, decode, compute, total, batch_size, model } = reply;
+    let ClassifyReply { items: _, cached: _, queue, decode, compute, total, batch_size, model } =
+        reply;
     ClassifyResponse {
         items,
         timings: Some(proto::Timings {
@@ -98,14 +100,14 @@ fn response(mut reply: ClassifyReply, top_k: usize) -> ClassifyResponse {
     }
 }
 
-fn item(result: Result<Vec<RankedClass>>) -> proto::ClassifyItem {
+fn item(result: Result<Vec<RankedClass>>, cached: bool) -> proto::ClassifyItem {
     let outcome = match result {
         Ok(ranked) => Outcome::Result(proto::Classification {
             labels: ranked.into_iter().map(label).collect(),
         }),
         Err(error) => Outcome::Error(rpc_status(&Status::from(error))),
     };
-    proto::ClassifyItem { outcome: Some(outcome) }
+    proto::ClassifyItem { outcome: Some(outcome), cached }
 }
 
 fn label(ranked: RankedClass) -> proto::Label {

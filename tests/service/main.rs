@@ -14,6 +14,7 @@ mod quantize;
 mod reload;
 mod security;
 mod server;
+mod response_cache;
 mod shutdown;
 mod surface;
 mod uploads;

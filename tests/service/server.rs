@@ -15,6 +15,7 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt as _};
 use vitq::engine::batcher::QueueLimits;
 use vitq::engine::jobs::JobLimits;
+use vitq::engine::response_cache::CacheLimits;
 use vitq::engine::{Engine, EngineConfig};
 use vitq::grpc::ops::Probes;
 use vitq::grpc::proto::catalog_service_client::CatalogServiceClient;
@@ -52,6 +53,7 @@ pub(crate) struct Setup {
     /// Images of one client at once; 0 for no limit.
     pub(crate) images_per_client: usize,
     pub(crate) server: ServerConfig,
+    pub(crate) response_cache: CacheLimits,
 }
 
 impl Default for Setup {
@@ -64,6 +66,7 @@ impl Default for Setup {
             jobs: JobLimits::default(),
             images_per_client: 0,
             server: ServerConfig::default(),
+            response_cache: CacheLimits::default(),
         }
     }
 }
@@ -96,6 +99,7 @@ impl TestServer {
             upload_quota,
             jobs,
             images_per_client,
+            response_cache,
             server: config,
         } = setup;
         let is_encrypted = config.security.is_encrypted();
@@ -106,6 +110,7 @@ impl TestServer {
             queue: QueueLimits { images: queue_images, bytes: 256 << 20 },
             jobs,
             images_per_client,
+            response_cache,
             ..EngineConfig::local(data.path(), tch::Device::Cpu)
         };
         let engine: Arc<Engine> = Engine::start(engine_config).await.unwrap();
