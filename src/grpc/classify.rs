@@ -1,16 +1,20 @@
-//! `InferenceService`.
+//! `InferenceService`; its stream is in `classify_stream`.
 
 use std::sync::Arc;
-use std::time::Instant;
 
-use tonic::{Request, Response, Status};
+use tokio_util::sync::CancellationToken;
+use tonic::{Request, Response, Status, Streaming};
 
-use super::auth::principal;
-use super::deadline;
+use super::caller::Caller;
+use super::events::Messages;
 use super::fields::{count, duration};
 use super::proto::inference_service_server::InferenceService;
-use super::proto::{self, ClassifyRequest, ClassifyResponse, classify_item::Outcome};
+use super::proto::{
+    self, ClassifyRequest, ClassifyResponse, ClassifyStreamRequest, ClassifyStreamResponse,
+    classify_item::Outcome,
+};
 use super::status::rpc_status;
+use super::classify_stream;
 use crate::engine::Engine;
 use crate::engine::batcher::Priority;
 use crate::engine::classify::{ClassifyCall, ClassifyReply, ImageInput, RankedClass};
@@ -24,11 +28,13 @@ const DEFAULT_TOP_K: usize = 5;
 #[derive(Clone, Debug)]
 pub(super) struct Inference {
     engine: Arc<Engine>,
+    /// Ends streams when the server is about to.
+    goodbye: CancellationToken,
 }
 
 impl Inference {
-    pub(super) fn new(engine: Arc<Engine>) -> Self {
-        Self { engine }
+    pub(super) fn new(engine: Arc<Engine>, goodbye: CancellationToken) -> Self {
+        Self { engine, goodbye }
     }
 }
 
@@ -38,19 +44,39 @@ impl InferenceService for Inference {
         &self,
         request: Request<ClassifyRequest>,
     ) -> Result<Response<ClassifyResponse>, Status> {
-        let (client, deadline) = (principal(&request).name, deadline::of(&request));
-        let request = request.into_inner();
-        let top_k = top_k(request.top_k);
-        let reply = self.engine.classifier.classify(call(request, client, deadline)?).await?;
-        Ok(Response::new(response(reply, top_k)))
+        let caller = Caller::of(&request);
+        Ok(Response::new(classify(&self.engine, request.into_inner(), caller).await?))
+    }
+
+    type ClassifyStreamStream = Messages<ClassifyStreamResponse>;
+
+    async fn classify_stream(
+        &self,
+        request: Request<Streaming<ClassifyStreamRequest>>,
+    ) -> Result<Response<Self::ClassifyStreamStream>, Status> {
+        let caller = Caller::of(&request);
+        let (engine, goodbye) = (Arc::clone(&self.engine), self.goodbye.clone());
+        let answers = classify_stream::answers(engine, request.into_inner(), caller, goodbye);
+        Ok(Response::new(answers))
     }
 }
 
-fn call(
+/// Answers one request.
+///
+/// # Errors
+/// `InvalidArgument`; as [`crate::engine::classify::Classifier::classify`].
+pub(super) async fn classify(
+    engine: &Engine,
     request: ClassifyRequest,
-    client: Arc<str>,
-    deadline: Option<Instant>,
-) -> Result<ClassifyCall> {
+    caller: Caller,
+) -> Result<ClassifyResponse> {
+    let top_k = top_k(request.top_k);
+    let reply = engine.classifier.classify(call(request, caller)?).await?;
+    Ok(response(reply, top_k))
+}
+
+fn call(request: ClassifyRequest, caller: Caller) -> Result<ClassifyCall> {
+    let Caller { client, deadline } = caller;
     let ClassifyRequest { model, images, top_k: _, priority } = request;
     if images.is_empty() {
         return Err(Error::invalid("images", "at least one image is needed"));

@@ -1,8 +1,10 @@
 //! The services: thin methods that validate, convert, call the engine, and convert back.
 
 pub mod auth;
+mod caller;
 mod catalog;
 mod classify;
+mod classify_stream;
 mod connections;
 mod deadline;
 mod drain;
@@ -186,7 +188,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         };
     }
     let quantize = quantize::Quantization::new(Arc::clone(&engine));
-    let classify = classify::Inference::new(Arc::clone(&engine));
+    let goodbye = CancellationToken::new();
+    let classify = classify::Inference::new(Arc::clone(&engine), goodbye.clone());
     let open_inference = oip::OpenInference::new(Arc::clone(&engine), probes.clone());
     let evaluate = evaluate::Evaluation::new(Arc::clone(&engine));
     let models = models::Models::new(Arc::clone(&engine));
@@ -222,7 +225,6 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .add_service(descriptors().build_v1().map_err(broken)?)
         .add_service(descriptors().build_v1alpha().map_err(broken)?);
 
-    let goodbye = CancellationToken::new();
     let incoming = connections::incoming(listener, config.connections, tls);
     let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
     tokio::pin!(serving);

@@ -6,15 +6,16 @@
 mod bad_input;
 mod cancel;
 mod classify;
+mod classify_stream;
 mod evaluate;
 mod models;
 mod oip;
 mod overload;
 mod quantize;
 mod reload;
+mod response_cache;
 mod security;
 mod server;
-mod response_cache;
 mod shutdown;
 mod surface;
 mod uploads;

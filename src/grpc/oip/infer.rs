@@ -17,6 +17,7 @@ use crate::engine::Engine;
 use crate::engine::classify::{ClassifyCall, ClassifyReply};
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
+use crate::grpc::caller::Caller;
 use crate::grpc::deadline;
 use crate::grpc::proto::inference::{
     ModelInferRequest, ModelInferResponse, ModelStreamInferResponse,
@@ -33,7 +34,7 @@ const IN_FLIGHT: usize = 16;
 pub(super) async fn infer(
     engine: &Engine,
     request: ModelInferRequest,
-    deadline: Option<Instant>,
+    caller: Caller,
 ) -> Result<ModelInferResponse> {
     let ModelInferRequest {
         model_name,
@@ -48,7 +49,7 @@ pub(super) async fn infer(
     let outputs = Output::read(outputs)?;
     let Schedule { priority, timeout } = Schedule::parse(&parameters)?;
     let timeout = timeout.and_then(|timeout| Instant::now().checked_add(timeout));
-    let deadline = [deadline, timeout].into_iter().flatten().min();
+    let Caller { client, deadline } = caller.until(timeout);
     let accepted = Accepted {
         side: model.record.model.preprocessing.image_size,
         images: engine.classifier.admission().capacity(),
@@ -56,7 +57,7 @@ pub(super) async fn infer(
     let Input { images, field, form } = Input::read(inputs, raw_input_contents, accepted)?;
     // The model that was found, not the name: an alias may move in between.
     let model = ModelId::parse(&model.record.id, "model_name")?;
-    let reply = classify(engine, ClassifyCall { model, images, field, priority, deadline }).await?;
+    let reply = classify(engine, ClassifyCall { client, model, images, field, priority, deadline }).await?;
     let ClassifyReply { items, model, .. } = reply;
     let logits = items.into_iter().collect::<Result<Vec<_>>>()?;
     let (outputs, raw_output_contents) = tensors(&outputs, &logits, &model.model, form)?;
@@ -90,10 +91,10 @@ async fn classify(engine: &Engine, call: ClassifyCall) -> Result<ClassifyReply> 
 pub(super) fn infer_all(
     engine: Arc<Engine>,
     requests: Streaming<ModelInferRequest>,
-    deadline: Option<Instant>,
+    caller: Caller,
 ) -> impl Stream<Item = Result<ModelStreamInferResponse, Status>> + Send {
     let (started, answers) = mpsc::channel(IN_FLIGHT);
-    tokio::spawn(start_all(engine, requests, deadline, started));
+    tokio::spawn(start_all(engine, requests, caller, started));
     ReceiverStream::new(answers).then(|pending: Pending| async {
         match pending?.await {
             Ok(answer) => Ok(answer),
@@ -109,7 +110,7 @@ type Pending = Result<AbortOnDropHandle<ModelStreamInferResponse>, Status>;
 async fn start_all(
     engine: Arc<Engine>,
     mut requests: Streaming<ModelInferRequest>,
-    deadline: Option<Instant>,
+    caller: Caller,
     started: mpsc::Sender<Pending>,
 ) {
     while let Ok(place) = started.reserve().await {
@@ -120,8 +121,7 @@ async fn start_all(
         match request {
             Ok(Some(request)) => {
                 let own = Instant::now().checked_add(deadline::CLASSIFY);
-                let deadline = [deadline, own].into_iter().flatten().min();
-                let answer = answer(Arc::clone(&engine), request, deadline);
+                let answer = answer(Arc::clone(&engine), request, caller.clone().until(own));
                 place.send(Ok(AbortOnDropHandle::new(tokio::spawn(answer))));
             }
             Ok(None) => return,
@@ -134,10 +134,10 @@ async fn start_all(
 async fn answer(
     engine: Arc<Engine>,
     request: ModelInferRequest,
-    deadline: Option<Instant>,
+    caller: Caller,
 ) -> ModelStreamInferResponse {
     let id = request.id.clone();
-    match infer(&engine, request, deadline).await {
+    match infer(&engine, request, caller).await {
         Ok(mut response) => {
             // There is one answer per request, and this is it.
             response.parameters.insert("triton_final_response".to_owned(), flag(true));

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use tokio_stream::Stream;
 use tonic::{Request, Response, Status, Streaming};
 
-use super::deadline;
+use super::caller::Caller;
 use super::ops::Probes;
 use super::proto::inference::grpc_inference_service_server::GrpcInferenceService;
 use super::proto::inference::{
@@ -108,8 +108,8 @@ impl GrpcInferenceService for OpenInference {
         &self,
         request: Request<ModelInferRequest>,
     ) -> Result<Response<ModelInferResponse>, Status> {
-        let deadline = deadline::of(&request);
-        let answer = infer::infer(&self.engine, request.into_inner(), deadline).await?;
+        let caller = Caller::of(&request);
+        let answer = infer::infer(&self.engine, request.into_inner(), caller).await?;
         Ok(Response::new(answer))
     }
 
@@ -120,9 +120,9 @@ impl GrpcInferenceService for OpenInference {
         &self,
         request: Request<Streaming<ModelInferRequest>>,
     ) -> Result<Response<Self::ModelStreamInferStream>, Status> {
-        let deadline = deadline::of(&request);
+        let caller = Caller::of(&request);
         let engine = Arc::clone(&self.engine);
-        let answers = infer::infer_all(engine, request.into_inner(), deadline);
+        let answers = infer::infer_all(engine, request.into_inner(), caller);
         Ok(Response::new(Box::pin(answers)))
     }
 
