@@ -276,6 +276,41 @@ fn a_job_is_followed_when_its_server_is_killed_and_started_again() {
 }
 
 #[test]
+fn load_is_measured_in_an_open_and_a_closed_loop() {
+    let server = Server::start();
+    server.json(&quantize("tiny", "minmax", "4"));
+    server.json(&quantize("other", "minmax", "4"));
+    let images = demo().join("datasets/digits/val/0");
+    let base = ["load-test", "--images", images.to_str().unwrap(), "--warm-up", "0"];
+    let load =
+        |flags: &str| server.json(&[&base[..], &flags.split(' ').collect::<Vec<_>>()].concat());
+    let open = load("--model tiny=3 --model other --rate 100,200 --requests 40");
+    let steps = open["steps"].as_array().unwrap();
+    assert_eq!(steps.len(), 2);
+    for (step, rate) in steps.iter().zip([100.0, 200.0]) {
+        assert_eq!(
+            (&step["offered_rate"], &step["overall"]["requests"]),
+            (&rate.into(), &40.into())
+        );
+        let of = |model: &str| step["models"][model]["requests"].as_u64().unwrap();
+        assert!(of("tiny") > of("other") && of("tiny") + of("other") == 40);
+    }
+    let closed = load("--model tiny --concurrency 2 --images-per-request 3 --requests 10");
+    let step = &closed["steps"][0];
+    assert_eq!(step["overall"]["statuses"], serde_json::json!({ "OK": 10 }));
+    assert!(step["overall"]["latency_seconds"]["p50"].as_f64() > Some(0.0));
+    assert!(step["overall"]["server_seconds"]["compute"]["p50"].as_f64() > Some(0.0));
+    assert!((1.0..=6.0).contains(&step["overall"]["mean_batch"].as_f64().unwrap()));
+
+    let absent = "--model absent --concurrency 1 --requests 2";
+    let output = server.run(&[&base[..], &absent.split(' ').collect::<Vec<_>>()].concat());
+    assert_eq!(output.status.code(), Some(FAILED));
+    assert!(stderr(&output).contains("no request was answered"), "{}", stderr(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("2 x NOT_FOUND"), "{text}");
+}
+
+#[test]
 fn detach_returns_the_job_at_once() {
     let server = Server::start();
     let args = quantize("later", "minmax", "4");

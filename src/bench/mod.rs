@@ -4,6 +4,7 @@
 //! - [`validation`]: the labelled images a run scores
 //! - [`matrix`]: what to run; [`runner`]: running it
 //! - [`bit_cost`]: effective bits and bit operations; [`memory`]: the peak of a calibration
+//! - [`load`]: load on a server, its latencies and its capacity
 //! - [`report`]: CSV and Markdown tables; [`chart`]: the accuracy plot; [`heatmap`]: SQNR by site
 
 pub mod bit_cost;
@@ -11,6 +12,7 @@ pub mod chart;
 mod drawing;
 pub mod heatmap;
 mod lines;
+pub mod load;
 pub mod matrix;
 pub mod memory;
 pub mod report;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use tch::Device;
 
@@ -11,6 +12,9 @@ use crate::device;
 use crate::error::{Error, Result};
 use crate::methods;
 use crate::quant::{BitWidth, Precision};
+
+/// The longest time that a flag takes.
+const LONGEST: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// A method id.
 pub(super) fn method(text: &str) -> Result<String> {
@@ -61,6 +65,15 @@ pub(super) fn positive(text: &str) -> Result<usize, String> {
         Ok(number) => Ok(number),
         Err(_) => Err("not a whole number".to_owned()),
     }
+}
+
+/// A time in seconds, up to a day.
+pub(super) fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse().ok();
+    seconds
+        .and_then(|seconds| Duration::try_from_secs_f64(seconds).ok())
+        .filter(|time| *time <= LONGEST)
+        .ok_or_else(|| "must be a number of seconds, at most a day".to_owned())
 }
 
 /// `key=value`.

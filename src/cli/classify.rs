@@ -39,8 +39,9 @@ pub(super) struct Args {
     server: ServerArgs,
 }
 
+/// A flag's priority.
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum Priority {
+pub(super) enum Priority {
     /// Somebody waits.
     Interactive,
     /// Runs when nothing else waits.

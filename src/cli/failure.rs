@@ -130,7 +130,7 @@ pub(super) fn inner_status(status: tonic_types::pb::Status) -> Status {
 }
 
 /// gRPC's own name of a code.
-fn code_name(code: Code) -> &'static str {
+pub(super) fn code_name(code: Code) -> &'static str {
     match code {
         Code::Ok => "OK",
         Code::Cancelled => "CANCELLED",

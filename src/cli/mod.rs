@@ -14,6 +14,7 @@ mod follow;
 mod generate;
 mod inspect;
 mod jobs;
+mod load_test;
 mod methods;
 mod models;
 mod output;
@@ -59,6 +60,8 @@ enum Command {
     Classify(classify::Args),
     /// Measure the accuracy of a server's model on a data set.
     Evaluate(evaluate::Args),
+    /// Put load on a server and measure its latencies, or search its capacity.
+    LoadTest(load_test::Args),
     /// List, load and remove the models of a server.
     Models(models::Args),
     /// List, upload and delete the float checkpoints of a server.
@@ -98,6 +101,7 @@ impl Command {
             Self::Quantize(args) => args.run(output),
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),
+            Self::LoadTest(args) => args.run(output),
             Self::Models(args) => args.run(output),
             Self::Checkpoints(args) => args.run(output),
             Self::Datasets(args) => args.run(output),

@@ -135,7 +135,7 @@ impl Args {
 
 /// Images below a folder, sorted by folder, then by name; hidden entries and links to folders are
 /// left out.
-fn list_images(root: &Path) -> Result<Vec<Sample>> {
+pub(super) fn list_images(root: &Path) -> Result<Vec<Sample>> {
     let mut paths = Vec::new();
     let mut folders = vec![root.to_path_buf()];
     while let Some(folder) = folders.pop() {
