@@ -10,7 +10,7 @@ use tokio::sync::oneshot;
 
 use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
-use crate::engine::batcher::{Admission, ClientLimit, Answer, Entry, Payload, Permit, Priority};
+use crate::engine::batcher::{Admission, Answer, ClientLimit, Entry, Payload, Permit, Priority};
 use crate::engine::device::panic_text;
 use crate::engine::evaluator::top_k;
 use crate::engine::names::ModelId;

@@ -6,6 +6,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::caller::Caller;
+use super::classify_stream;
 use super::events::Messages;
 use super::fields::{count, duration};
 use super::proto::inference_service_server::InferenceService;
@@ -14,7 +15,6 @@ use super::proto::{
     classify_item::Outcome,
 };
 use super::status::rpc_status;
-use super::classify_stream;
 use crate::engine::Engine;
 use crate::engine::batcher::Priority;
 use crate::engine::classify::{ClassifyCall, ClassifyReply, ImageInput, RankedClass};

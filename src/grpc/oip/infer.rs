@@ -57,7 +57,8 @@ pub(super) async fn infer(
     let Input { images, field, form } = Input::read(inputs, raw_input_contents, accepted)?;
     // The model that was found, not the name: an alias may move in between.
     let model = ModelId::parse(&model.record.id, "model_name")?;
-    let reply = classify(engine, ClassifyCall { client, model, images, field, priority, deadline }).await?;
+    let reply =
+        classify(engine, ClassifyCall { client, model, images, field, priority, deadline }).await?;
     let ClassifyReply { items, model, .. } = reply;
     let logits = items.into_iter().collect::<Result<Vec<_>>>()?;
     let (outputs, raw_output_contents) = tensors(&outputs, &logits, &model.model, form)?;
