@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the machine ready to build: compiler, Rust, and libtorch from PyPI in .venv. Instant when
+# Makes the machine ready to build: compiler, CMake, Rust, and libtorch from PyPI in .venv. Instant when
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
 # libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
 # what only the tests need: the programs of a PostgreSQL server, which they start by themselves, and
@@ -71,6 +71,10 @@ check_system() {
   local missing=()
   # `cc` links, `c++` compiles the small C++ side of the tch crate.
   if ! command -v c++ >/dev/null || ! command -v cc >/dev/null; then missing+=(g++); fi
+  # libjpeg-turbo is built with CMake; the fast half of it is assembly on x86-64.
+  if ! command -v cmake >/dev/null; then missing+=(cmake); fi
+  if ! command -v make >/dev/null; then missing+=(make); fi
+  if [ "$(uname -m)" = x86_64 ] && ! command -v nasm >/dev/null; then missing+=(nasm); fi
   if ! command -v python3 >/dev/null; then
     missing+=(python3 python3-venv)
   elif ! python3 -c 'import ensurepip, venv' 2>/dev/null; then

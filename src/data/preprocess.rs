@@ -64,14 +64,17 @@ pub(super) fn preprocess_into(
     out: &mut [f32],
 ) -> Result<()> {
     let image = resize_and_crop(image, how)?;
-    let plane = image.pixels.len() / 3;
-    for (channel, out) in out.chunks_exact_mut(plane).enumerate() {
-        // The float32 steps of ToTensor and Normalize, once for each of the 256 levels.
+    // The float32 steps of ToTensor and Normalize, once for each of the 256 levels.
+    let levels: [[f32; 256]; 3] = std::array::from_fn(|channel| {
         let (mean, std) = (how.mean[channel] as f32, how.std[channel] as f32);
-        let levels: [f32; 256] = std::array::from_fn(|level| (level as f32 / 255.0 - mean) / std);
-        for (value, pixel) in out.iter_mut().zip(image.pixels.chunks_exact(3)) {
-            *value = levels[usize::from(pixel[channel])];
-        }
+        std::array::from_fn(|level| (level as f32 / 255.0 - mean) / std)
+    });
+    let (pixels, _) = image.pixels.as_chunks::<3>();
+    let (red, rest) = out.split_at_mut(pixels.len());
+    let (green, blue) = rest.split_at_mut(pixels.len());
+    for (((red, green), blue), pixel) in red.iter_mut().zip(green).zip(blue).zip(pixels) {
+        let [r, g, b] = pixel.map(usize::from);
+        (*red, *green, *blue) = (levels[0][r], levels[1][g], levels[2][b]);
     }
     Ok(())
 }
