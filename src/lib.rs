@@ -17,6 +17,7 @@
 //! - [`grpc`]: the services
 //! - [`telemetry`], [`shutdown`], [`config`]: logs, signals, the server's flags
 //! - [`cli`]: one file per command
+//! - `fuzzing`: entry points of the fuzzer
 
 pub mod artifact;
 pub mod bench;
@@ -30,6 +31,8 @@ pub mod digest;
 pub mod engine;
 pub mod error;
 pub mod exec;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod grpc;
 pub mod methods;
 pub mod model;

@@ -122,6 +122,17 @@ impl Artifact {
     /// `CorruptArtifact` for anything but what [`Artifact::to_bytes`] wrote, `FailedPrecondition`
     /// for an intact file of an unknown schema version.
     pub fn from_bytes(name: &str, bytes: &[u8]) -> Result<Self> {
+        Self::read(name, bytes, |recorded, found| recorded == found)
+    }
+
+    /// As [`Artifact::from_bytes`], whatever the recorded digest: for the fuzzer, whose mutations no
+    /// digest survives.
+    pub(crate) fn from_unverified(name: &str, bytes: &[u8]) -> Result<Self> {
+        Self::read(name, bytes, |_, _| true)
+    }
+
+    /// Reads a file whose recorded and actual digest `agree`.
+    fn read(name: &str, bytes: &[u8], agree: fn(&str, &str) -> bool) -> Result<Self> {
         let corrupt = |reason: String| Error::corrupt(name, reason);
         let (_, metadata) = SafeTensors::read_metadata(bytes)
             .map_err(|e| corrupt(format!("not a safetensors file: {e}")))?;
@@ -149,7 +160,7 @@ impl Artifact {
                 (name, tensor)
             })
             .collect();
-        if field("digest")? != digest(version, header, &tensors) {
+        if !agree(field("digest")?, &digest(version, header, &tensors)) {
             return Err(corrupt("the content does not have the recorded digest".to_owned()));
         }
         if version != SCHEMA_VERSION.to_string() {

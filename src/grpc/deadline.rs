@@ -98,7 +98,7 @@ fn allowed(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// `100m`: at most eight digits, and a unit.
-pub(super) fn parse(text: &str) -> Option<Duration> {
+pub(crate) fn parse(text: &str) -> Option<Duration> {
     let (digits, unit) = text.split_at_checked(text.len().checked_sub(1)?)?;
     if digits.len() > 8 || !digits.bytes().all(|b| b.is_ascii_digit()) {
         return None;

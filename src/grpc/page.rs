@@ -10,13 +10,13 @@ const MAX_SIZE: usize = 1000;
 
 /// Where a page starts and how long it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct PageRequest {
+pub(crate) struct PageRequest {
     /// What is listed, with its filter: a token is good for the same list only.
     list: String,
     /// Key of the last entry of the page before.
-    pub(super) after: Option<String>,
+    pub(crate) after: Option<String>,
     /// Most entries to return.
-    pub(super) size: usize,
+    pub(crate) size: usize,
 }
 
 impl PageRequest {
@@ -24,7 +24,7 @@ impl PageRequest {
     ///
     /// # Errors
     /// `InvalidArgument` on `page_size` or `page_token`.
-    pub(super) fn parse(list: String, page_size: i32, page_token: &str) -> Result<Self> {
+    pub(crate) fn parse(list: String, page_size: i32, page_token: &str) -> Result<Self> {
         let size = match usize::try_from(page_size) {
             Ok(0) => DEFAULT_SIZE,
             Ok(size) => size.min(MAX_SIZE),
@@ -36,7 +36,7 @@ impl PageRequest {
 
     /// Cuts `entries`, of which one more than `size` were fetched, to the page; and the token of
     /// the next page, empty on the last.
-    pub(super) fn cut<T>(&self, entries: &mut Vec<T>, key: impl Fn(&T) -> String) -> String {
+    pub(crate) fn cut<T>(&self, entries: &mut Vec<T>, key: impl Fn(&T) -> String) -> String {
         if entries.len() <= self.size {
             return String::new();
         }

@@ -78,7 +78,8 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits, field: &str) -> Result<RgbIma
         .map_err(|reason| Error::invalid(field, reason))
 }
 
-fn decode_by_content(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, String> {
+/// As [`decode`], but a decoder's panic is not caught.
+pub(crate) fn decode_by_content(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, String> {
     limits.check_bytes(bytes.len())?;
     match Format::of(bytes) {
         Some(Format::Jpeg) => jpeg::decode(bytes, limits),

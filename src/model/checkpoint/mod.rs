@@ -51,10 +51,19 @@ impl Checkpoint {
     /// `NotFound` when the folder or one of its two files is missing; `InvalidArgument` on field
     /// `checkpoint` for unusable content; `Io` for unreadable files.
     pub fn open(folder: &Path) -> Result<Self> {
-        let config_bytes = file::read_config(&folder.join(CONFIG))?;
-        let config = Config::parse(&config_bytes)?;
-        let bytes = file::read_model(&folder.join(MODEL))?;
-        let tensors = file::parse(&bytes)?;
+        let config = file::read_config(&folder.join(CONFIG))?;
+        // A wrong config is found before gigabytes are read.
+        Config::parse(&config)?;
+        Self::from_bytes(&config, &file::read_model(&folder.join(MODEL))?)
+    }
+
+    /// The checkpoint of the two files' contents.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint`.
+    pub(crate) fn from_bytes(config_bytes: &[u8], bytes: &[u8]) -> Result<Self> {
+        let config = Config::parse(config_bytes)?;
+        let tensors = file::parse(bytes)?;
         let names = canonical_names(&config, &tensors)?;
         let shapes = shapes(&names, &tensors)?;
         let spec = config.into_spec(&shapes)?;
@@ -64,8 +73,8 @@ impl Checkpoint {
             weights.insert(name, file::read_tensor(&tensors, &source)?);
         }
         let mut hash = Sha256::new();
-        hash.update(&config_bytes);
-        hash.update(&bytes);
+        hash.update(config_bytes);
+        hash.update(bytes);
         Ok(Self {
             spec: Arc::new(spec),
             weights: Weights::new(weights),
