@@ -22,6 +22,7 @@ check cargo fmt --check
 check cargo clippy --locked --all-targets -- -D warnings
 check cargo clippy --locked --all-targets --all-features -- -D warnings
 check tests
+check cargo run --locked --all-features --example schedules
 check env RUSTDOCFLAGS="-D warnings" cargo doc --locked --all-features --no-deps
 if cargo deny --version >/dev/null 2>&1; then
   check cargo deny check

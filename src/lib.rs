@@ -2,7 +2,8 @@
 //!
 //! The map, each line using only the lines above it:
 //! - [`error`]: one error type, by the caller's situation
-//! - [`tensor`], [`digest`], `random`: small tensor helpers; sha256 as text; reproducible numbers
+//! - [`tensor`], [`digest`], `random`, `sync`: small tensor helpers; sha256 as text; reproducible
+//!   numbers; locks and channels
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, taps
@@ -40,6 +41,7 @@ pub mod nn;
 pub mod quant;
 mod random;
 pub mod shutdown;
+mod sync;
 pub mod telemetry;
 pub mod tensor;
 

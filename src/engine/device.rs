@@ -2,10 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, OnceLock};
-use std::thread;
 use std::time::{Duration, Instant};
 
 use tch::{Device, Kind, Tensor};
@@ -17,6 +15,8 @@ use crate::engine::pipeline::image_batch;
 use crate::engine::statistics::Meter;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
+use crate::sync::mpsc::{self, RecvTimeoutError};
+use crate::sync::{Arc, thread};
 
 /// What a device thread needs of a model. It is built elsewhere, lives and dies on that thread.
 pub trait Network: Send {
@@ -176,10 +176,23 @@ impl DeviceHandle {
         let built = tokio::task::spawn_blocking(move || guarded(|| build(device)));
         let network = built.await.map_err(|error| Error::internal(format!("load: {error}")))??;
         let bytes = network.resident_bytes();
+        self.place(key, network, meter)?.await.map_err(|_| gone(&self.name))??;
+        Ok(bytes)
+    }
+
+    /// Moves a model that is built to the thread; the receiver learns when it is warm.
+    ///
+    /// # Errors
+    /// `Internal` when the thread is gone.
+    pub(crate) fn place(
+        &self,
+        key: LoadKey,
+        network: Box<dyn Network>,
+        meter: Arc<Meter>,
+    ) -> Result<oneshot::Receiver<Result<()>>> {
         let (reply, answer) = oneshot::channel();
         self.send(Command::Load { key, network, meter, reply })?;
-        answer.await.map_err(|_| gone(&self.name))??;
-        Ok(bytes)
+        Ok(answer)
     }
 
     /// Answers what is queued for a model, then drops it. Unloading an unknown one is fine.

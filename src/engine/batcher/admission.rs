@@ -1,10 +1,10 @@
 //! Who comes in: a bound on images, one on their bytes, and what one model may take of them.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::{ClientShare, Pace};
 use crate::error::{Error, Result};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Bytes are counted in blocks of so many, each image by at least one.
 const BLOCK: usize = 1 << 10;

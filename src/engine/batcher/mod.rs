@@ -4,6 +4,8 @@ mod admission;
 mod clients;
 mod pace;
 mod queue;
+#[cfg(test)]
+mod queue_laws;
 
 pub use admission::{Admission, Permit, QueueLimits};
 pub use clients::{ClientLimit, ClientShare};

@@ -6,13 +6,13 @@
 //! queueing, Goyal, Vin and Cheng 1996: deficit round robin whose turns are whole batches).
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
 use super::Permit;
 use crate::error::{Error, Result};
+use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Age from which an entry that can wait has waited long enough.
 const PATIENCE: Duration = Duration::from_secs(1);
