@@ -11,6 +11,7 @@ mod drain;
 mod evaluate;
 mod events;
 mod fields;
+mod intake;
 mod models;
 pub mod oip;
 mod operations;
@@ -59,6 +60,8 @@ use security::Security;
 
 /// Largest request of calls without images, in bytes.
 const SMALL_MESSAGE: usize = 4 << 20;
+/// How many messages of the largest size may be coming in at once, in the whole server.
+const LARGE_MESSAGES: usize = 8;
 /// Streams of one connection at once.
 const MAX_STREAMS: u32 = 256;
 /// Bytes in flight per connection: with less, one slow upload holds up every stream of its client.
@@ -209,6 +212,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .layer(deadline::Deadlines)
+        .layer(intake::Intake::new(LARGE_MESSAGES.saturating_mul(images)))
         .layer(drain::RefuseWhileDraining::new(taking.clone()))
         .layer(auth::Authorize::new(gate))
         .add_service(service!(QuantizationServiceServer, quantize, images))
