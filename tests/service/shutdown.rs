@@ -74,14 +74,14 @@ async fn draining_gives_jobs_back_and_a_restart_finishes_them() {
 }
 
 /// The real program; killed when a test fails before it ends by itself.
-struct Program {
-    child: Child,
-    address: String,
+pub(crate) struct Program {
+    pub(crate) child: Child,
+    pub(crate) address: String,
 }
 
 impl Program {
     /// Through a shell, so that a test can set limits first.
-    fn start(data: &std::path::Path, prelude: &str) -> Self {
+    pub(crate) fn start(data: &std::path::Path, prelude: &str) -> Self {
         let script = format!(r#"{prelude} exec "$0" "$@""#);
         let mut child = Command::new("bash")
             .args(["-c", &script, env!("CARGO_BIN_EXE_vitq"), "serve"])
@@ -102,16 +102,16 @@ impl Program {
         Self { child, address }
     }
 
-    async fn channel(&self) -> Channel {
+    pub(crate) async fn channel(&self) -> Channel {
         Channel::from_shared(self.address.clone()).unwrap().connect().await.unwrap()
     }
 
-    fn signal(&self, name: &str) {
+    pub(crate) fn signal(&self, name: &str) {
         let id = self.child.id().to_string();
         assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
     }
 
-    fn wait(mut self) -> Option<i32> {
+    pub(crate) fn wait(mut self) -> Option<i32> {
         self.child.wait().unwrap().code()
     }
 }
