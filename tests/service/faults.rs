@@ -142,7 +142,7 @@ async fn calls_across_a_bad_network_end_in_time_and_leave_nothing() {
         for way in [Way::ToServer, Way::ToClient] {
             for after in [0, 30, 100, 200, 1_000, 2_500] {
                 let plan = Plan { fault, way, after };
-                let address = bad_network(&server.address, plan).await;
+                let address = bad_network(&server.url(), plan).await;
                 calls.spawn(async move {
                     let started = Instant::now();
                     (plan, classify(&address).await, started.elapsed())
@@ -191,7 +191,7 @@ async fn a_job_is_followed_to_its_end_across_cuts_without_a_gap() {
     // Each connection lives a little longer than the one before.
     for after in (1..).map(|round| 250 + 150 * round) {
         let plan = Plan { fault: Fault::Reset, way: Way::ToClient, after };
-        let Ok(channel) = connect(&bad_network(&server.address, plan).await).await else {
+        let Ok(channel) = connect(&bad_network(&server.url(), plan).await).await else {
             continue;
         };
         let after_sequence = events.last().map_or(0, |event| event.sequence);

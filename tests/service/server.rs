@@ -127,6 +127,11 @@ impl TestServer {
         Self { address, channel, engine, probes, stop, served, _stops_when_dropped }
     }
 
+    /// Its address for a client.
+    pub(crate) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
     /// Drains and ends it.
     pub(crate) async fn stop(self) {
         let Self { channel, engine, stop, served, .. } = self;
