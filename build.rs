@@ -17,7 +17,16 @@ fn main() -> Result<(), Box<dyn Error>> {
         let lib = lib.canonicalize().unwrap_or(lib);
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     }
+    println!("cargo:rustc-env=VITQ_LIBTORCH_VERSION={}", libtorch_version().unwrap_or_default());
     compile_protos()
+}
+
+/// What libtorch's own Python module says that it is, as `2.11.0+cpu`.
+fn libtorch_version() -> Option<String> {
+    let file = Path::new(&env::var_os("LIBTORCH")?).join("version.py");
+    let text = fs::read_to_string(file).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("__version__ = "))?;
+    Some(line.trim_matches('\'').to_owned())
 }
 
 fn compile_protos() -> Result<(), Box<dyn Error>> {

@@ -34,6 +34,7 @@ fn job(number: usize) -> NewJob {
         request_id,
         priority: 0,
         principal: "somebody".to_owned(),
+        trace: None,
     }
 }
 

@@ -143,6 +143,16 @@ fn resolve(text: &str, cuda_devices: usize) -> Result<Device> {
     Ok(Device::Cuda(index))
 }
 
+/// The version of CUDA that libtorch runs on, as `13.0`; `none` without a GPU.
+pub fn cuda_version() -> String {
+    // libtorch panics when it is asked for the version of what it does not have.
+    if !Cuda::is_available() {
+        return "none".to_owned();
+    }
+    let version = tch::utils::version_cudart();
+    format!("{}.{}", version / 1000, version % 1000 / 10)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,12 +11,13 @@
 //! - [`data`]: images, preprocessing, data sets
 //! - [`calib`]: calibration tasks, capture, progress
 //! - [`methods`]: the quantization methods and their registry
+//! - [`telemetry`]: logs, traces, metrics
 //! - [`artifact`]: the stored form of a quantized model
 //! - [`database`]: SQLite or PostgreSQL
 //! - [`engine`]: quantized models on devices, batching, jobs, evaluation
 //! - [`mod@bench`]: method × model × bits runs and their reports
 //! - [`grpc`]: the services
-//! - [`telemetry`], [`shutdown`], [`config`]: logs, signals, the server's flags
+//! - [`shutdown`], [`config`]: signals, the server's settings
 //! - [`cli`]: one file per command
 //! - `fuzzing`: entry points of the fuzzer
 

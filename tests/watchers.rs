@@ -33,6 +33,7 @@ fn job() -> NewJob {
         request_id: None,
         priority: 0,
         principal: "somebody".to_owned(),
+        trace: None,
     }
 }
 

@@ -8,6 +8,7 @@ use tonic_types::StatusExt;
 
 use crate::cli::output::{Format, Output};
 use crate::error::Error;
+use crate::grpc::code_name;
 
 /// The command ran and failed.
 const FAILED: u8 = 1;
@@ -127,29 +128,6 @@ pub(super) fn inner_status(status: tonic_types::pb::Status) -> Status {
     use prost::Message;
     let details = status.encode_to_vec();
     Status::with_details(Code::from_i32(status.code), status.message, details.into())
-}
-
-/// gRPC's own name of a code.
-pub(super) fn code_name(code: Code) -> &'static str {
-    match code {
-        Code::Ok => "OK",
-        Code::Cancelled => "CANCELLED",
-        Code::Unknown => "UNKNOWN",
-        Code::InvalidArgument => "INVALID_ARGUMENT",
-        Code::DeadlineExceeded => "DEADLINE_EXCEEDED",
-        Code::NotFound => "NOT_FOUND",
-        Code::AlreadyExists => "ALREADY_EXISTS",
-        Code::PermissionDenied => "PERMISSION_DENIED",
-        Code::ResourceExhausted => "RESOURCE_EXHAUSTED",
-        Code::FailedPrecondition => "FAILED_PRECONDITION",
-        Code::Aborted => "ABORTED",
-        Code::OutOfRange => "OUT_OF_RANGE",
-        Code::Unimplemented => "UNIMPLEMENTED",
-        Code::Internal => "INTERNAL",
-        Code::Unavailable => "UNAVAILABLE",
-        Code::DataLoss => "DATA_LOSS",
-        Code::Unauthenticated => "UNAUTHENTICATED",
-    }
 }
 
 #[cfg(test)]

@@ -48,10 +48,11 @@ pub(super) fn run(
     config: &ProcessConfig,
     work: impl Future<Output = Result<()>>,
 ) -> Result<(), Failure> {
-    telemetry::start(&config.log)?;
-    device::open_cuda_libraries();
     let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
+    let telemetry = runtime.block_on(async { telemetry::start(&config.log) })?;
+    device::open_cuda_libraries();
     let result = runtime.block_on(work);
+    telemetry.end();
     // Work that outlived the drain must not keep the process.
     runtime.shutdown_background();
     Ok(result?)

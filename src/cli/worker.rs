@@ -30,6 +30,7 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     let engine_config = config.engine(devices)?;
     let process = Process::start(&config.process).await?;
     let engine = Engine::start(engine_config).await?;
+    process.probes.attach(&engine);
     process.probes.readiness.set(true);
     tracing::info!(workers = config.workers, "working");
     process.stop.cancelled().await;

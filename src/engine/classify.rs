@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 use tokio::sync::oneshot;
+use tracing::Span;
 
 use crate::artifact::store::ModelRecord;
 use crate::data::{DecodeLimits, decode, preprocess};
@@ -18,6 +19,7 @@ use crate::engine::registry::{ModelRegistry, Placement};
 use crate::engine::response_cache::{Key, ResponseCache};
 use crate::error::{Error, Result};
 use crate::model::ModelSpec;
+use crate::telemetry::metrics::{Classification, ModelLabels};
 
 use entry::{Entered, Seat};
 
@@ -168,13 +170,33 @@ impl Classifier {
     /// `InvalidArgument` for too many images; `NotFound` for the model; `Overloaded`;
     /// `QuotaExceeded`; `DeadlineTooShort`; whatever the model's load reports.
     pub async fn classify(&self, call: ClassifyCall) -> Result<ClassifyReply> {
+        let mut noted = Classification::start(call.images.len(), call.deadline);
+        match self.answer(call, &mut noted).await {
+            Ok(reply) => {
+                noted.end();
+                Ok(reply)
+            }
+            Err(error) => {
+                noted.refused(&error);
+                Err(error)
+            }
+        }
+    }
+
+    async fn answer(
+        &self,
+        call: ClassifyCall,
+        noted: &mut Classification,
+    ) -> Result<ClassifyReply> {
         let started = Instant::now();
         let ClassifyCall { client, model, images, field, priority, deadline } = call;
         let sizes: Vec<usize> = images.iter().map(ImageInput::bytes).collect();
         self.admission.check(&sizes)?;
         let id = self.registry.answering(&model).await?;
+        noted.by(ModelLabels::of(id.as_str(), ""));
         let note = self.registry.statistics(&id).call(started);
         let Entered { record, placement, seats } = self.enter(&client, &model, &images).await?;
+        noted.by(ModelLabels::of(&record.id, &record.digest));
         let mut reply = ClassifyReply::empty(Arc::clone(&record));
         let waiting = match placement {
             Some(placement) => {
@@ -184,7 +206,7 @@ impl Classifier {
             None => seats.into_iter().filter_map(Seat::known).map(Pending::Known).collect(),
         };
         for image in waiting {
-            self.receive(image, &mut reply).await;
+            self.receive(image, &mut reply, noted).await;
         }
         reply.total = started.elapsed();
         note.answered(&reply);
@@ -215,16 +237,26 @@ impl Classifier {
     }
 
     /// Waits for one image and adds it to the reply.
-    async fn receive(&self, image: Pending, reply: &mut ClassifyReply) {
+    async fn receive(
+        &self,
+        image: Pending,
+        reply: &mut ClassifyReply,
+        noted: &mut Classification,
+    ) {
         let (answer, key) = match image {
             Pending::Known(logits) => {
                 reply.items.push(Ok(logits));
                 reply.cached.push(true);
+                noted.recalled();
                 return;
             }
             Pending::Coming(mut waiting, key) => ((&mut waiting.answer).await, key),
         };
         let answer = answer.unwrap_or_else(|_| Err(Error::internal("an image was lost")));
+        match &answer {
+            Ok(answer) => noted.answered(answer.decode, answer.queue),
+            Err(error) => noted.failed(error),
+        }
         if let (Ok(answer), Some(key)) = (&answer, key) {
             self.cache.keep(key, &answer.logits);
         }
@@ -239,7 +271,9 @@ impl Classifier {
         let payload = Payload::new(permit);
         let waiting = Waiting { answer, payload: payload.clone() };
         let limits = self.limits.clone();
+        let span = Span::current();
         self.decoders.spawn(move || {
+            let _entered = span.enter();
             if reply.is_closed() {
                 return;
             }
@@ -264,6 +298,7 @@ impl Classifier {
                 decode: queued.duration_since(started),
                 queued,
                 deadline: *deadline,
+                span: span.clone(),
                 payload,
                 reply,
             };

@@ -17,6 +17,7 @@ use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
 use crate::sync::mpsc::{self, RecvTimeoutError};
 use crate::sync::{Arc, thread};
+use crate::telemetry::metrics;
 
 /// What a device thread needs of a model. It is built elsewhere, lives and dies on that thread.
 pub trait Network: Send {
@@ -210,6 +211,7 @@ impl DeviceHandle {
     /// # Errors
     /// `Internal` when the thread is gone.
     pub fn classify(&self, entry: Entry) -> Result<()> {
+        entry.payload.wait(entry.priority, entry.queued);
         self.send(Command::Classify(entry))
     }
 
@@ -422,7 +424,10 @@ impl DeviceThread {
             images.data.extend_from_slice(&entry.pixels);
         }
         images.data.resize(values * run, 0.0);
-        let span = tracing::debug_span!("batch", model, count);
+        let span = tracing::info_span!("batch", model, count);
+        for entry in &batch {
+            span.follows_from(&entry.span);
+        }
         let logits = span.in_scope(|| self.forward(model, &images));
         let compute = now.elapsed();
         let logits = match logits {
@@ -435,6 +440,7 @@ impl DeviceThread {
                 return None;
             }
         };
+        metrics::batch(first.model_name(), count, compute);
         self.pace.note(count, compute);
         if let Some(model) = self.models.get(&model) {
             model.meter.pace.note(count, compute);
@@ -606,6 +612,7 @@ mod tests {
             decode: Duration::ZERO,
             queued: Instant::now(),
             deadline: None,
+            span: tracing::Span::none(),
             payload,
             reply,
         };

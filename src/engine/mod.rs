@@ -15,6 +15,7 @@ pub mod quantized_model;
 pub mod registry;
 pub mod resources;
 pub mod response_cache;
+mod sampled;
 pub mod statistics;
 mod upkeep;
 
@@ -26,7 +27,7 @@ use tch::Device;
 use tokio::runtime::Handle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::artifact::store;
+use crate::artifact::store::{self, ArtifactStore, MeasuredStore};
 use crate::data::DecodeLimits;
 use crate::database::{Database, Dialect};
 use crate::engine::batcher::{Admission, ClientLimit, Pace, QueueLimits};
@@ -177,7 +178,9 @@ impl Engine {
             let start =
                 |device: &Device| DeviceHandle::start(*device, batching, Arc::clone(&noted));
             let handles = devices.iter().map(start).collect::<Result<Vec<_>>>()?;
-            Ok((store::open(store.as_deref(), &folder)?, handles))
+            let store = store::open(store.as_deref(), &folder)?;
+            let store: Arc<dyn ArtifactStore> = Arc::new(MeasuredStore::new(store));
+            Ok((store, handles))
         })
         .await?;
         if database.is_some() && is_local {

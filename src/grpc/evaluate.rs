@@ -9,6 +9,7 @@ use super::events::{self, EventSource, Messages};
 use super::fields::{checked_priority, request_id, timestamp};
 use super::proto::evaluation_service_server::EvaluationService;
 use super::proto::{self, EvaluateEvent, EvaluateRequest, WatchRequest, evaluate_event::Event};
+use super::trace;
 use crate::engine::Engine;
 use crate::engine::jobs::{
     self, EvaluateJob, Figures, JobEvent, JobEventKind, JobOutput, JobProgress, JobRunner, JobSpec,
@@ -39,9 +40,10 @@ impl EvaluationService for Evaluation {
         request: Request<EvaluateRequest>,
     ) -> Result<Response<Self::EvaluateStream>, Status> {
         let principal = principal(&request).name.to_string();
+        let trace = trace::of(&request);
         let request = request.into_inner();
         let validate_only = request.validate_only;
-        let job = new_job(request, principal)?;
+        let job = NewJob { trace, ..new_job(request, principal)? };
         if validate_only {
             self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
@@ -68,7 +70,8 @@ fn new_job(request: EvaluateRequest, principal: String) -> Result<NewJob> {
         limit: (limit > 0).then(|| usize::try_from(limit).unwrap_or(usize::MAX)),
         seed,
     };
-    Ok(NewJob { spec: JobSpec::Evaluate(job), request_id: request_id(id)?, priority, principal })
+    let (spec, request_id) = (JobSpec::Evaluate(job), request_id(id)?);
+    Ok(NewJob { spec, request_id, priority, principal, trace: None })
 }
 
 fn validated() -> EvaluateEvent {

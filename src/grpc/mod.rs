@@ -11,7 +11,10 @@ mod drain;
 mod evaluate;
 mod events;
 mod fields;
+mod flag;
+mod health;
 mod intake;
+mod measure;
 mod models;
 pub mod oip;
 mod operations;
@@ -24,27 +27,27 @@ mod resources;
 pub mod security;
 mod status;
 mod tls;
+mod trace;
 mod uploads;
 
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tonic::codec::CompressionEncoding::{Gzip, Zstd};
-use tonic::server::NamedService;
 use tonic::transport::Server;
-use tonic_health::ServingStatus;
-use tonic_health::server::{HealthReporter, health_reporter};
+use tonic_health::pb::health_server::HealthServer;
 
 use crate::engine::Engine;
+use crate::engine::device::DeviceHandle;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
 
 pub use connections::ConnectionLimits;
+use health::HealthChecks;
 use ops::Probes;
 use proto::catalog_service_server::CatalogServiceServer;
 use proto::checkpoint_service_server::CheckpointServiceServer;
@@ -79,22 +82,9 @@ const WATCH: Duration = Duration::from_secs(1);
 const STUCK: Duration = Duration::from_secs(60);
 /// When a model that has to be there is tried again.
 const RETRY_PRELOAD: Duration = Duration::from_secs(5);
-/// Health service name of the process as such, whatever its readiness.
-const LIVENESS: &str = "liveness";
-/// Health service names that follow the server's readiness.
-const READINESS: [&str; 11] = [
-    "",
-    QuantizationServiceServer::<()>::NAME,
-    InferenceServiceServer::<()>::NAME,
-    GrpcInferenceServiceServer::<()>::NAME,
-    EvaluationServiceServer::<()>::NAME,
-    ModelServiceServer::<()>::NAME,
-    CatalogServiceServer::<()>::NAME,
-    CheckpointServiceServer::<()>::NAME,
-    DatasetServiceServer::<()>::NAME,
-    UploadServiceServer::<()>::NAME,
-    OperationsServer::<()>::NAME,
-];
+
+pub use flag::Flag;
+pub use status::code_name;
 
 /// Limits of the services.
 #[derive(Clone, Debug)]
@@ -127,22 +117,6 @@ impl Default for ServerConfig {
     }
 }
 
-/// A yes or no that its clones share; no at first.
-#[derive(Clone, Debug, Default)]
-pub struct Flag(Arc<AtomicBool>);
-
-impl Flag {
-    /// Whether it is yes.
-    pub fn is_set(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-
-    /// Makes it yes or no.
-    pub fn set(&self, value: bool) {
-        self.0.store(value, Ordering::Release);
-    }
-}
-
 /// How a server runs and ends.
 #[derive(Debug)]
 pub struct Running {
@@ -161,15 +135,12 @@ pub struct Running {
 /// `Internal` when the transport fails.
 pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -> Result<()> {
     let Running { config, probes, stop } = running;
-    let Probes { readiness, alive } = probes.clone();
-    let (health, health_service) = health_reporter();
-    health.set_service_status(LIVENESS, ServingStatus::Serving).await;
-    announce(&health, ServingStatus::NotServing).await;
+    probes.attach(&engine);
     // Calls are taken a little earlier and longer than the server calls itself ready.
     let taking = Flag::default();
     taking.set(true);
-    alive.set(true);
-    let watched = tokio::spawn(watchdog(Arc::clone(&engine), health.clone(), alive));
+    look(engine.registry.devices(), STUCK, &probes.alive);
+    let watched = tokio::spawn(watchdog(Arc::clone(&engine), probes.alive.clone()));
     let _watched = AbortOnDrop(watched);
     let Security { tls, gate, .. } = config.security.clone();
     let _followed = AbortOnDrop(tokio::spawn(config.security.clone().follow()));
@@ -204,13 +175,14 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         server = server.max_connection_age(jittered(age)).max_connection_age_grace(AGE_GRACE);
     }
     let router = server
-        .trace_fn(|request| tracing::info_span!("request", method = request.uri().path()))
         .max_concurrent_streams(MAX_STREAMS)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1))
         .http2_max_header_list_size(MAX_HEADERS)
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
+        .layer(trace::Traces)
+        .layer(measure::Measures::default())
         .layer(deadline::Deadlines)
         .layer(intake::Intake::new(LARGE_MESSAGES.saturating_mul(images)))
         .layer(drain::RefuseWhileDraining::new(taking.clone()))
@@ -225,7 +197,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .add_service(service!(DatasetServiceServer, resources, SMALL_MESSAGE))
         .add_service(service!(UploadServiceServer, uploads, images))
         .add_service(service!(OperationsServer, operations, SMALL_MESSAGE))
-        .add_service(health_service)
+        .add_service(HealthServer::new(HealthChecks::new(probes.clone())))
         .add_service(descriptors().build_v1().map_err(broken)?)
         .add_service(descriptors().build_v1alpha().map_err(broken)?);
 
@@ -234,8 +206,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     tokio::pin!(serving);
     let ready = async {
         preload(&engine, &config.preload).await;
-        announce(&health, ServingStatus::Serving).await;
-        readiness.set(true);
+        probes.readiness.set(true);
         std::future::pending().await
     };
     tokio::select! {
@@ -245,8 +216,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     }
 
     tracing::info!(delay = config.drain_delay.as_secs_f64(), "draining");
-    readiness.set(false);
-    announce(&health, ServingStatus::NotServing).await;
+    probes.readiness.set(false);
     tokio::select! {
         ended = &mut serving => return ended.map_err(|e| transport(&e)),
         () = tokio::time::sleep(config.drain_delay) => {}
@@ -267,9 +237,12 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     }
 }
 
-async fn announce(health: &HealthReporter, status: ServingStatus) {
-    for service in READINESS {
-        health.set_service_status(service, status).await;
+/// Says whether every device still answers.
+async fn watchdog(engine: Arc<Engine>, alive: Flag) {
+    let devices = engine.registry.devices();
+    loop {
+        look(devices, STUCK, &alive);
+        tokio::time::sleep(WATCH).await;
     }
 }
 
@@ -283,26 +256,16 @@ async fn preload(engine: &Engine, models: &[ModelId]) {
     }
 }
 
-/// Looks whether every device still answers.
-async fn watchdog(engine: Arc<Engine>, health: HealthReporter, alive: Flag) {
-    loop {
-        tokio::time::sleep(WATCH).await;
-        let devices = engine.registry.devices();
-        let stuck = devices.iter().find(|d| d.is_lost() || d.busy_for() > STUCK);
-        if alive.is_set() == stuck.is_none() {
-            continue;
-        }
-        alive.set(stuck.is_none());
-        let status = match stuck {
-            Some(device) => {
-                let busy = device.busy_for().as_secs_f64();
-                tracing::error!(device = device.name(), busy, "a device does not answer");
-                ServingStatus::NotServing
-            }
-            None => ServingStatus::Serving,
-        };
-        health.set_service_status(LIVENESS, status).await;
+/// A device that is lost, or whose batch runs for longer than `limit`, does not answer.
+fn look(devices: &[DeviceHandle], limit: Duration, alive: &Flag) {
+    let stuck = devices.iter().find(|device| device.is_lost() || device.busy_for() > limit);
+    if let Some(device) = stuck
+        && alive.is_set()
+    {
+        let busy = device.busy_for().as_secs_f64();
+        tracing::error!(device = device.name(), busy, "a device does not answer");
     }
+    alive.set(stuck.is_none());
 }
 
 struct AbortOnDrop<T>(tokio::task::JoinHandle<T>);
@@ -322,4 +285,63 @@ fn jittered(age: Duration) -> Duration {
 
 fn transport(error: &tonic::transport::Error) -> Error {
     Error::internal(format!("transport: {error:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Mutex, mpsc};
+
+    use tch::{Device, TchError};
+
+    use super::*;
+    use crate::data::Pixels;
+    use crate::engine::device::{Batching, Network};
+
+    /// Answers when it is told with what.
+    struct Puppet(Mutex<mpsc::Receiver<Result<Vec<f32>>>>);
+
+    impl Network for Puppet {
+        fn forward(&self, _: &Pixels) -> Result<Vec<f32>> {
+            self.0.lock().unwrap().recv().unwrap()
+        }
+
+        fn resident_bytes(&self) -> u64 {
+            0
+        }
+    }
+
+    #[tokio::test]
+    async fn a_batch_that_hangs_and_a_lost_device_are_noticed() {
+        let batching = Batching { max_batch: 1, delay: Duration::ZERO };
+        let device = DeviceHandle::start(Device::Cpu, batching, Arc::default()).unwrap();
+        let (strings, puppet) = mpsc::channel();
+        let build = Box::new(|_| Ok(Box::new(Puppet(Mutex::new(puppet))) as Box<dyn Network>));
+        device.load(1, build, Arc::default()).await.unwrap();
+        let images = || Pixels { count: 1, image_size: 1, data: vec![0.0; 3] };
+        let (devices, alive) = ([device.clone()], Flag::default());
+        let limit = Duration::from_millis(20);
+        look(&devices, limit, &alive);
+        assert!(alive.is_set(), "an idle device answers");
+
+        let answer = device.forward(1, images()).unwrap();
+        let mut changes = alive.changes();
+        while alive.is_set() {
+            look(&devices, limit, &alive);
+            tokio::task::yield_now().await;
+        }
+        assert!(device.busy_for() > limit && changes.has_changed().unwrap());
+        look(&devices, STUCK, &alive);
+        assert!(alive.is_set(), "a minute has not passed");
+        strings.send(Ok(vec![0.0])).unwrap();
+        answer.await.unwrap().unwrap();
+        changes.mark_unchanged();
+        look(&devices, limit, &alive);
+        assert!(alive.is_set() && !changes.has_changed().unwrap());
+
+        let broken = TchError::Torch("CUDA error: device-side assert triggered".to_owned());
+        strings.send(Err(broken.into())).unwrap();
+        device.forward(1, images()).unwrap().await.unwrap().unwrap_err();
+        look(&devices, STUCK, &alive);
+        assert!(!alive.is_set(), "a lost device never answers again");
+    }
 }

@@ -170,6 +170,7 @@ fn operation(jobs: &JobRunner, job: JobRecord) -> Operation {
         outcome,
         attempt,
         worker,
+        trace: _,
     } = job;
     let name = id.operation();
     let metadata = proto::JobMetadata {

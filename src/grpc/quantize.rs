@@ -15,6 +15,7 @@ use super::proto::{
     self, QuantizeEvent, QuantizeRequest, WatchRequest, quantize_event::Event,
     quantize_request::Calibration,
 };
+use super::trace;
 use crate::calib::task::QuantizeSpec;
 use crate::engine::Engine;
 use crate::engine::jobs::{
@@ -50,9 +51,10 @@ impl QuantizationService for Quantization {
         request: Request<QuantizeRequest>,
     ) -> Result<Response<Self::QuantizeStream>, Status> {
         let principal = principal(&request).name.to_string();
+        let trace = trace::of(&request);
         let request = request.into_inner();
         let validate_only = request.validate_only;
-        let job = new_job(request, principal)?;
+        let job = NewJob { trace, ..new_job(request, principal)? };
         if validate_only {
             self.engine.jobs.check(job.spec).await?;
             return Ok(Response::new(events::only(validated())));
@@ -111,7 +113,8 @@ fn new_job(request: QuantizeRequest, principal: String) -> Result<NewJob> {
         labels,
         afterwards: if load_after { Afterwards::Load } else { Afterwards::Keep },
     };
-    Ok(NewJob { spec: JobSpec::Quantize(job), request_id: request_id(id)?, priority, principal })
+    let (spec, request_id) = (JobSpec::Quantize(job), request_id(id)?);
+    Ok(NewJob { spec, request_id, priority, principal, trace: None })
 }
 
 fn images(calibration: Option<Calibration>) -> Result<ImageChoice> {

@@ -17,9 +17,10 @@ use vitq::database::Database;
 use vitq::engine::jobs::{
     Afterwards, Claimed, EvaluateJob, Figures, ImageChoice, JobEventKind, JobFilter, JobId,
     JobLimits, JobOutcome, JobProgress, JobSpec, JobState, JobStore, NewJob, Novelty, QuantizeJob,
-    Standing, Submitted,
+    Standing, Submitted, Workload,
 };
 use vitq::engine::names::ModelId;
+use vitq::telemetry::TraceContext;
 
 /// Few, so that a test meets them.
 fn limits() -> JobLimits {
@@ -76,7 +77,7 @@ async fn submit_as(
     principal: &str,
 ) -> vitq::Result<Submitted> {
     let (request_id, principal) = (request_id.map(str::to_owned), principal.to_owned());
-    store.submit(&NewJob { spec, request_id, priority: 0, principal }).await
+    store.submit(&NewJob { spec, request_id, priority: 0, principal, trace: None }).await
 }
 
 async fn submit(store: &JobStore, spec: JobSpec) -> JobId {
@@ -102,6 +103,30 @@ async fn a_model_is_made_by_one_job_at_a_time() {
         submit(&store, quantize("b", 0)).await;
         store.request_cancel(&first).await.unwrap();
         submit(&store, quantize("a", 1)).await;
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_store_tells_how_much_there_is_to_do_and_who_asked_in_which_trace() {
+    on_both(async |store| {
+        assert_eq!(store.workload().await.unwrap(), Workload::default());
+        let trace = TraceContext::root();
+        let (principal, request_id) = ("me".to_owned(), None);
+        let spec = quantize("a", 0);
+        let job = NewJob { spec, request_id, priority: 1, principal, trace: Some(trace.clone()) };
+        let first = store.submit(&job).await.unwrap().id;
+        submit(&store, quantize("b", 0)).await;
+        submit(&store, evaluate("c")).await;
+        let claimed = claim(&store).await;
+        assert_eq!((&claimed.record.id, claimed.record.trace), (&first, Some(trace)));
+        store.request_cancel(&first).await.unwrap();
+        let second = claim(&store).await;
+        assert_eq!(second.record.trace, None);
+        let workload = store.workload().await.unwrap();
+        let Workload { queued, running, cancelling, oldest } = workload;
+        assert_eq!((queued, running, cancelling), (1, 1, 1));
+        assert!(oldest < Duration::from_secs(60), "{oldest:?}");
     })
     .await;
 }
@@ -279,6 +304,7 @@ async fn urgent_jobs_go_first_and_equal_ones_in_order() {
                 request_id: None,
                 priority,
                 principal: model.to_owned(),
+                trace: None,
             };
             ids.push(store.submit(&job).await.unwrap().id);
         }

@@ -129,6 +129,7 @@ async fn submit(
             request_id: request.map(|r| r.to_string()),
             priority,
             principal: principal(priority).to_owned(),
+            trace: None,
         })
         .await;
     let known = request.and_then(|request| oracle.requests.get(&request));

@@ -12,6 +12,7 @@ mod evaluate;
 mod faults;
 mod hostile;
 mod memory;
+mod metrics;
 mod models;
 mod oip;
 mod overload;

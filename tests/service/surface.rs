@@ -1,9 +1,6 @@
-//! Health, reflection, probes, catalogue: what a client can find out without knowing anything.
+//! Health, reflection, catalogue: what a client can find out without knowing anything.
 
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::{TcpListener, TcpStream};
 use tokio_stream::StreamExt as _;
-use tokio_util::sync::CancellationToken;
 use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
@@ -11,7 +8,6 @@ use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_reflection::pb::v1::server_reflection_request::MessageRequest;
 use tonic_reflection::pb::v1::server_reflection_response::MessageResponse;
-use vitq::grpc::ops;
 use vitq::grpc::proto::checkpoint_service_client::CheckpointServiceClient;
 use vitq::grpc::proto::dataset_service_client::DatasetServiceClient;
 use vitq::grpc::proto::method_option::Type;
@@ -85,28 +81,4 @@ async fn the_catalogue_describes_methods_checkpoints_and_data_sets() {
     assert_eq!((second.datasets[0].name.as_str(), second.datasets[0].images), ("digits/val", 450));
     assert_eq!(second.next_page_token, "");
     server.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn probes_follow_the_servers_readiness() {
-    let data = tempfile::tempdir().unwrap();
-    let server = TestServer::start(&data).await;
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = listener.local_addr().unwrap();
-    let stop = CancellationToken::new();
-    let probes = tokio::spawn(ops::serve(listener, server.probes.clone(), stop.clone()));
-    let probe = async |path: &str| {
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer.split(' ').nth(1).unwrap().to_owned()
-    };
-    assert_eq!((probe("/livez").await, probe("/readyz").await), ("200".into(), "200".into()));
-    server.stop().await;
-    assert_eq!((probe("/livez").await, probe("/readyz").await), ("200".into(), "503".into()));
-    assert_eq!(probe("/elsewhere").await, "404");
-    stop.cancel();
-    probes.await.unwrap();
 }

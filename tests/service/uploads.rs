@@ -90,6 +90,12 @@ fn tar_of(folder: &Path) -> Bytes {
     tar.stdout.into()
 }
 
+/// Brings the digits for calibration, under another name.
+pub(crate) async fn bring_digits(server: &TestServer, name: &str) {
+    let file = tar_of(&demo("datasets/digits/calib"));
+    assert!(send_file(server, dataset_header(name, &file), &file).await.unwrap().complete);
+}
+
 async fn upload_of(server: &TestServer, kind: UploadKind, name: &str) -> Result<Upload, Status> {
     let request = GetUploadRequest { kind: kind.into(), name: name.to_owned() };
     Ok(uploads(server).get_upload(request).await?.into_inner().upload.unwrap())

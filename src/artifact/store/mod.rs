@@ -2,6 +2,7 @@
 
 mod atomic;
 mod local;
+mod measured;
 mod record;
 mod remote;
 
@@ -18,6 +19,7 @@ use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
 pub use local::LocalArtifactStore;
+pub use measured::MeasuredStore;
 #[cfg(test)]
 pub(crate) use record::example_record;
 pub use record::{ModelRecord, RecordOrigin};

@@ -1,8 +1,9 @@
 //! Who comes in: a bound on images, one on their bytes, and what one model may take of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
 
-use super::{ClientShare, Pace};
+use super::{ClientShare, Pace, Priority};
 use crate::error::{Error, Result};
 use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -44,6 +45,25 @@ struct Taken {
     blocks: usize,
     /// Images by model; models without any are not there.
     by_model: BTreeMap<Arc<str>, usize>,
+    /// Images that wait for a device; lines without any are not there.
+    lines: BTreeMap<(Arc<str>, Priority), BTreeSet<Turn>>,
+    next_turn: u64,
+}
+
+/// When an image began to wait, and a number that makes it another than all others.
+type Turn = (Instant, u64);
+
+/// Images of one model and priority that wait for a device.
+#[derive(Clone, Debug)]
+pub struct WaitingLine {
+    /// The model.
+    pub model: Arc<str>,
+    /// How urgent they are.
+    pub priority: Priority,
+    /// How many they are.
+    pub images: usize,
+    /// For how long the first of them has waited.
+    pub age: Duration,
 }
 
 /// An image's place in the server; given back when it is dropped.
@@ -52,17 +72,9 @@ pub struct Permit {
     places: Arc<Places>,
     model: Arc<str>,
     blocks: usize,
+    turn: Option<(Priority, Turn)>,
     /// The client's share of the call, given back with the last of its images.
     _share: Option<Arc<ClientShare>>,
-}
-
-impl Permit {
-    /// The permit of an image that its client's share holds, too.
-    #[must_use]
-    pub fn within(mut self, share: Option<Arc<ClientShare>>) -> Self {
-        self._share = share;
-        self
-    }
 }
 
 impl Admission {
@@ -82,6 +94,19 @@ impl Admission {
     /// Images in the server.
     pub fn images(&self) -> usize {
         self.places.lock().images
+    }
+
+    /// The images that wait for a device, by model and priority.
+    pub fn waiting(&self) -> Vec<WaitingLine> {
+        let taken = self.places.lock();
+        let line =
+            |((model, priority), turns): (&(Arc<str>, Priority), &BTreeSet<Turn>)| WaitingLine {
+                model: Arc::clone(model),
+                priority: *priority,
+                images: turns.len(),
+                age: turns.first().map_or(Duration::ZERO, |(since, _)| since.elapsed()),
+            };
+        taken.lines.iter().map(line).collect()
     }
 
     /// Whether images of these sizes in bytes would fit into an empty server.
@@ -130,6 +155,7 @@ impl Admission {
             places: Arc::clone(&self.places),
             model: Arc::clone(&model),
             blocks: blocks_of(bytes),
+            turn: None,
             _share: None,
         };
         Ok(sizes.iter().map(permit).collect())
@@ -158,9 +184,52 @@ impl Places {
     }
 }
 
+impl Permit {
+    /// The permit of an image that its client's share holds, too.
+    #[must_use]
+    pub fn within(mut self, share: Option<Arc<ClientShare>>) -> Self {
+        self._share = share;
+        self
+    }
+
+    /// The model whose image it is.
+    pub fn model(&self) -> &Arc<str> {
+        &self.model
+    }
+
+    /// Notes that the image waits for a device from now on.
+    pub fn wait(&mut self, priority: Priority, since: Instant) {
+        let mut taken = self.places.lock();
+        let turn = (since, taken.next_turn);
+        taken.next_turn += 1;
+        taken.lines.entry((Arc::clone(&self.model), priority)).or_default().insert(turn);
+        self.turn = Some((priority, turn));
+    }
+
+    /// Notes that the image waits no more.
+    pub fn go(&mut self) {
+        let turn = self.turn.take();
+        self.places.lock().leave(&self.model, turn);
+    }
+}
+
+impl Taken {
+    fn leave(&mut self, model: &Arc<str>, turn: Option<(Priority, Turn)>) {
+        let Some((priority, turn)) = turn else { return };
+        let line = (Arc::clone(model), priority);
+        if let Some(turns) = self.lines.get_mut(&line) {
+            turns.remove(&turn);
+            if turns.is_empty() {
+                self.lines.remove(&line);
+            }
+        }
+    }
+}
+
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut taken = self.places.lock();
+        taken.leave(&self.model, self.turn.take());
         taken.images -= 1;
         taken.blocks -= self.blocks;
         if let Some(held) = taken.by_model.get_mut(&self.model) {
@@ -174,8 +243,6 @@ impl Drop for Permit {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn admission(images: usize, bytes: usize) -> Admission {
@@ -236,6 +303,27 @@ mod tests {
         drop(held);
         assert_eq!(admission.images(), 0);
         assert!(admission.places.lock().by_model.is_empty(), "names are forgotten");
+    }
+
+    #[test]
+    fn who_waits_is_counted_until_it_goes_or_is_dropped() {
+        let admission = admission(10, 1 << 20);
+        let mut held = admission.admit("a", &[1; 3]).unwrap();
+        assert!(admission.waiting().is_empty(), "images that are decoded do not wait");
+        let earlier = Instant::now() - Duration::from_secs(60);
+        held[0].wait(Priority::Interactive, Instant::now());
+        held[1].wait(Priority::Interactive, earlier);
+        held[2].wait(Priority::Bulk, earlier);
+        let lines = admission.waiting();
+        let seen: Vec<_> =
+            lines.iter().map(|line| (&*line.model, line.priority, line.images)).collect();
+        assert_eq!(seen, [("a", Priority::Interactive, 2), ("a", Priority::Bulk, 1)]);
+        assert!(lines.iter().all(|line| line.age >= Duration::from_secs(60)));
+        held[1].go();
+        let lines = admission.waiting();
+        assert!(lines[0].images == 1 && lines[0].age < Duration::from_secs(60), "{lines:?}");
+        drop(held);
+        assert!(admission.waiting().is_empty());
     }
 
     #[test]

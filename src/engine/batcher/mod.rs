@@ -7,7 +7,7 @@ mod queue;
 #[cfg(test)]
 mod queue_laws;
 
-pub use admission::{Admission, Permit, QueueLimits};
+pub use admission::{Admission, Permit, QueueLimits, WaitingLine};
 pub use clients::{ClientLimit, ClientShare};
 pub use pace::Pace;
 pub use queue::{Answer, BatchQueue, Entry, Image, Next, Payload, Priority};

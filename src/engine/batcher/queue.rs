@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
+use tracing::Span;
 
 use super::Permit;
 use crate::error::{Error, Result};
@@ -18,13 +19,26 @@ use crate::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Who goes first.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Priority {
     /// Somebody waits for the answer.
     #[default]
     Interactive,
     /// Whenever nothing interactive is there, or after a second.
     Bulk,
+}
+
+impl Priority {
+    /// Both, in order.
+    pub const ALL: [Self; 2] = [Self::Interactive, Self::Bulk];
+
+    /// The priority as a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Interactive => "interactive",
+            Self::Bulk => "bulk",
+        }
+    }
 }
 
 /// What an image's caller gets back.
@@ -55,6 +69,8 @@ pub struct Entry {
     pub queued: Instant,
     /// When its caller gives up.
     pub deadline: Option<Instant>,
+    /// The call that it belongs to.
+    pub span: Span,
     /// What the caller takes back by leaving.
     pub payload: Payload,
     /// Where the answer goes; closed when the caller has left.
@@ -86,6 +102,13 @@ impl Payload {
         }
     }
 
+    /// Notes that the image waits for a device from now on.
+    pub fn wait(&self, priority: Priority, since: Instant) {
+        if let Some(held) = &mut *self.lock() {
+            held.permit.wait(priority, since);
+        }
+    }
+
     /// Gives the place and the pixels back.
     pub fn release(&self) {
         let held = self.lock().take();
@@ -113,20 +136,28 @@ pub struct Image {
     pub deadline: Option<Instant>,
     /// Where the answer goes; closed when the caller has left.
     pub reply: oneshot::Sender<Result<Answer>>,
+    /// The call that it belongs to.
+    pub span: Span,
     /// Its place in the server, given back with the answer.
-    _permit: Permit,
+    permit: Permit,
 }
 
 impl Entry {
     /// What the device needs of it, if somebody still waits for it. Who waited too long is told so.
     fn claim(self, now: Instant) -> Option<Image> {
-        let Held { pixels, permit } = self.payload.lock().take()?;
-        let Self { model, decode, queued, deadline, reply, priority: _, payload: _ } = self;
-        Image { model, pixels, decode, queued, deadline, reply, _permit: permit }.still_wanted(now)
+        let Held { pixels, mut permit } = self.payload.lock().take()?;
+        permit.go();
+        let Self { model, decode, queued, deadline, span, reply, priority: _, payload: _ } = self;
+        Image { model, pixels, decode, queued, deadline, span, reply, permit }.still_wanted(now)
     }
 }
 
 impl Image {
+    /// Name of the model that is to answer.
+    pub fn model_name(&self) -> &Arc<str> {
+        self.permit.model()
+    }
+
     /// The image, if somebody still waits for it. Who waited too long is told so.
     pub fn still_wanted(self, now: Instant) -> Option<Self> {
         if self.deadline.is_some_and(|deadline| deadline <= now) {
@@ -313,6 +344,7 @@ mod tests {
                 decode: Duration::ZERO,
                 queued,
                 deadline,
+                span: Span::none(),
                 payload: Payload::new(permit),
                 reply,
             });

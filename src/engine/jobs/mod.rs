@@ -22,11 +22,12 @@ use crate::calib::progress::SiteSqnr;
 use crate::engine::evaluator::Metrics;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
+use crate::telemetry::TraceContext;
 
 pub use runner::{JobRunner, RunnerParts};
 pub use spec::{Afterwards, EvaluateJob, ImageChoice, JobSpec, QuantizeJob};
 pub(super) use store::standing_of;
-pub use store::{Claimed, JobFilter, JobLimits, JobStore, Lease, Standing};
+pub use store::{Claimed, JobFilter, JobLimits, JobStore, Lease, Standing, Workload};
 
 /// Identifies a job: a ULID.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -156,6 +157,8 @@ pub struct JobRecord {
     pub attempt: u64,
     /// Who runs it: machine and process; `None` unless it is running.
     pub worker: Option<String>,
+    /// The call that asked for it.
+    pub trace: Option<TraceContext>,
 }
 
 /// How a job ended.
@@ -259,6 +262,8 @@ pub struct NewJob {
     pub priority: i32,
     /// Who asks: what quotas are counted by.
     pub principal: String,
+    /// The call that asks.
+    pub trace: Option<TraceContext>,
 }
 
 /// What [`JobStore::submit`] did.

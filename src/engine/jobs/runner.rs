@@ -4,19 +4,20 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
+use tracing::field::Empty;
 
 use super::progress::{Hold, JobReporter};
 use super::store::{Claimed, JobStore, Standing};
 use super::{
-    JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, NewJob, Novelty, Submitted,
-    evaluate, quantize,
+    JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, JobState, NewJob, Novelty,
+    Submitted, evaluate, quantize,
 };
 use crate::artifact::store::ArtifactStore;
 use crate::data::DecodeLimits;
@@ -25,6 +26,7 @@ use crate::engine::garbage::Garbage;
 use crate::engine::registry::{ModelRegistry, blocking};
 use crate::engine::resources::Resources;
 use crate::error::{Error, Result};
+use crate::telemetry::{self, metrics};
 
 /// Pause after a store that could not be read.
 const STORE_RETRY: Duration = Duration::from_secs(1);
@@ -34,6 +36,8 @@ const POLL: Duration = Duration::from_secs(1);
 const BEATS_PER_LEASE: u32 = 12;
 /// How long a reader may leave an event before it counts as slow.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// What metrics call the end of a job that another process goes on with.
+const RELEASED: &str = "released";
 /// Events between the store and a reader.
 const STREAM_BUFFER: usize = 16;
 
@@ -289,7 +293,22 @@ impl JobRunner {
     fn work(&self) {
         while let Some(claimed) = self.runtime.block_on(self.next_job()) {
             let (id, spec) = (&claimed.record.id, &claimed.record.spec);
-            let span = tracing::info_span!("job", %id, kind = spec.kind(), model = %spec.model());
+            // Of the level of errors, so that every line of the job has it, whatever is logged.
+            let span = tracing::error_span!(
+                "job",
+                otel.name = Empty,
+                trace_id = Empty,
+                span_id = Empty,
+                cause_trace_id = Empty,
+                %id,
+                kind = spec.kind(),
+                model = %spec.model(),
+            );
+            // A trace of its own: the call that asked for it is long over.
+            telemetry::adopt(&span, spec.kind(), None);
+            if let Some(call) = &claimed.record.trace {
+                telemetry::link(&span, call);
+            }
             span.in_scope(|| self.run(&claimed));
         }
     }
@@ -323,6 +342,7 @@ impl JobRunner {
         let store = Arc::clone(&self.parts.store);
         let artifacts = Arc::clone(&self.parts.artifacts);
         let reporter = JobReporter::new(store, artifacts, Arc::clone(&hold), self.runtime.clone());
+        let started = Instant::now();
         tracing::info!(attempt = lease.attempt, "job started");
         let result = catch_unwind(AssertUnwindSafe(|| match &*job.spec {
             JobSpec::Quantize(spec) => quantize::run(self, spec, &reporter),
@@ -333,17 +353,22 @@ impl JobRunner {
         });
         reporter.flush();
         lock(&self.running).remove(&job.id);
-        self.runtime.block_on(self.end(&hold, result));
+        let ended = self.runtime.block_on(self.end(&hold, result));
         heart.abort();
+        match ended {
+            Some(result) => metrics::job_ended(job.spec.kind(), result, Some(started.elapsed())),
+            None if hold.is_lost() => metrics::lease_lost(),
+            None => {}
+        }
     }
 
     /// Stores how a job ended. While the database cannot be reached the heart beats on, so that
-    /// nobody else starts over.
-    async fn end(&self, hold: &Hold, result: Result<JobOutput>) {
+    /// nobody else starts over. The result's name, if it was stored.
+    async fn end(&self, hold: &Hold, result: Result<JobOutput>) -> Option<&'static str> {
         let lease = &hold.lease;
         if hold.is_lost() {
             tracing::warn!("the job's lease was lost, what it made is dropped");
-            return;
+            return None;
         }
         let interrupted = matches!(result, Err(Error::Cancelled)) && self.stop.is_cancelled();
         match &result {
@@ -365,17 +390,22 @@ impl JobRunner {
             match stored {
                 Ok(Standing::Lost) => {
                     tracing::warn!("the job's lease was lost, its end was not stored");
-                    return;
+                    hold.note(Standing::Lost);
+                    return None;
                 }
                 Ok(Standing::Held | Standing::CancelRequested) => {
                     // Units of a job that ended are nobody's.
                     self.parts.garbage.collect().await;
-                    return;
+                    return Some(if interrupted {
+                        RELEASED
+                    } else {
+                        JobState::of(&outcome).name()
+                    });
                 }
                 // Another process finds the lease expired.
                 Err(error) if self.stop.is_cancelled() => {
                     tracing::error!(%error, "the end of a job was not stored");
-                    return;
+                    return None;
                 }
                 Err(error) => {
                     tracing::error!(%error, "the end of a job was not stored yet");

@@ -11,6 +11,7 @@ use crate::engine::device::{DeviceHandle, LoadKey, memory_error};
 use crate::engine::names::ModelId;
 use crate::engine::statistics::Meter;
 use crate::error::{Error, Result};
+use crate::telemetry::metrics;
 
 /// What is to be done before a model is unloaded.
 enum Unload {
@@ -116,7 +117,9 @@ impl ModelRegistry {
         let expected = slot.measured.unwrap_or(record.source_bytes);
         let meter = Arc::new(Meter::new(Arc::clone(&slot.statistics)));
         tokio::spawn(async move {
+            let started = Instant::now();
             let loaded = registry.load((key, meter), &record, expected).await;
+            metrics::model_loaded(&loaded, started.elapsed());
             registry.finish_load(&id, key, loaded).await;
             drop(over);
         });

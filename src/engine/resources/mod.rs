@@ -25,6 +25,7 @@ use crate::engine::names::NamedFolder;
 use crate::engine::registry::blocking;
 use crate::error::{Error, Result};
 use crate::model::Checkpoint;
+use crate::telemetry::metrics;
 
 use cache::{Blueprint, Cache, Copy, Draft};
 use hub::{Hub, HubName, Pinned};
@@ -488,6 +489,7 @@ impl Resources {
     fn copy(&self, upload: &Upload, going_on: GoingOn<'_>) -> Result<Copy> {
         self.cache.one_at_a_time(&upload.id, || {
             if let Some(copy) = self.cache.find(&upload.id) {
+                metrics::cache_hit("copies");
                 return Ok(copy);
             }
             let parts = self.runtime.block_on(self.table.parts(&upload.id))?;

@@ -17,6 +17,7 @@ use super::{
 use crate::database::{Database, broken, column, failed, is_duplicate, milliseconds, number, time};
 use crate::engine::resources::ResourceKind;
 use crate::error::{Error, Result};
+use crate::telemetry::metrics;
 
 pub(super) use records::failures;
 use rows::{RECORD, json, record};
@@ -72,6 +73,19 @@ pub struct JobFilter {
     pub model: Option<String>,
     /// `quantize` or `evaluate`.
     pub kind: Option<String>,
+}
+
+/// The jobs that have not ended.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Workload {
+    /// Jobs that wait for a worker.
+    pub queued: u64,
+    /// Jobs that run.
+    pub running: u64,
+    /// Jobs that run and were asked to stop.
+    pub cancelling: u64,
+    /// For how long the oldest of the waiting ones has been there.
+    pub oldest: Duration,
 }
 
 /// Keeps jobs and their events.
@@ -179,15 +193,14 @@ impl JobStore {
     pub async fn request_cancel(&self, id: &JobId) -> Result<()> {
         let mut tx = self.database.write().await?;
         let sql = AssertSqlSafe(format!(
-            "SELECT state FROM jobs WHERE id = $1{}",
+            "SELECT state, kind FROM jobs WHERE id = $1{}",
             self.database.for_update()
         ));
-        let state: Option<String> = sqlx::query_scalar(sql)
-            .bind(id.as_str())
-            .fetch_optional(&mut *tx)
-            .await
-            .map_err(failed)?;
-        match JobState::parse(&state.ok_or_else(|| not_found(id))?)? {
+        let query = sqlx::query(sql).bind(id.as_str());
+        let row = query.fetch_optional(&mut *tx).await.map_err(failed)?;
+        let row = row.ok_or_else(|| not_found(id))?;
+        let state = JobState::parse(&column::<String>(&row, 0)?)?;
+        match state {
             JobState::Queued => self.end(&mut tx, id, &cancelled()).await?,
             JobState::Running => {
                 let sql = "UPDATE jobs SET state = 'cancelling' WHERE id = $1";
@@ -198,8 +211,40 @@ impl JobStore {
             }
         }
         tx.commit().await.map_err(failed)?;
+        if state == JobState::Queued {
+            let kind = column::<String>(&row, 1)?;
+            metrics::job_ended(kind, JobState::Cancelled.name(), None);
+        }
         self.changed.send_replace(());
         Ok(())
+    }
+
+    /// How many jobs there are in each state in which they have not ended, and for how long the
+    /// oldest has been waiting for a worker.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn workload(&self) -> Result<Workload> {
+        let now = self.database.now();
+        let sql = AssertSqlSafe(format!(
+            "SELECT state, COUNT(*), {now} - MIN(created_ms) FROM jobs WHERE active = 1 \
+             GROUP BY state"
+        ));
+        let rows = sqlx::query(sql).fetch_all(self.database.pool()).await.map_err(failed)?;
+        let mut workload = Workload::default();
+        for row in &rows {
+            let (count, age) = (number(row, 1)?, column::<i64>(row, 2)?.max(0));
+            match JobState::parse(&column::<String>(row, 0)?)? {
+                JobState::Queued => {
+                    workload.queued = count;
+                    workload.oldest = Duration::from_millis(age.unsigned_abs());
+                }
+                JobState::Running => workload.running = count,
+                JobState::Cancelling => workload.cancelling = count,
+                JobState::Succeeded | JobState::Failed | JobState::Cancelled => {}
+            }
+        }
+        Ok(workload)
     }
 
     /// Events with a larger sequence number than `after`, in order, a page of them. Of a long

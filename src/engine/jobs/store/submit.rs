@@ -113,8 +113,9 @@ impl JobStore {
         self.check_quota(&mut tx, &job.principal).await?;
         let now = self.database.clock(&mut tx).await?;
         let sql = "INSERT INTO jobs (id, kind, model, target, spec, spec_hash, priority, state, \
-                   active, attempt, attempts_left, created_ms, last_sequence, principal) \
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0, $10)";
+                   active, attempt, attempts_left, created_ms, last_sequence, principal, \
+                   traceparent) \
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, 'queued', 1, 0, $8, $9, 0, $10, $11)";
         let inserted = sqlx::query(sql)
             .bind(id.as_str())
             .bind(job.spec.kind())
@@ -126,6 +127,7 @@ impl JobStore {
             .bind(i64::from(self.limits.attempts))
             .bind(now)
             .bind(&job.principal)
+            .bind(job.trace.as_ref().map(ToString::to_string))
             .execute(&mut *tx)
             .await;
         match inserted {

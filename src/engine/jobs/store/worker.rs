@@ -11,6 +11,7 @@ use crate::database::Database;
 use crate::engine::garbage::spare;
 use crate::engine::jobs::{JobId, JobOutcome, JobProgress, JobRecord, JobState};
 use crate::error::{Error, Result};
+use crate::telemetry::metrics;
 
 /// The right to run a job, until its lease is lost.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +54,7 @@ impl JobStore {
             let mut tx = self.database.write().await?;
             let now = self.database.clock(&mut tx).await?;
             let sql = AssertSqlSafe(format!(
-                "SELECT id, state, attempts_left FROM jobs WHERE active = 1 \
+                "SELECT id, state, attempts_left, kind FROM jobs WHERE active = 1 \
                  AND (state = 'queued' OR lease_expires_ms < $1) \
                  ORDER BY priority DESC, id LIMIT 1{}",
                 self.database.skip_locked()
@@ -73,6 +74,8 @@ impl JobStore {
             if let Some(outcome) = over {
                 self.end(&mut tx, &id, &outcome).await?;
                 tx.commit().await.map_err(failed)?;
+                let kind = column::<String>(&row, 3)?;
+                metrics::job_ended(kind, JobState::of(&outcome).name(), None);
                 self.changed.send_replace(());
                 continue;
             }
