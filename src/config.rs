@@ -1,4 +1,9 @@
-//! The server's configuration: flags, each with an environment variable. Checked once, at start.
+//! The server's configuration: flags, each with an environment variable and a key of the
+//! configuration file. Checked once, at start.
+
+mod environment;
+mod settings;
+mod sources;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -24,6 +29,9 @@ use crate::exec::Backend;
 use crate::grpc::security::{Security, SecurityConfig};
 use crate::grpc::{ConnectionLimits, ServerConfig};
 use crate::telemetry::LogConfig;
+
+pub use settings::{Origin, Setting, Settings};
+pub use sources::{Parsed, parse};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -105,7 +113,10 @@ pub struct WorkerConfig {
 /// Flags that servers and workers have in common.
 #[derive(Args, Clone, Debug)]
 pub struct ProcessConfig {
-    /// Address of the plaintext probes /livez and /readyz.
+    /// TOML file whose keys are the names of these flags; flags and variables win over it.
+    #[arg(long, env = "VITQ_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Address of the plaintext port of operators: /livez, /readyz, /metrics and health over gRPC.
     #[arg(long, env = "VITQ_OPS_LISTEN", default_value = "127.0.0.1:9000", value_name = "ADDRESS")]
     pub ops_listen: SocketAddr,
     /// Folder of jobs, models and artifacts, as far as they are not elsewhere; created if missing.
@@ -303,7 +314,7 @@ fn model_name(text: &str) -> Result<ModelId> {
     ModelId::parse(text, "preload")
 }
 
-fn seconds(text: &str) -> Result<Duration> {
+pub(crate) fn seconds(text: &str) -> Result<Duration> {
     text.parse()
         .ok()
         .and_then(|value| Duration::try_from_secs_f64(value).ok())

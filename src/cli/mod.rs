@@ -4,6 +4,7 @@
 
 mod args;
 mod bench;
+mod check_config;
 mod checkpoints;
 mod classify;
 mod client;
@@ -12,6 +13,7 @@ mod evaluate;
 mod failure;
 mod follow;
 mod generate;
+mod healthcheck;
 mod inspect;
 mod jobs;
 mod load_test;
@@ -28,12 +30,16 @@ mod token;
 mod upload;
 mod worker;
 
+use std::env;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 
 use failure::Failure;
 use output::Output;
+
+use crate::config::{self, Parsed, Settings};
 
 /// Quantizes vision transformers after training, and serves them over gRPC.
 #[derive(Debug, Parser)]
@@ -54,6 +60,10 @@ enum Command {
     Worker(Box<worker::Args>),
     /// Make a token for a server's --tokens file.
     Token(token::Args),
+    /// Show what a server or a worker would run with, and check it.
+    CheckConfig(Box<check_config::Args>),
+    /// Ask a server whether it is ready.
+    Healthcheck(healthcheck::Args),
     /// Quantize a checkpoint on a server and watch the progress.
     Quantize(quantize::Args),
     /// Classify images with a model of a server.
@@ -84,20 +94,35 @@ enum Command {
 
 /// Runs the program with this process's arguments.
 pub fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let (cli, settings) = parse().unwrap_or_else(|error| error.exit());
     let output = Output::new(cli.json);
-    match cli.command.run(&output) {
+    match cli.command.run(&settings, &output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(&output),
     }
 }
 
+/// This process's arguments, with its environment and its configuration file.
+fn parse() -> Result<(Cli, Settings), clap::Error> {
+    let command = Cli::command();
+    let arguments: Vec<_> = env::args_os().collect();
+    // What is not Unicode is no variable of ours.
+    let text = |(name, value): (OsString, OsString)| {
+        Some((name.into_string().ok()?, value.to_string_lossy().into_owned()))
+    };
+    let variables: Vec<_> = env::vars_os().filter_map(text).collect();
+    let Parsed { matches, settings } = config::parse(&command, &arguments, &variables)?;
+    Ok((Cli::from_arg_matches(&matches)?, settings))
+}
+
 impl Command {
-    fn run(self, output: &Output) -> Result<(), Failure> {
+    fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
         match self {
-            Self::Serve(args) => args.run(),
-            Self::Worker(args) => args.run(),
+            Self::Serve(args) => args.run(settings, output),
+            Self::Worker(args) => args.run(settings),
             Self::Token(args) => args.run(output),
+            Self::CheckConfig(args) => args.run(settings, output),
+            Self::Healthcheck(args) => args.run(output),
             Self::Quantize(args) => args.run(output),
             Self::Classify(args) => args.run(output),
             Self::Evaluate(args) => args.run(output),
@@ -155,6 +180,7 @@ mod tests {
             ("accuracy.md", 1),
             ("cli.md", 2),
             ("security.md", 4),
+            ("operations.md", 4),
             ("performance.md", 3),
         ];
         for (document, least) in documents {

@@ -9,7 +9,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::artifact::store::claim_folder;
 use crate::cli::failure::Failure;
-use crate::config::ProcessConfig;
+use crate::config::{ProcessConfig, Settings};
 use crate::error::{Error, Result};
 use crate::grpc::ops::{self, Probes};
 use crate::{device, shutdown, telemetry};
@@ -46,10 +46,12 @@ impl Process {
 /// Whatever `work` gives; `InvalidArgument` for unusable log settings; `Io` without threads.
 pub(super) fn run(
     config: &ProcessConfig,
+    settings: &Settings,
     work: impl Future<Output = Result<()>>,
 ) -> Result<(), Failure> {
     let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
     let telemetry = runtime.block_on(async { telemetry::start(&config.log) })?;
+    tracing::info!(settings = settings.line(), "configuration");
     device::open_cuda_libraries();
     let result = runtime.block_on(work);
     telemetry.end();

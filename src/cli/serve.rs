@@ -1,8 +1,10 @@
 //! `vitq serve`: the server.
 
+use crate::cli::check_config;
 use crate::cli::failure::Failure;
+use crate::cli::output::Output;
 use crate::cli::process::{Process, listen, run};
-use crate::config::ServeConfig;
+use crate::config::{ServeConfig, Settings};
 use crate::device;
 use crate::engine::Engine;
 use crate::error::{Error, Result};
@@ -13,6 +15,9 @@ use crate::grpc;
 pub(super) struct Args {
     #[command(flatten)]
     config: ServeConfig,
+    /// Print what is in force and where it comes from, and do nothing else.
+    #[arg(long)]
+    print_config: bool,
 }
 
 impl Args {
@@ -20,10 +25,14 @@ impl Args {
     /// flag.
     ///
     /// # Errors
-    /// `Usage` for an address that needs protection; `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used.
-    pub(super) fn run(self) -> Result<(), Failure> {
+    /// `Usage` for an address that needs protection; `InvalidArgument` for an unusable flag; `Io` when
+    /// a port or a folder cannot be used.
+    pub(super) fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
+        if self.print_config {
+            return check_config::print(settings, output);
+        }
         self.config.security.check(self.config.listen).map_err(Failure::Usage)?;
-        run(&self.config.process, serve(&self.config))
+        run(&self.config.process, settings, serve(&self.config))
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::cli::failure::Failure;
 use crate::cli::process::{Process, run};
-use crate::config::WorkerConfig;
+use crate::config::{Settings, WorkerConfig};
 use crate::device;
 use crate::engine::Engine;
 use crate::error::Result;
@@ -20,8 +20,8 @@ impl Args {
     /// # Errors
     /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used;
     /// `Unavailable` when the database or the store cannot be reached.
-    pub(super) fn run(self) -> Result<(), Failure> {
-        run(&self.config.process, work(&self.config))
+    pub(super) fn run(self, settings: &Settings) -> Result<(), Failure> {
+        run(&self.config.process, settings, work(&self.config))
     }
 }
 
