@@ -16,6 +16,7 @@ use crate::exec::Backend;
 use crate::grpc::deadline;
 use crate::grpc::oip::tensors::{DataType, Elements, element_count};
 use crate::grpc::page::PageRequest;
+use crate::grpc::security::Security;
 use crate::model::{Checkpoint, Interpolation, Preprocessing};
 use crate::{calib, device};
 
@@ -159,7 +160,7 @@ pub fn config(bytes: &[u8]) {
     let arguments = std::iter::once("serve").chain(text.lines());
     let Ok(Command { serve }) = Command::try_parse_from(arguments) else { return };
     let _ = device::parse_list(&serve.process.device); // refused or not, but in order
-    let (engine, server) = (serve.engine(Vec::new()), serve.server());
+    let (engine, server) = (serve.engine(Vec::new()), serve.server(Security::default()));
     assert!(engine.queue.images > 0 && engine.queue.bytes > 0 && engine.batching.max_batch > 0);
     assert!(engine.memory_budget != Some(0) && server.max_message_bytes > 0);
     if let Some(url) = &engine.database {

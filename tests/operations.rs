@@ -275,7 +275,7 @@ mod export {
             request: Request<ExportTraceServiceRequest>,
         ) -> Result<Response<ExportTraceServiceResponse>, Status> {
             self.0.send(request.into_inner()).unwrap();
-            Ok(Response::default())
+            Ok(Response::new(Default::default()))
         }
     }
 

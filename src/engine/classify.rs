@@ -237,12 +237,7 @@ impl Classifier {
     }
 
     /// Waits for one image and adds it to the reply.
-    async fn receive(
-        &self,
-        image: Pending,
-        reply: &mut ClassifyReply,
-        noted: &mut Classification,
-    ) {
+    async fn receive(&self, image: Pending, reply: &mut ClassifyReply, noted: &mut Classification) {
         let (answer, key) = match image {
             Pending::Known(logits) => {
                 reply.items.push(Ok(logits));
@@ -393,7 +388,7 @@ fn rank(logits: &[f32], count: usize, spec: &ModelSpec) -> Vec<RankedClass> {
 }
 
 /// exp(x − max) / Σ exp(x − max), in float64.
-fn softmax(logits: &[f32]) -> Vec<f32> {
+pub fn softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exp: Vec<f64> = logits.iter().map(|x| f64::from(x - max).exp()).collect();
     let sum: f64 = exp.iter().sum();

@@ -183,6 +183,7 @@ mod tests {
 
     fn reply(items: Vec<crate::error::Result<Vec<f32>>>) -> ClassifyReply {
         ClassifyReply {
+            cached: vec![false; items.len()],
             items,
             queue: MS,
             decode: 2 * MS,

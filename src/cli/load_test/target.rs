@@ -4,13 +4,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tonic::transport::Channel;
 use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
 use crate::bench::load::{Choice, Outcome, Refusal, ServerSide, Target};
-use crate::cli::client::{MAX_ANSWER, ServerArgs};
-use crate::cli::failure::{Failure, code_name};
+use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs};
+use crate::cli::failure::Failure;
+use crate::grpc::code_name;
 use crate::grpc::proto::classify_item::Outcome as ItemOutcome;
 use crate::grpc::proto::inference_service_client::InferenceServiceClient;
 use crate::grpc::proto::{ClassifyRequest, ClassifyResponse, Image};
@@ -31,9 +31,8 @@ pub(super) struct Requests {
 }
 
 /// A server over several connections, which take turns.
-#[derive(Debug)]
 pub(super) struct ServerTarget {
-    clients: Vec<InferenceServiceClient<Channel>>,
+    clients: Vec<InferenceServiceClient<Connection>>,
     next: AtomicUsize,
     requests: Requests,
 }

@@ -97,6 +97,7 @@ impl Bench {
             decode: Duration::ZERO,
             queued,
             deadline,
+            span: tracing::Span::none(),
             payload: payload.clone(),
             reply,
         });
@@ -136,11 +137,13 @@ impl Bench {
         let now = self.now;
         let wanted = |image: &&Waiting| image.model == model && image.is_wanted(now);
         for entry in &batch {
+            let of_entry = |image: &Waiting| image.number as f32 == entry.pixels[0];
+            let index = self.waiting.iter().position(of_entry).expect("an image that waits");
             // The oldest of its priority that is still wanted.
-            let first = self.waiting.iter().filter(wanted).find(|i| i.priority == entry.priority);
+            let priority = self.waiting[index].priority;
+            let first = self.waiting.iter().filter(wanted).find(|i| i.priority == priority);
             let number = first.expect("an image that waits").number;
             assert_eq!((entry.model, entry.pixels[0]), (model, number as f32), "out of turn");
-            let index = self.waiting.iter().position(|image| image.number == number).unwrap();
             let image = self.waiting.remove(index);
             if image.priority == Priority::Bulk && !image.is_overdue(now) {
                 let mut others = self.waiting.iter().filter(wanted);
