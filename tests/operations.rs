@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
+#[allow(dead_code, reason = "only its command line is used here")]
 mod program;
 
 use std::io::{BufRead as _, BufReader};
@@ -285,10 +286,11 @@ mod export {
 
     fn attribute(span: &Span, key: &str) -> Option<String> {
         let found = span.attributes.iter().find(|attribute| attribute.key == key)?;
-        match found.value.clone()?.value? {
-            Attribute::StringValue(text) => Some(text),
-            other => Some(format!("{other:?}")),
+        let value = found.value.clone()?.value?;
+        if let Attribute::StringValue(text) = value {
+            return Some(text);
         }
+        Some(format!("{value:?}"))
     }
 
     #[tokio::test(flavor = "multi_thread")]

@@ -105,7 +105,9 @@ impl Settings {
             let value = setting.value.as_deref()?;
             Some(match setting.origin {
                 Origin::Default => format!("{}={value}", setting.key),
-                origin => format!("{}={value} [{}]", setting.key, origin.name()),
+                origin @ (Origin::Flag | Origin::Env | Origin::File) => {
+                    format!("{}={value} [{}]", setting.key, origin.name())
+                }
             })
         };
         self.list.iter().filter_map(text).collect::<Vec<_>>().join(", ")

@@ -100,10 +100,8 @@ mod tests {
     use super::*;
 
     fn field(error: &Error) -> &str {
-        match error {
-            Error::InvalidArgument { field, .. } => field,
-            other => panic!("{other}"),
-        }
+        let Error::InvalidArgument { field, .. } = error else { panic!("{error}") };
+        field
     }
 
     #[test]

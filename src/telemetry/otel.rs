@@ -124,6 +124,6 @@ fn remote(context: &TraceContext) -> SpanContext {
         SpanId::from(context.span_id),
         TraceFlags::new(context.flags),
         true,
-        context.state.parse().unwrap_or_else(|_| TraceState::NONE),
+        context.state.parse().unwrap_or(TraceState::NONE),
     )
 }

@@ -109,6 +109,7 @@ fn classify(
         decode: Duration::ZERO,
         queued: Instant::now(),
         deadline: None,
+        span: tracing::Span::none(),
         payload: payload.clone(),
         reply,
     };

@@ -250,10 +250,9 @@ mod tests {
     }
 
     fn refusal(admission: &Admission, model: &str, sizes: &[usize]) -> Duration {
-        match admission.admit(model, sizes).unwrap_err() {
-            Error::Overloaded { retry_after, .. } => retry_after,
-            other => panic!("{other}"),
-        }
+        let error = admission.admit(model, sizes).unwrap_err();
+        let Error::Overloaded { retry_after, .. } = error else { panic!("{error}") };
+        retry_after
     }
 
     #[test]

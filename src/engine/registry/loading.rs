@@ -16,7 +16,7 @@ use crate::telemetry::metrics;
 /// What is to be done before a model is unloaded.
 enum Unload {
     After(watch::Receiver<()>),
-    From(Placement, ModelView),
+    From(Box<(Placement, ModelView)>),
 }
 
 impl ModelRegistry {
@@ -86,7 +86,7 @@ impl ModelRegistry {
                         Unload::After(done)
                     }
                     SlotState::Ready(placement) => {
-                        Unload::From(placement, self.view(slot, aliases))
+                        Unload::From(Box::new((placement, self.view(slot, aliases))))
                     }
                     SlotState::Stored | SlotState::Failed(_) => return Ok(self.view(slot, aliases)),
                 }
@@ -96,7 +96,8 @@ impl ModelRegistry {
                 Unload::After(mut done) => {
                     let _ = done.changed().await;
                 }
-                Unload::From(placement, view) => {
+                Unload::From(loaded) => {
+                    let (placement, view) = *loaded;
                     placement.device.unload(placement.key).await?;
                     return Ok(view);
                 }

@@ -73,9 +73,9 @@ impl Jwt {
         validation.validate_nbf = true;
         validation.leeway = LEEWAY;
         let Claims { sub, scope } = decode(token, &key.key, &validation)
-            .map_err(|error| match error.kind() {
-                ErrorKind::ExpiredSignature => BadCredentials::Expired,
-                _ => BadCredentials::Invalid,
+            .map_err(|error| {
+                let is_expired = matches!(error.kind(), ErrorKind::ExpiredSignature);
+                if is_expired { BadCredentials::Expired } else { BadCredentials::Invalid }
             })?
             .claims;
         if sub.is_empty() || sub.len() > MAX_NAME || sub.chars().any(char::is_control) {

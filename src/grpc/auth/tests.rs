@@ -158,17 +158,14 @@ struct Issuer {
 impl Issuer {
     fn new(algorithm: Algorithm) -> Self {
         let rsa = || KeyPair::generate_rsa_for(&PKCS_RSA_SHA256, RsaKeySize::_2048).unwrap();
-        let (pair, signing) = match algorithm {
-            Algorithm::RS256 => {
-                let pair = rsa();
-                let signing = EncodingKey::from_rsa_pem(pair.serialize_pem().as_bytes());
-                (pair, signing.unwrap())
-            }
-            _ => {
-                let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
-                let signing = EncodingKey::from_ec_pem(pair.serialize_pem().as_bytes());
-                (pair, signing.unwrap())
-            }
+        let (pair, signing) = if algorithm == Algorithm::RS256 {
+            let pair = rsa();
+            let signing = EncodingKey::from_rsa_pem(pair.serialize_pem().as_bytes());
+            (pair, signing.unwrap())
+        } else {
+            let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).unwrap();
+            let signing = EncodingKey::from_ec_pem(pair.serialize_pem().as_bytes());
+            (pair, signing.unwrap())
         };
         Self { algorithm, signing, public: pair.public_key_pem() }
     }

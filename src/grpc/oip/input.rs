@@ -190,10 +190,9 @@ mod tests {
     }
 
     fn field(result: Result<Input>) -> String {
-        match result.unwrap_err() {
-            Error::InvalidArgument { field, .. } => field,
-            other => panic!("{other}"),
-        }
+        let error = result.unwrap_err();
+        let Error::InvalidArgument { field, .. } = error else { panic!("{error}") };
+        field
     }
 
     fn floats(count: u8) -> Vec<u8> {

@@ -132,10 +132,11 @@ mod tests {
     use super::*;
 
     fn refused(kind: DataType, count: usize, raw: &[u8]) -> String {
-        match Elements::from_raw(kind, count, &Bytes::copy_from_slice(raw), "raw[0]").unwrap_err() {
-            Error::InvalidArgument { field, reason } if field == "raw[0]" => reason,
-            other => panic!("{other}"),
-        }
+        let raw = Bytes::copy_from_slice(raw);
+        let error = Elements::from_raw(kind, count, &raw, "raw[0]").unwrap_err();
+        let Error::InvalidArgument { field, reason } = error else { panic!("{error}") };
+        assert_eq!(field, "raw[0]");
+        reason
     }
 
     #[test]

@@ -59,10 +59,8 @@ impl Classification {
     /// Notes an image that failed by itself.
     pub fn failed(&mut self, error: &Error) {
         self.open = self.open.saturating_sub(1);
-        let reason = match error {
-            Error::InvalidArgument { .. } => "decode",
-            other => reason(other),
-        };
+        let is_unreadable = matches!(error, Error::InvalidArgument { .. });
+        let reason = if is_unreadable { "decode" } else { reason(error) };
         self.fail(reason, 1);
     }
 
