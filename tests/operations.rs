@@ -5,18 +5,19 @@
 #[allow(dead_code, reason = "only its command line is used here")]
 mod program;
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{ChildStderr, Command, Output, Stdio};
 
 use serde_json::Value;
 use tempfile::TempDir;
-use tonic::Request;
 use tonic::transport::Channel;
+use tonic::{Code, Request};
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_request::Calibration;
-use vitq::grpc::proto::{CalibrationDataset, GetModelRequest, QuantizeRequest};
+use vitq::grpc::proto::{CalibrationDataset, GetModelRequest, ListModelsRequest, QuantizeRequest};
 
 use program::{Process, Stores};
 
@@ -109,6 +110,8 @@ struct Logged {
     channel: Channel,
     url: String,
     ops: String,
+    /// The line that tells the configuration.
+    configuration: String,
     log: std::io::Lines<BufReader<ChildStderr>>,
 }
 
@@ -129,15 +132,18 @@ impl Logged {
         let process = Process(child);
         let url = line.trim().strip_prefix("listening on ").unwrap().to_owned();
         let channel = Channel::from_shared(url.clone()).unwrap().connect().await.unwrap();
+        let mut configuration = String::new();
         let ops = loop {
             let line = log.next().unwrap().unwrap();
-            if line.contains("probes listen") {
+            if line.contains("settings") {
+                configuration = line;
+            } else if line.contains("probes listen") {
                 let (_, rest) = line.split_once("127.0.0.1:").unwrap();
                 let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
                 break format!("http://127.0.0.1:{port}");
             }
         };
-        Self { _process: process, _data: data, channel, url, ops, log }
+        Self { _process: process, _data: data, channel, url, ops, configuration, log }
     }
 
     /// The next line that holds all of these texts.
@@ -202,12 +208,53 @@ async fn lines_of_a_call_carry_its_trace_and_those_of_its_job_lead_back() {
 #[tokio::test(flavor = "multi_thread")]
 async fn jobs_log_in_text_with_the_trace_that_asked_for_them() {
     let mut server = Logged::start(&[], &[("VITQ_QUEUE_IMAGES", "9")]).await;
-    let line = server.line(&["configuration"]);
+    let line = &server.configuration;
     assert!(line.contains("queue-images=9 [env]") && line.contains("workers=1,"), "{line}");
     server.quantize().await;
     let line = server.line(&["job succeeded", &format!("cause_trace_id=\"{TRACE}\"")]);
     let (_, own) = line.split_once(" trace_id=\"").unwrap();
     assert!(!own.starts_with(TRACE), "{line}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_are_counted_by_method_and_status_with_the_bytes_of_their_messages() {
+    let server = Logged::start(&[], &[]).await;
+    let name = "a-name-of-some-length".to_owned();
+    let bytes = name.len() as u64 + 2; // its tag and its length before it
+    let mut models = ModelServiceClient::new(server.channel.clone());
+    for _ in 0..3 {
+        let request = GetModelRequest { model: name.clone() };
+        assert_eq!(models.get_model(request).await.unwrap_err().code(), Code::NotFound);
+    }
+    models.list_models(ListModelsRequest::default()).await.unwrap();
+    let method = |name: &str| format!("grpc_method=\"vitq.v1.ModelService/{name}\"");
+    let ended = |name: &str, status: &str| format!("{{{},grpc_status=\"{status}\"}}", method(name));
+    let expected = [
+        format!("grpc_server_call_started_total{{{}}} 3\n", method("GetModel")),
+        format!(
+            "grpc_server_call_rcvd_total_compressed_message_size_bytes_sum{} {}\n",
+            ended("GetModel", "NOT_FOUND"),
+            3 * bytes
+        ),
+        format!(
+            "grpc_server_call_sent_total_compressed_message_size_bytes_sum{} 0\n",
+            ended("GetModel", "NOT_FOUND")
+        ),
+        format!("grpc_server_call_duration_seconds_count{} 1\n", ended("ListModels", "OK")),
+    ];
+    // A call ends when its answer has left the server, which may be after it has come here.
+    while !expected.iter().all(|line| scrape(&server.ops).contains(line)) {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// The metrics of an operators' port.
+fn scrape(ops: &str) -> String {
+    let mut stream = TcpStream::connect(ops.strip_prefix("http://").unwrap()).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).unwrap();
+    answer
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -206,6 +206,9 @@ mod tests {
     use super::*;
     use crate::config::{Origin, ServeConfig, WorkerConfig};
 
+    /// Name of the configuration file.
+    const NAME: &str = "vitq-test.toml";
+
     fn command() -> Command {
         Command::new("vitq")
             .subcommand(ServeConfig::augment_args(Command::new("serve")))
@@ -214,10 +217,11 @@ mod tests {
 
     /// The command line, with a configuration file of this content behind it.
     fn with_file(line: &str, content: &str) -> Result<Parsed, String> {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), content).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join(NAME);
+        fs::write(&file, content).unwrap();
         let mut words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
-        words.extend(["--config".into(), file.path().into()]);
+        words.extend(["--config".into(), file.into()]);
         parse(&command(), &words, &[]).map_err(|error| error.to_string())
     }
 
@@ -261,10 +265,10 @@ mod tests {
             ("queue-images 7", "TOML parse error at line 1"),
         ] {
             let error = with_file("vitq serve", content).unwrap_err();
-            assert!(error.contains(expected) && error.contains("/tmp"), "{content}: {error}");
+            assert!(error.contains(expected) && error.contains(NAME), "{content}: {error}");
         }
         let theirs = with_file("vitq serve --max-batch 0", "queue-images = 7").unwrap_err();
-        assert!(theirs.contains("--max-batch") && !theirs.contains("/tmp"), "{theirs}");
+        assert!(theirs.contains("--max-batch") && !theirs.contains(NAME), "{theirs}");
         let words = ["vitq", "serve", "--config", "/nowhere/vitq.toml"].map(OsString::from);
         let missing = parse(&command(), &words, &[]).unwrap_err().to_string();
         assert!(missing.contains("/nowhere/vitq.toml: No such file"), "{missing}");

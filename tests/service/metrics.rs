@@ -1,6 +1,7 @@
 //! The operators' port over a real socket: metrics after traffic, probes, health over gRPC.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -12,7 +13,9 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use vitq::grpc::ops::{self, Probes};
-use vitq::grpc::proto::{GetModelRequest, LoadModelRequest, UnloadModelRequest};
+use vitq::grpc::proto::{
+    ClassifyRequest, GetModelRequest, Image, LoadModelRequest, UnloadModelRequest,
+};
 use vitq::telemetry::metrics::table::{ALL, Kind, Metric};
 
 use crate::server::{Setup, TestServer, digit, drawn, quick, result};
@@ -126,7 +129,7 @@ async fn every_metric_is_told_after_some_traffic() {
         };
         assert!(after.text.contains(&sample), "no value of {name}");
         for label in *labels {
-            let of_metric = |line: &&str| line.starts_with(name) && !line.starts_with('#');
+            let of_metric = |line: &&str| line.starts_with(sample.trim_start());
             let line = after.text.lines().find(of_metric).unwrap();
             assert!(line.contains(&format!("{label}=\"")), "{label} is missing in {line}");
         }
@@ -148,42 +151,9 @@ async fn every_metric_is_told_after_some_traffic() {
     let bytes = after.value("vitq_model_bytes{model=\"counted\"}");
     let mut models = server.models();
     let get = GetModelRequest { model: "counted".to_owned() };
-    let resident = models.get_model(get).await.unwrap().into_inner().resident_bytes;
+    let model = models.get_model(get).await.unwrap().into_inner().model.unwrap();
+    let resident = model.resident_bytes;
     assert!(bytes > 0.0 && bytes == resident as f64, "{bytes} {resident}");
-    server.stop().await;
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn calls_are_counted_by_method_and_status_with_the_bytes_of_their_messages() {
-    let data = tempfile::tempdir().unwrap();
-    let server = TestServer::start(&data).await;
-    let ops = Ops::start(server.probes.clone()).await;
-    server.make("m").await;
-    let image = digit(0, 0);
-    let method = "vitq.v1.InferenceService/Classify";
-    let labels = |status: &str| format!("{{grpc_method=\"{method}\",grpc_status=\"{status}\"}}");
-    let before = ops.scrape().await;
-    server.classify("m", vec![image.clone()]).await.unwrap();
-    server.classify("Not An Id", vec![image.clone()]).await.unwrap_err();
-    // The end of a call is noted when its answer has left the server.
-    let name = "grpc_server_call_duration_seconds_count";
-    let seen = |scrape: &Scrape, status: &str| {
-        scrape.value(&format!("{name}{}", labels(status)))
-            - before.value(&format!("{name}{}", labels(status)))
-    };
-    let after = loop {
-        let scrape = ops.scrape().await;
-        if seen(&scrape, "OK") >= 1.0 && seen(&scrape, "INVALID_ARGUMENT") >= 1.0 {
-            break scrape;
-        }
-    };
-    let received = "grpc_server_call_rcvd_total_compressed_message_size_bytes_sum";
-    let received = format!("{received}{}", labels("INVALID_ARGUMENT"));
-    let grown = after.value(&received) - before.value(&received);
-    let most = image.len() as f64 + 100.0;
-    assert!(grown >= image.len() as f64 && grown < most, "{grown} for {} bytes", image.len());
-    let sent = "grpc_server_call_sent_total_compressed_message_size_bytes_sum";
-    assert!(after.value(&format!("{sent}{}", labels("OK"))) > 0.0);
     server.stop().await;
 }
 
@@ -199,12 +169,9 @@ async fn who_leaves_and_who_is_refused_are_told_apart() {
     let mut calls = tokio::task::JoinSet::new();
     for _ in 0..24 {
         let mut client = server.inference();
-        let images = vec![vitq::grpc::proto::Image { content: digit(0, 0).into() }; 2];
-        let request = vitq::grpc::proto::ClassifyRequest {
-            model: "small-queue".to_owned(),
-            images,
-            ..Default::default()
-        };
+        let images = vec![Image { content: digit(0, 0).into() }; 2];
+        let model = "small-queue".to_owned();
+        let request = ClassifyRequest { model, images, ..ClassifyRequest::default() };
         calls.spawn(async move { client.classify(request).await });
     }
     let mut refused = 0.0;
@@ -216,15 +183,20 @@ async fn who_leaves_and_who_is_refused_are_told_apart() {
     }
     let scrape = ops.scrape().await;
     assert_eq!(scrape.value(&reason("queue_full")), 2.0 * refused);
-    let mut late = Request::new(vitq::grpc::proto::ClassifyRequest {
-        model: "small-queue".to_owned(),
-        images: vec![vitq::grpc::proto::Image { content: digit(0, 0).into() }],
-        ..Default::default()
-    });
-    late.set_timeout(std::time::Duration::from_micros(10));
-    server.inference().classify(late).await.unwrap_err();
-    while ops.scrape().await.value(&reason("deadline")) < 1.0 {
-        tokio::task::yield_now().await; // the client may be told before the server notes it
+    // How long a call takes is not known; one of these times is too short for it, and long enough to
+    // reach the server.
+    let times = [1, 2, 4, 8, 16].map(|tenths| Duration::from_micros(500 * tenths));
+    for time in times.into_iter().cycle() {
+        let mut late = Request::new(ClassifyRequest {
+            model: "small-queue".to_owned(),
+            images: vec![Image { content: digit(0, 0).into() }],
+            ..ClassifyRequest::default()
+        });
+        late.set_timeout(time);
+        let _ = server.inference().classify(late).await; // whatever the client is told
+        if ops.scrape().await.value(&reason("deadline")) >= 1.0 {
+            break;
+        }
     }
     server.stop().await;
 }
