@@ -13,6 +13,7 @@ use sha2::{Digest, Sha256};
 
 use crate::artifact::store::ModelRecord;
 use crate::exec::Backend;
+use crate::telemetry::metrics;
 
 /// Bytes that are hashed at a time: some tens of microseconds, then others have their turn.
 const RUN: usize = 64 << 10;
@@ -79,7 +80,9 @@ impl ResponseCache {
         let found = self.entries.as_ref().and_then(|entries| entries.get(key));
         let counter = if found.is_some() { &self.hits } else { &self.misses };
         counter.fetch_add(1, Ordering::Relaxed);
-        found.map(|logits| logits.to_vec())
+        let logits = found?;
+        metrics::cache_hit("responses");
+        Some(logits.to_vec())
     }
 
     /// Keeps logits.
