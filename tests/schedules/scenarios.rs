@@ -105,7 +105,7 @@ fn classify(
     let (reply, answer) = oneshot::channel();
     let entry = Entry {
         model: MODEL,
-        priority: if pixel % 2 == 0 { Priority::Interactive } else { Priority::Bulk },
+        priority: if pixel.is_multiple_of(2) { Priority::Interactive } else { Priority::Bulk },
         decode: Duration::ZERO,
         queued: Instant::now(),
         deadline: None,
