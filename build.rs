@@ -17,7 +17,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         let lib = lib.canonicalize().unwrap_or(lib);
         println!("cargo:rustc-link-arg=-Wl,-rpath,{}", lib.display());
     }
-    println!("cargo:rustc-env=VITQ_LIBTORCH_VERSION={}", libtorch_version().unwrap_or_default());
+    println!("cargo:rustc-env=BUILT_WITH_LIBTORCH={}", libtorch_version().unwrap_or_default());
     compile_protos()
 }
 

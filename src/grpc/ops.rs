@@ -106,7 +106,7 @@ async fn scrape(State(probes): State<Probes>) -> impl IntoResponse {
         None => Samples::default(),
     };
     let cuda = device::cuda_version();
-    let build = [env!("CARGO_PKG_VERSION"), env!("VITQ_LIBTORCH_VERSION"), &cuda];
+    let build = [env!("CARGO_PKG_VERSION"), env!("BUILT_WITH_LIBTORCH"), &cuda];
     samples.add(&table::BUILD, &build, 1.0);
     ([(header::CONTENT_TYPE, METRICS_TYPE)], metrics::render(samples))
 }

@@ -93,14 +93,19 @@ async fn a_late_call_ends_with_its_deadline_and_gives_its_places_back() {
         assert!(reasons.contains(&reason.as_str()), "{reason}");
     }
     // A client that leaves, too.
+    all_places_are_free(&server).await;
     let mut client = server.inference();
     let left = tokio::time::timeout(Duration::from_millis(5), client.classify(request("m", 64)));
     assert!(left.await.is_err());
+    all_places_are_free(&server).await;
+    server.classify("m", vec![digit(0, 0); 64]).await.unwrap();
+    server.stop().await;
+}
+
+async fn all_places_are_free(server: &TestServer) {
     while server.engine.classifier.admission().images() > 0 {
         tokio::task::yield_now().await;
     }
-    server.classify("m", vec![digit(0, 0); 64]).await.unwrap();
-    server.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -373,33 +373,6 @@ async fn a_job_is_ended_by_those_who_may_start_its_kind() {
     server.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn old_connections_are_asked_to_end() {
-    let data = tempfile::tempdir().unwrap();
-    let connections =
-        ConnectionLimits { age: Some(Duration::from_millis(100)), ..ConnectionLimits::default() };
-    let server = ServerConfig { connections, ..ServerConfig::default() };
-    let server = TestServer::with(&data, Setup { server, ..Setup::default() }).await;
-    let mut stream = TcpStream::connect(server.address).await.unwrap();
-    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
-    stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap(); // SETTINGS without any
-    let goaway = 7;
-    loop {
-        // Frame header: length, type, flags, stream (RFC 9113, section 4.1).
-        let mut header = [0; 9];
-        stream.read_exact(&mut header).await.unwrap();
-        if header[3] == goaway {
-            break;
-        }
-        let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
-        let mut payload = vec![0; length as usize];
-        stream.read_exact(&mut payload).await.unwrap();
-    }
-    drop(stream); // it would not answer the ping that precedes the end
-    list(&server.channel).await.unwrap(); // a client of that age connects anew
-    server.stop().await;
-}
-
 fn vitq(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_vitq"));
     command.args(arguments).env("OMP_NUM_THREADS", "1");

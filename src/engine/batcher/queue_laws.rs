@@ -136,6 +136,8 @@ impl Bench {
         assert!(batch.len() <= self.max_batch, "{} images", batch.len());
         let now = self.now;
         let wanted = |image: &&Waiting| image.model == model && image.is_wanted(now);
+        // Who waits for them goes on waiting meanwhile.
+        let mut taken = Vec::new();
         for entry in &batch {
             let of_entry = |image: &Waiting| image.number as f32 == entry.pixels[0];
             let index = self.waiting.iter().position(of_entry).expect("an image that waits");
@@ -150,6 +152,7 @@ impl Bench {
                 let passed = others.any(|other| other.priority == Priority::Interactive);
                 assert!(!passed, "it could have waited");
             }
+            taken.push(image);
         }
         for entry in batch {
             assert!(entry.still_wanted(now).is_some(), "computed for nobody");
