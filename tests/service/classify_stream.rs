@@ -77,7 +77,7 @@ async fn requests_are_answered_under_their_ids_as_classify_would() {
     let model = |id| if id < 40 { "m" } else { "n" };
     let images = |id: u64| {
         let class = usize::try_from(id % 10).unwrap();
-        vec![digit(class, 0); if id % 7 == 0 { 3 } else { 1 }]
+        vec![digit(class, 0); if id.is_multiple_of(7) { 3 } else { 1 }]
     };
     let reader = tokio::spawn(exchange.answers.collect::<Result<Vec<_>, _>>());
     for id in 0..60 {

@@ -143,7 +143,9 @@ async fn stop_while_loading(drain_timeout: &str) -> Result<(), Status> {
         match model.state() {
             State::Loading => break,
             State::Stored => {}
-            other => panic!("loaded before anybody saw it: {other:?}"),
+            other @ (State::Unspecified | State::Ready | State::Failed) => {
+                panic!("loaded before anybody saw it: {other:?}")
+            }
         }
     }
     drop(models);

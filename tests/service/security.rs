@@ -4,14 +4,11 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::Duration;
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::json;
 use tempfile::TempDir;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 use tonic::{Code, Request, Status};
@@ -21,6 +18,7 @@ use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_types::StatusExt as _;
 use vitq::engine::jobs::JobLimits;
+use vitq::grpc::ServerConfig;
 use vitq::grpc::auth::{NewToken, Scopes, new_token};
 use vitq::grpc::proto::longrunning::CancelOperationRequest;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
@@ -28,7 +26,6 @@ use vitq::grpc::proto::{
     ClassifyRequest, EvaluateRequest, Image, ListModelsRequest, UnloadModelRequest,
 };
 use vitq::grpc::security::{Security, SecurityConfig};
-use vitq::grpc::{ConnectionLimits, ServerConfig};
 
 use crate::server::{Setup, TestServer, digit, quick, slow};
 
