@@ -145,7 +145,7 @@ pub struct ProcessConfig {
     #[arg(long, env = "VITQ_CACHE_BYTES", default_value_t = 256 << 30, value_name = "BYTES")]
     pub cache_bytes: u64,
     /// Whose checkpoints of the Hugging Face hub may be named in requests, as
-    /// hf-hub:OWNER/NAME[@REVISION]: a comma-separated list of owners, or * for everybody's. Without
+    /// `hf-hub:OWNER/NAME[@REVISION]`: a comma-separated list of owners, or * for everybody's. Without
     /// it nobody's. Needs a build with feature `hub`.
     #[arg(long, env = "VITQ_HUB", value_name = "OWNERS")]
     pub hub: Option<HubOwners>,
