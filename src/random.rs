@@ -1,5 +1,9 @@
 //! Numbers that look random and are the same everywhere, for ever: libtorch's generator is shared by
-//! all jobs, and stored artifacts name their images and weights by seed.
+//! all jobs, and stored artifacts name their images and weights by seed. And one that never is the
+//! same, for what is not to happen everywhere at once.
+
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher as _, Hasher as _};
 
 /// Increment of SplitMix64: 2^64 divided by the golden ratio.
 pub(crate) const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
@@ -19,6 +23,12 @@ pub(crate) fn fnv1a(text: &str) -> u64 {
     })
 }
 
+/// 1, give or take at most `share`: another number with each call and in each process.
+pub(crate) fn around_one(share: f64) -> f64 {
+    let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
+    1.0 + share * (2.0 * random - 1.0)
+}
+
 /// SplitMix64 (Steele, Lea, Flood, OOPSLA 2014).
 #[derive(Clone, Debug)]
 pub(crate) struct SplitMix64(pub(crate) u64);
@@ -34,6 +44,13 @@ impl SplitMix64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_around_one_differ_and_stay_near() {
+        let numbers: Vec<f64> = (0..100).map(|_| around_one(0.1)).collect();
+        assert!(numbers.iter().all(|number| (0.9..=1.1).contains(number)));
+        assert!(numbers.iter().any(|number| *number != numbers[0]));
+    }
 
     #[test]
     fn the_numbers_are_those_of_the_published_algorithms() {

@@ -3,6 +3,7 @@
 pub mod auth;
 mod caller;
 mod catalog;
+mod check;
 mod classify;
 mod classify_stream;
 mod connections;
@@ -30,8 +31,6 @@ mod tls;
 mod trace;
 mod uploads;
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -45,7 +44,9 @@ use crate::engine::Engine;
 use crate::engine::device::DeviceHandle;
 use crate::engine::names::ModelId;
 use crate::error::{Error, Result};
+use crate::random;
 
+use check::Checks;
 pub use connections::ConnectionLimits;
 use health::HealthChecks;
 use ops::Probes;
@@ -185,8 +186,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .layer(measure::Measures::default())
         .layer(deadline::Deadlines)
         .layer(intake::Intake::new(LARGE_MESSAGES.saturating_mul(images)))
-        .layer(drain::RefuseWhileDraining::new(taking.clone()))
-        .layer(auth::Authorize::new(gate))
+        .layer(Checks(drain::RefuseWhileDraining::new(taking.clone())))
+        .layer(Checks(gate))
         .add_service(service!(QuantizationServiceServer, quantize, images))
         .add_service(service!(InferenceServiceServer, classify, images))
         .add_service(service!(GrpcInferenceServiceServer, open_inference, images))
@@ -279,8 +280,7 @@ impl<T> Drop for AbortOnDrop<T> {
 /// Give or take a tenth, so that the connections of servers that were started together do not all end
 /// together.
 fn jittered(age: Duration) -> Duration {
-    let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
-    age.mul_f64(0.9 + 0.2 * random)
+    age.mul_f64(random::around_one(0.1))
 }
 
 fn transport(error: &tonic::transport::Error) -> Error {

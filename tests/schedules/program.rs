@@ -74,6 +74,9 @@ mod telemetry {
     }
 }
 
+#[path = "../../src/random.rs"]
+mod random;
+
 mod engine;
 mod scenarios;
 

@@ -1,9 +1,9 @@
 //! How fast images are answered: what waiting times are estimated by.
 
-use std::collections::hash_map::RandomState;
-use std::hash::{BuildHasher as _, Hasher as _};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
+
+use crate::random;
 
 /// Share of the newest observation in an average.
 const NEWEST: f64 = 0.2;
@@ -46,8 +46,7 @@ impl Pace {
     /// When a caller who met `ahead` images should come back: give or take a fifth, so that those who
     /// were refused together do not return together.
     pub fn retry_after(&self, ahead: usize) -> Duration {
-        let random = RandomState::new().build_hasher().finish() as f64 / u64::MAX as f64;
-        let seconds = self.per_image() * ahead as f64 * (0.8 + 0.4 * random);
+        let seconds = self.per_image() * ahead as f64 * random::around_one(0.2);
         Duration::try_from_secs_f64(seconds).unwrap_or(WAIT.1).clamp(WAIT.0, WAIT.1)
     }
 }

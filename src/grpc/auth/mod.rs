@@ -10,15 +10,12 @@ mod jwt;
 mod scopes;
 mod tokens;
 
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use tonic::Status;
-use tonic::codegen::http::{HeaderMap, Request, Response, header::AUTHORIZATION};
-use tower::{Layer, Service};
+use tonic::codegen::http::request::Parts;
+use tonic::codegen::http::{HeaderMap, header::AUTHORIZATION};
 
+use super::check::Check;
 use super::connections::Peer;
 use super::reload::Reloadable;
 use crate::error::{BadCredentials, Error, Result};
@@ -102,13 +99,13 @@ impl Gate {
         self.tokens.is_some() || self.jwt.is_some() || self.certificates.is_some()
     }
 
-    /// Lets a request in, as somebody's.
+    /// Lets a call in, as somebody's.
     ///
     /// # Errors
     /// `Unauthenticated`, `PermissionDenied`.
-    fn admit<T>(&self, request: &Request<T>) -> Result<Principal> {
-        let peer = request.extensions().get::<Peer>();
-        let access = access(request.uri().path()).unwrap_or(Access::Scoped(&[Scope::Admin]));
+    fn admit(&self, call: &Parts) -> Result<Principal> {
+        let peer = call.extensions.get::<Peer>();
+        let access = access(call.uri.path()).unwrap_or(Access::Scoped(&[Scope::Admin]));
         if access == Access::Open || (access == Access::Reflection && self.reflection) {
             return Ok(Principal::anonymous(peer));
         }
@@ -119,7 +116,7 @@ impl Gate {
             }
             return Ok(principal);
         }
-        let principal = self.identify(request.headers(), peer)?;
+        let principal = self.identify(&call.headers, peer)?;
         match access {
             Access::Open | Access::Known => {}
             Access::Scoped(scopes) | Access::Control(scopes) => principal.needs(scopes)?,
@@ -171,61 +168,15 @@ fn bearer(headers: &HeaderMap) -> Result<Option<&str>, BadCredentials> {
     Ok(Some(token.trim()))
 }
 
-/// The layer.
-#[derive(Clone)]
-pub(super) struct Authorize {
-    gate: Arc<Gate>,
-}
-
-impl Authorize {
-    pub(super) fn new(gate: Arc<Gate>) -> Self {
-        Self { gate }
-    }
-}
-
-impl<S> Layer<S> for Authorize {
-    type Service = Authorized<S>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Authorized { inner, gate: Arc::clone(&self.gate) }
-    }
-}
-
-/// The layered service.
-#[derive(Clone)]
-pub(super) struct Authorized<S> {
-    inner: S,
-    gate: Arc<Gate>,
-}
-
-impl<S, In, Out> Service<Request<In>> for Authorized<S>
-where
-    S: Service<Request<In>, Response = Response<Out>>,
-    S::Future: Send + 'static,
-    S::Error: Send + 'static,
-    Out: Default + Send + 'static,
-{
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Pin<Box<dyn Future<Output = Result<S::Response, S::Error>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, mut request: Request<In>) -> Self::Future {
-        match self.gate.admit(&request) {
-            Ok(principal) => {
-                request.extensions_mut().insert(principal);
-                Box::pin(self.inner.call(request))
-            }
-            Err(error) => {
-                let address = request.extensions().get::<Peer>().map(|peer| peer.address);
-                let method = request.uri().path();
-                tracing::info!(?address, method, %error, "a call was refused");
-                Box::pin(std::future::ready(Ok(Status::from(error).into_http())))
-            }
-        }
+impl Check for Arc<Gate> {
+    fn check(&self, call: &mut Parts) -> Result<()> {
+        let principal = self.admit(call).inspect_err(|error| {
+            let address = call.extensions.get::<Peer>().map(|peer| peer.address);
+            let method = call.uri.path();
+            tracing::info!(?address, method, %error, "a call was refused");
+        })?;
+        call.extensions.insert(principal);
+        Ok(())
     }
 }
 

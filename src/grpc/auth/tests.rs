@@ -6,6 +6,8 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp
 use rcgen::{KeyPair, PKCS_ECDSA_P256_SHA256, PKCS_RSA_SHA256, RsaKeySize};
 use serde_json::{Value, json};
 
+use tonic::codegen::http::Request;
+
 use super::*;
 
 const LIST: &str = "/vitq.v1.ModelService/ListModels";
@@ -29,7 +31,8 @@ fn request(path: &str, authorization: &[&str]) -> Request<()> {
 
 /// Code-like name of the decision: the principal's name, or what is wrong.
 fn decide(gate: &Gate, request: &Request<()>) -> String {
-    match gate.admit(request) {
+    let (call, ()) = request.clone().into_parts();
+    match gate.admit(&call) {
         Ok(principal) => principal.name.to_string(),
         Err(Error::Unauthenticated(reason)) => format!("{reason:?}"),
         Err(Error::PermissionDenied { needs, .. }) => format!("needs {needs}"),
