@@ -18,6 +18,7 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::{Sleep, sleep};
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::server::TlsStream;
@@ -41,13 +42,20 @@ pub struct ConnectionLimits {
     pub connections: usize,
     /// Time for a connection's TLS handshake and the first bytes of HTTP/2 together.
     pub opening: Duration,
-    /// Age at which a connection is asked to end, give or take a tenth; without one, none is.
+    /// Age at which a connection is asked to end; without one, none is.
     pub age: Option<Duration>,
+    /// Time for what then runs on it, before it is cut off.
+    pub grace: Duration,
 }
 
 impl Default for ConnectionLimits {
     fn default() -> Self {
-        Self { connections: 1024, opening: Duration::from_secs(10), age: None }
+        Self {
+            connections: 1024,
+            opening: Duration::from_secs(10),
+            age: None,
+            grace: Duration::from_secs(30),
+        }
     }
 }
 
@@ -67,6 +75,8 @@ pub(super) struct Connection {
     peer: Peer,
     /// Bytes of the preface, read already, that HTTP/2 has been given.
     replayed: usize,
+    /// When it is cut off. tonic asks connections to end or cuts them off, never one after the other.
+    end: Option<Pin<Box<Sleep>>>,
     _place: OwnedSemaphorePermit,
 }
 
@@ -121,7 +131,9 @@ async fn accept(
         opening.spawn(async move {
             match tokio::time::timeout(limits.opening, open(stream, address, tls)).await {
                 Ok(Ok((io, peer))) => {
-                    let connection = Connection { io, peer, replayed: 0, _place: place };
+                    let end =
+                        limits.age.map(|age| Box::pin(sleep(age.saturating_add(limits.grace))));
+                    let connection = Connection { io, peer, replayed: 0, end, _place: place };
                     let _ = ready.send(Ok(connection)).await; // the server may be gone
                 }
                 Ok(Err(error)) => tracing::debug!(%address, %error, "a connection failed to open"),
@@ -169,6 +181,11 @@ impl AsyncRead for Connection {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        if let Some(end) = &mut self.end
+            && end.as_mut().poll(context).is_ready()
+        {
+            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        }
         let rest = &PREFACE[self.replayed..];
         if rest.is_empty() {
             return Pin::new(&mut self.io).poll_read(context, buffer);

@@ -72,8 +72,9 @@ const MAX_STREAMS: u32 = 256;
 const CONNECTION_WINDOW: u32 = 16 << 20;
 /// Silence after which a connection is pinged, and how long the answer may take.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(10));
-/// Time for the calls of a connection that is asked to end for its age.
-const AGE_GRACE: Duration = Duration::from_secs(30);
+/// How far the ages of connections differ, so that those of servers that were started together do not
+/// all end together.
+const AGE_SPREAD: f64 = 0.1;
 /// Request headers, in bytes.
 const MAX_HEADERS: u32 = 16 << 10;
 /// Streams that a client may reset before they are served: a defence against rapid reset.
@@ -172,8 +173,9 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let uploads = uploads::Uploads::new(Arc::clone(&engine));
     let operations = operations::Jobs::new(Arc::clone(&engine));
     let mut server = Server::builder();
-    if let Some(age) = config.connections.age {
-        server = server.max_connection_age(jittered(age)).max_connection_age_grace(AGE_GRACE);
+    let age = config.connections.age.map(|age| age.mul_f64(random::around_one(AGE_SPREAD)));
+    if let Some(age) = age {
+        server = server.max_connection_age(age);
     }
     let router = server
         .max_concurrent_streams(MAX_STREAMS)
@@ -202,7 +204,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .add_service(descriptors().build_v1().map_err(broken)?)
         .add_service(descriptors().build_v1alpha().map_err(broken)?);
 
-    let incoming = connections::incoming(listener, config.connections, tls);
+    let incoming =
+        connections::incoming(listener, ConnectionLimits { age, ..config.connections }, tls);
     let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
     tokio::pin!(serving);
     let ready = async {
@@ -275,12 +278,6 @@ impl<T> Drop for AbortOnDrop<T> {
     fn drop(&mut self) {
         self.0.abort();
     }
-}
-
-/// Give or take a tenth, so that the connections of servers that were started together do not all end
-/// together.
-fn jittered(age: Duration) -> Duration {
-    age.mul_f64(random::around_one(0.1))
 }
 
 fn transport(error: &tonic::transport::Error) -> Error {

@@ -4,11 +4,14 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
+use std::time::Duration;
 
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode, get_current_timestamp};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
 use serde_json::json;
 use tempfile::TempDir;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 use tonic::metadata::MetadataValue;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Identity};
 use tonic::{Code, Request, Status};
@@ -18,7 +21,6 @@ use tonic_reflection::pb::v1::ServerReflectionRequest;
 use tonic_reflection::pb::v1::server_reflection_client::ServerReflectionClient;
 use tonic_types::StatusExt as _;
 use vitq::engine::jobs::JobLimits;
-use vitq::grpc::ServerConfig;
 use vitq::grpc::auth::{NewToken, Scopes, new_token};
 use vitq::grpc::proto::longrunning::CancelOperationRequest;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
@@ -26,6 +28,7 @@ use vitq::grpc::proto::{
     ClassifyRequest, EvaluateRequest, Image, ListModelsRequest, UnloadModelRequest,
 };
 use vitq::grpc::security::{Security, SecurityConfig};
+use vitq::grpc::{ConnectionLimits, ServerConfig};
 
 use crate::server::{Setup, TestServer, digit, quick, slow};
 
@@ -367,6 +370,40 @@ async fn a_job_is_ended_by_those_who_may_start_its_kind() {
     };
     assert_eq!(cancel(&evaluate).await.unwrap_err().code(), Code::PermissionDenied);
     assert!(cancel(&admin).await.is_ok() && cancel(&quantize).await.is_ok());
+    server.stop().await;
+}
+
+/// The type of a frame that announces the end of a connection (RFC 9113, section 6.8).
+const GOAWAY: u8 = 7;
+
+/// The type of the next HTTP/2 frame, whose payload is skipped; nothing at the connection's end.
+async fn frame(stream: &mut TcpStream) -> Option<u8> {
+    // Frame header: length, type, flags, stream (RFC 9113, section 4.1).
+    let mut header = [0; 9];
+    stream.read_exact(&mut header).await.ok()?;
+    let length = u32::from_be_bytes([0, header[0], header[1], header[2]]);
+    let mut payload = vec![0; length as usize];
+    stream.read_exact(&mut payload).await.ok()?;
+    Some(header[3])
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn old_connections_are_asked_to_end_and_then_cut_off() {
+    let data = tempfile::tempdir().unwrap();
+    let (age, grace) = (Duration::from_millis(100), Duration::from_millis(300));
+    let connections = ConnectionLimits { age: Some(age), grace, ..ConnectionLimits::default() };
+    let server = ServerConfig { connections, ..ServerConfig::default() };
+    let server = TestServer::with(&data, Setup { server, ..Setup::default() }).await;
+    let mut stream = TcpStream::connect(server.address).await.unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap(); // SETTINGS without any
+    let mut frames = Vec::new();
+    while let Some(kind) = frame(&mut stream).await {
+        frames.push(kind);
+    }
+    // It never answers the ping that follows, and is cut off.
+    assert!(frames.contains(&GOAWAY), "{frames:?}");
+    list(&server.channel).await.unwrap(); // a client of that age connects anew
     server.stop().await;
 }
 
