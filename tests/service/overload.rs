@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use tokio::task::JoinSet;
-use tonic::{Code, Request, Status};
+use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
 use vitq::grpc::proto::{ClassifyPriority, ClassifyRequest, ClassifyResponse, Image};
 
+use crate::raw::{CLASSIFY, Raw, classification};
 use crate::server::{Setup, TestServer, digit, refusal};
 
 /// Calls that are on their way at the same time.
@@ -83,10 +84,11 @@ async fn a_late_call_ends_with_its_deadline_and_gives_its_places_back() {
     server.make("m").await;
     server.classify("m", vec![digit(0, 0)]).await.unwrap();
     // What 64 images take is known by now to be more than this.
-    for (limit, images) in [(Duration::from_micros(1), 1), (Duration::from_millis(10), 64)] {
-        let mut late = Request::new(request("m", images));
-        late.set_timeout(limit);
-        let status = server.inference().classify(late).await.unwrap_err();
+    let (image, raw) = (digit(3, 0), Raw::connect(&server.url()).await);
+    for (limit, images) in [("1u", 1), ("10m", 64)] {
+        all_places_are_free(&server).await;
+        let body = classification(&vec![&image[..]; images]);
+        let status = raw.status(CLASSIFY, &[("grpc-timeout", limit)], body).await;
         assert_eq!(status.code(), Code::DeadlineExceeded, "{status}");
         let (_, _, reason) = refusal(&status);
         let reasons = ["DEADLINE_TOO_SHORT", "DEADLINE_EXCEEDED"];

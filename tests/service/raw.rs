@@ -6,7 +6,7 @@ use h2::{Reason, SendStream};
 use http::{HeaderMap, Request};
 use prost::Message;
 use tokio::net::TcpStream;
-use tonic::Code;
+use tonic::{Code, Status};
 use vitq::grpc::proto::{ClassifyRequest, Image};
 
 pub(crate) const CLASSIFY: &str = "/vitq.v1.InferenceService/Classify";
@@ -55,17 +55,31 @@ impl Raw {
         headers: &[(&str, &str)],
         body: Bytes,
     ) -> Result<Answer, h2::Error> {
+        let (http, end) = self.exchange(path, headers, body).await?;
+        Ok(Answer { http, code: code(&end) })
+    }
+
+    /// The status of a whole call, as the server gives it: tonic's client ends late calls by itself.
+    pub(crate) async fn status(&self, path: &str, headers: &[(&str, &str)], body: Bytes) -> Status {
+        let (_, end) = self.exchange(path, headers, body).await.unwrap();
+        Status::from_header_map(&end).unwrap()
+    }
+
+    /// A whole call: the HTTP status, and the headers that the gRPC status is in.
+    async fn exchange(
+        &self,
+        path: &str,
+        headers: &[(&str, &str)],
+        body: Bytes,
+    ) -> Result<(u16, HeaderMap), h2::Error> {
         let (answer, mut stream) = self.begin(path, headers).await?;
         stream.send_data(body, true)?;
         let (head, mut body) = answer.await?.into_parts();
-        let mut answer = Answer { http: head.status.as_u16(), code: code(&head.headers) };
         while let Some(data) = body.data().await {
             body.flow_control().release_capacity(data?.len())?;
         }
-        if let Some(trailers) = body.trailers().await? {
-            answer.code = code(&trailers).or(answer.code);
-        }
-        Ok(answer)
+        let trailers = body.trailers().await?.filter(|trailers| code(trailers).is_some());
+        Ok((head.status.as_u16(), trailers.unwrap_or(head.headers)))
     }
 
     /// Sends a whole call and takes it back at once.
