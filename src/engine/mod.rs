@@ -9,6 +9,7 @@ pub mod device;
 pub mod evaluator;
 pub mod garbage;
 pub mod jobs;
+mod loader;
 pub mod names;
 pub mod pipeline;
 pub mod quantized_model;

@@ -15,6 +15,7 @@ use crate::engine::catalog::{CatalogContent, ModelCatalog};
 use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::Lease;
+use crate::engine::loader::Loader;
 use crate::engine::names::ModelId;
 use crate::engine::statistics::{Meter, ModelStatistics};
 use crate::error::{Error, Result};
@@ -22,7 +23,7 @@ use crate::exec::Backend;
 
 mod loading;
 
-/// Turns stored bytes into what builds the model on a device thread. Blocking, on the blocking pool.
+/// Turns stored bytes into what builds the model on a device. Both are blocking, on the loader's thread.
 type ReadArtifact = fn(&str, &[u8], Backend) -> Result<BuildNetwork>;
 
 /// All stored models, and which of them are loaded.
@@ -33,6 +34,7 @@ pub struct ModelRegistry {
     garbage: Garbage,
     devices: Vec<DeviceHandle>,
     backend: Backend,
+    loader: Loader,
     read: ReadArtifact,
     names: Mutex<Names>,
     next_key: AtomicU64,
@@ -168,7 +170,7 @@ impl ModelRegistry {
     /// Reads the catalogue; everything in it can be served at once.
     ///
     /// # Errors
-    /// `Unavailable` when the catalogue cannot be read.
+    /// `Unavailable` when the catalogue cannot be read; `Io` without threads.
     pub async fn open(parts: RegistryParts) -> Result<Arc<Self>> {
         Self::with_reader(parts, read_artifact).await
     }
@@ -181,6 +183,7 @@ impl ModelRegistry {
             garbage,
             devices,
             backend,
+            loader: Loader::start()?,
             read,
             names: Mutex::default(),
             next_key: AtomicU64::new(1),

@@ -292,7 +292,7 @@ mod tests {
 
     use super::*;
     use crate::data::Pixels;
-    use crate::engine::device::{Batching, BuildNetwork, Network};
+    use crate::engine::device::{Batching, Network};
 
     /// Answers when it is told with what.
     struct Puppet(Mutex<mpsc::Receiver<Result<Vec<f32>>>>);
@@ -312,8 +312,7 @@ mod tests {
         let batching = Batching { max_batch: 1, delay: Duration::ZERO };
         let device = DeviceHandle::start(Device::Cpu, batching, Arc::default()).unwrap();
         let (strings, puppet) = mpsc::channel();
-        let build: BuildNetwork = Box::new(|_| Ok(Box::new(Puppet(Mutex::new(puppet)))));
-        device.load(1, build, Arc::default()).await.unwrap();
+        device.load(1, Box::new(Puppet(Mutex::new(puppet))), Arc::default()).await.unwrap();
         let images = || Pixels { count: 1, image_size: 1, data: vec![0.0; 3] };
         let (devices, alive) = ([device.clone()], Flag::default());
         let limit = Duration::from_millis(20);

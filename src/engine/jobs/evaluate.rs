@@ -109,11 +109,8 @@ fn float_reference(
         return Err(Error::invalid(format!("checkpoint `{}`", record.checkpoint), reason));
     }
     let key = runner.parts.registry.new_key();
-    let build = Box::new(move |device| {
-        let model = FloatModel::load(&checkpoint, device)?;
-        Ok(Box::new(model) as Box<dyn crate::engine::device::Network>)
-    });
-    runner.runtime.block_on(device.load(key, build, Arc::default()))?;
+    let model = FloatModel::load(&checkpoint, device.device())?;
+    runner.runtime.block_on(device.load(key, Box::new(model), Arc::default()))?;
     Ok(key)
 }
 

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tokio::sync::watch;
 
-use super::{ModelRegistry, ModelView, Names, Placement, Slot, SlotState, blocking, not_found};
+use super::{ModelRegistry, ModelView, Names, Placement, Slot, SlotState, not_found};
 use crate::artifact::store::ModelRecord;
 use crate::engine::device::{DeviceHandle, LoadKey, memory_error};
 use crate::engine::names::ModelId;
@@ -136,13 +136,15 @@ impl ModelRegistry {
         let started = std::time::Instant::now();
         let bytes = self.store.get(&record.digest).await?;
         let (read, digest, backend) = (self.read, record.digest.clone(), self.backend);
-        let build = blocking(move || read(&digest, &bytes, backend)).await?;
+        let build = self.loader.run(move || read(&digest, &bytes, backend)).await?;
         let _alone = self.arriving.lock().await;
         let device = self.emptiest_device()?.clone();
         let budget = self.memory_budget.unwrap_or(u64::MAX);
         // What is expected may be too much: what counts is measured behind the load.
         self.make_room(&device, expected.min(budget)).await?;
-        let loaded = device.load(key, build, Arc::clone(&meter)).await;
+        let target = device.device();
+        let built = self.loader.run(move || build(target)).await.map_err(memory_error)?;
+        let loaded = device.load(key, built, Arc::clone(&meter)).await;
         let resident_bytes = loaded.map_err(memory_error)?;
         if let Err(error) = self.make_room(&device, 0).await {
             device.unload(key).await?;
