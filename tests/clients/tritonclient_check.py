@@ -60,7 +60,7 @@ def server_and_model():
     shapes = {t["name"]: t["shape"] for t in metadata["inputs"] + metadata["outputs"]}
     side = str(case["side"])
     assert shapes == {
-        "image": ["-1"],
+        "image": ["-1", "1"],
         "pixels": ["-1", "3", side, side],
         "logits": ["-1", str(classes)],
         "probabilities": ["-1", str(classes)],

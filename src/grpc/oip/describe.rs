@@ -16,7 +16,7 @@ use crate::grpc::proto::inference::model_metadata_response::TensorMetadata;
 use crate::grpc::proto::inference::repository_index_response::ModelIndex;
 use crate::grpc::proto::inference::{
     self, ModelConfig, ModelDynamicBatching, ModelInput, ModelInstanceGroup, ModelMetadataResponse,
-    ModelOutput, ModelParameter, ModelTensorReshape, ModelTransactionPolicy,
+    ModelOutput, ModelParameter, ModelTransactionPolicy,
 };
 use crate::grpc::status::status;
 
@@ -74,7 +74,7 @@ pub(super) fn metadata(name: String, view: &ModelView) -> Result<ModelMetadataRe
         versions: vec![VERSION.to_owned()],
         platform: PLATFORM.to_owned(),
         inputs: vec![
-            tensor(IMAGE, DataType::Bytes, &[IMAGES]),
+            tensor(IMAGE, DataType::Bytes, &[IMAGES, 1]),
             tensor(PIXELS, DataType::Fp32, &[IMAGES, 3, side, side]),
         ],
         outputs: SOURCES.iter().map(|source| output(source.name())).collect(),
@@ -120,7 +120,7 @@ pub(super) fn config(name: String, view: &ModelView, images: usize) -> Result<Mo
         data_type: inference::DataType::TypeString.into(),
         format: Format::None.into(),
         dims: vec![1],
-        reshape: Some(ModelTensorReshape { shape: Vec::new() }),
+        reshape: None,
         optional: true,
     };
     let pixels = ModelInput {
@@ -209,15 +209,14 @@ mod tests {
         assert_eq!(metadata.properties["digest"], "d1");
         assert!(metadata.properties["preprocessing"].contains("\"mean\":[0.5,0.5,0.5]"));
         let shape = |tensors: &[TensorMetadata], index: usize| tensors[index].shape.clone();
-        assert_eq!(shape(&metadata.inputs, 0), [-1]);
+        assert_eq!(shape(&metadata.inputs, 0), [-1, 1]);
         assert_eq!(shape(&metadata.inputs, 1), [-1, 3, 4, 4]);
         assert_eq!(shape(&metadata.outputs, 0), [-1, 2]);
         let config = config("live".to_owned(), &view, 64).unwrap();
         assert_eq!((config.max_batch_size, &config.instance_group[..]), (64, &[][..]));
         for (input, tensor) in config.input.iter().zip(&metadata.inputs) {
             assert_eq!(input.name, tensor.name);
-            let dims = input.reshape.as_ref().map_or(&input.dims, |reshape| &reshape.shape);
-            assert_eq!(dims[..], tensor.shape[1..]);
+            assert_eq!(input.dims[..], tensor.shape[1..]);
         }
     }
 

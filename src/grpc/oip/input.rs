@@ -42,7 +42,7 @@ pub(super) struct Accepted {
 }
 
 impl Input {
-    /// Reads the request's one input: `image`, BYTES [n] or [n, 1]; or `pixels`, FP32
+    /// Reads the request's one input: `image`, BYTES [n, 1] or [n]; or `pixels`, FP32
     /// [n, 3, side, side].
     ///
     /// # Errors
@@ -61,7 +61,7 @@ impl Input {
         refuse_shared_memory(&parameters, "inputs[0].parameters")?;
         let Accepted { side, images: most } = accepted;
         let (kind, tail, field): (_, &[i64], fn(usize) -> String) = match name.as_str() {
-            // Clients that take the number of images off a shape are left with [1].
+            // As advertised; [n] is what one would write by hand.
             IMAGE if shape.len() == 2 => (DataType::Bytes, &[1], |index| format!("image[{index}]")),
             IMAGE => (DataType::Bytes, &[], |index| format!("image[{index}]")),
             PIXELS => (DataType::Fp32, &[3, side, side], |index| format!("pixels[{index}]")),
