@@ -4,12 +4,15 @@
 //! would hide what is sought, and past the digest of artifacts, which no mutation survives. `fuzz/`
 //! runs them under libFuzzer, `tests/fuzz_corpus.rs` on what it has found. Not part of the API.
 
+use std::ffi::OsString;
+use std::io::Write;
+
 use bytes::Bytes;
-use clap::Parser;
+use clap::{Args, Command, FromArgMatches, Parser};
 use tch::Device;
 
 use crate::artifact::Artifact;
-use crate::config::ServeConfig;
+use crate::config::{self, Origin, ServeConfig};
 use crate::data::{DecodeLimits, decode_by_content, preprocess};
 use crate::engine::QuantizedModel;
 use crate::exec::Backend;
@@ -24,7 +27,7 @@ use crate::{calib, device};
 pub type Target = fn(&[u8]);
 
 /// All entry points by name.
-pub const TARGETS: [(&str, Target); 7] = [
+pub const TARGETS: [(&str, Target); 8] = [
     ("image", image),
     ("artifact", artifact),
     ("checkpoint", checkpoint),
@@ -32,6 +35,7 @@ pub const TARGETS: [(&str, Target); 7] = [
     ("page_token", page_token),
     ("timeout", timeout),
     ("config", config),
+    ("config_file", config_file),
 ];
 
 /// An image file: decoded within its limits, or refused; and resized.
@@ -166,4 +170,26 @@ pub fn config(bytes: &[u8]) {
     if let Some(url) = &engine.database {
         assert!(url.len() < 8 || !format!("{serve:?}").contains(url.as_str()), "a secret is shown");
     }
+}
+
+/// A configuration file of `vitq serve`: refused, or worth as much as its keys as flags.
+pub fn config_file(bytes: &[u8]) {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary folder");
+    file.write_all(bytes).expect("a temporary file");
+    let command = Command::new("vitq").subcommand(ServeConfig::augment_args(Command::new("serve")));
+    let arguments = ["vitq", "serve", "--config"].map(OsString::from);
+    let arguments = [&arguments[..], &[file.path().into()]].concat();
+    let parsed = config::parse(&command, &arguments, &[]);
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        assert!(parsed.is_err(), "not text");
+        return;
+    };
+    let Ok(parsed) = parsed else { return };
+    let content: toml::Table = text.parse().expect("what was taken is TOML");
+    for setting in &parsed.settings.list {
+        let from_file = setting.origin == Origin::File;
+        assert_eq!(from_file, content.contains_key(&setting.key), "{}", setting.key);
+    }
+    let (_, serve) = parsed.matches.subcommand().expect("the command");
+    ServeConfig::from_arg_matches(serve).expect("what was parsed can be read");
 }
