@@ -27,7 +27,7 @@ fn read(path: &Path) -> RgbImage {
 /// Greatest and mean absolute difference in levels.
 fn difference(ours: &RgbImage, theirs: &RgbImage) -> (u8, f64) {
     assert_eq!((ours.width, ours.height), (theirs.width, theirs.height));
-    let pairs = || ours.pixels.iter().zip(&theirs.pixels).map(|(a, b)| a.abs_diff(*b));
+    let pairs = || ours.pixels.iter().zip(theirs.pixels.iter()).map(|(a, b)| a.abs_diff(*b));
     let total: f64 = pairs().map(f64::from).sum();
     (pairs().max().unwrap(), total / ours.pixels.len() as f64)
 }
@@ -95,7 +95,7 @@ fn normalisation_equals_timm_to_the_bit() {
             let result = &image["results"][&preset];
             let crop = read(&fixtures().join(result["uint8_png"].as_str().unwrap()));
             let mut hash = Sha256::new();
-            hash.update(&crop.pixels);
+            hash.update(&*crop.pixels);
             assert_eq!(hex(hash), result["sha256_uint8_hwc"].as_str().unwrap(), "{name}");
             let data = preprocess(&crop, &how).unwrap();
             let pixels = Pixels { count: 1, image_size: how.image_size, data };

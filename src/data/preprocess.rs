@@ -4,6 +4,7 @@
 //! computed, so a one-pixel-wide image never becomes a gigantic one on its way.
 
 use super::RgbImage;
+use super::pixel_buffer::PixelBuffer;
 use super::resample::{BICUBIC, BILINEAR, Span, Weights, resample};
 use crate::error::{Error, Result};
 use crate::model::{Interpolation, Preprocessing};
@@ -119,12 +120,12 @@ fn pick(image: &RgbImage, x: Span, y: Span) -> RgbImage {
         let row = &image.pixels[3 * row * x.source as usize..][..3 * x.source as usize];
         columns.iter().for_each(|column| pixels.extend_from_slice(&row[*column..][..3]));
     }
-    RgbImage { width: x.kept, height: y.kept, pixels }
+    RgbImage { width: x.kept, height: y.kept, pixels: pixels.into() }
 }
 
 /// Puts a too small image onto black, `left` and `top` pixels from the corner.
 fn pad(image: &RgbImage, (left, top): (u32, u32), size: u32) -> RgbImage {
-    let mut pixels = vec![0; 3 * size as usize * size as usize];
+    let mut pixels = PixelBuffer::zeroed(3 * size as usize * size as usize);
     let rows = pixels.chunks_exact_mut(3 * size as usize).skip(top as usize);
     for (to, from) in rows.zip(image.pixels.chunks_exact(3 * image.width as usize)) {
         to[3 * left as usize..][..from.len()].copy_from_slice(from);
@@ -145,7 +146,7 @@ mod tests {
     /// Each pixel tells its place: red the column, green the row.
     fn places(width: u32, height: u32) -> RgbImage {
         let pixels = (0..height).flat_map(|y| (0..width).flat_map(move |x| [x as u8, y as u8, 7]));
-        RgbImage { width, height, pixels: pixels.collect() }
+        RgbImage { width, height, pixels: pixels.collect::<Vec<u8>>().into() }
     }
 
     fn corner(image: &RgbImage) -> (u8, u8) {
@@ -172,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_crop_larger_than_the_image_is_padded_with_zeros() {
-        let image = RgbImage { width: 2, height: 3, pixels: vec![9; 18] };
+        let image = RgbImage { width: 2, height: 3, pixels: vec![9; 18].into() };
         let padded = resize_and_crop(&image, &how(4, 2.0, Interpolation::Bicubic)).unwrap();
         let lit: Vec<usize> = (0..16).filter(|at| padded.pixels[3 * at] > 0).collect();
         assert_eq!(lit, [1, 2, 5, 6, 9, 10]);
@@ -182,11 +183,11 @@ mod tests {
     fn elongated_images_cost_no_more_than_their_crop() {
         for (width, height) in [(16_384, 1), (1, 16_384), (1, 1)] {
             let pixels = vec![200; 3 * width as usize * height as usize];
-            let image = RgbImage { width, height, pixels };
+            let image = RgbImage { width, height, pixels: pixels.into() };
             for filter in [Interpolation::Bicubic, Interpolation::Bilinear, Interpolation::Nearest]
             {
                 let cropped = resize_and_crop(&image, &how(224, 0.9, filter)).unwrap();
-                assert_eq!(cropped.pixels, vec![200; 3 * 224 * 224]);
+                assert_eq!(*cropped.pixels, [200; 3 * 224 * 224]);
             }
         }
     }
@@ -196,7 +197,7 @@ mod tests {
         let image = RgbImage {
             width: 2,
             height: 2,
-            pixels: vec![0, 255, 51, 0, 255, 51, 0, 255, 51, 0, 255, 51],
+            pixels: vec![0, 255, 51, 0, 255, 51, 0, 255, 51, 0, 255, 51].into(),
         };
         let values = preprocess(&image, &how(2, 1.0, Interpolation::Bicubic)).unwrap();
         assert_eq!(values[..8], [-1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0, 1.0]);
@@ -225,7 +226,7 @@ mod tests {
             (width, height) in (1u32..80, 1u32..80), size in 1i64..40, share in 0.3f64..1.0, gray: u8,
         ) {
             let pixels = vec![gray; 3 * width as usize * height as usize];
-            let image = RgbImage { width, height, pixels };
+            let image = RgbImage { width, height, pixels: pixels.into() };
             for filter in [Interpolation::Bicubic, Interpolation::Bilinear, Interpolation::Nearest] {
                 let cropped = resize_and_crop(&image, &how(size, share, filter)).unwrap();
                 prop_assert_eq!(cropped.pixels.len() as i64, 3 * size * size);

@@ -7,6 +7,7 @@
 //! processor.
 
 use super::RgbImage;
+use super::pixel_buffer::PixelBuffer;
 
 /// Fractional bits of Pillow's fixed-point weights.
 const WEIGHT_BITS: u32 = 22;
@@ -44,6 +45,8 @@ pub(super) struct Weights {
     first: Vec<usize>,
     /// `taps` weights for each result pixel, summing to one.
     values: Vec<f32>,
+    /// Each weight four times, once for each lane of a pixel.
+    lanes: Vec<[f32; 4]>,
     /// The same weights as Pillow's fixed-point integers.
     exact: Vec<i32>,
     /// Source pixels per result pixel; the same for all, filled up with zero weights.
@@ -87,9 +90,10 @@ impl Weights {
                 (weight * f64::from(1 << WEIGHT_BITS)).round() as i32
             }));
         }
-        let values =
+        let values: Vec<f32> =
             exact.iter().map(|weight| *weight as f32 / (1 << WEIGHT_BITS) as f32).collect();
-        Self { first, values, exact, taps }
+        let lanes = values.iter().map(|weight| [*weight; 4]).collect();
+        Self { first, values, lanes, exact, taps }
     }
 
     /// First and one past the last source pixel that is used.
@@ -121,58 +125,73 @@ struct Taps<'a> {
 pub(super) fn resample(image: &RgbImage, x: &Weights, y: &Weights) -> RgbImage {
     let (width, height) = (x.first.len(), y.first.len());
     let (top, bottom) = y.reach();
-    let mut columns = vec![0; 3 * width * (bottom - top)];
+    let mut columns = PixelBuffer::zeroed(3 * width * (bottom - top));
     let mut lanes = vec![[0.0; 4]; image.width as usize];
+    // One more than a row has: pixels are written with their unused lane.
+    let mut sums = vec![0.0; 3 * width + 1];
     let rows = image.pixels.chunks_exact(3 * image.width as usize).skip(top);
     for (row, out) in rows.zip(columns.chunks_exact_mut(3 * width)) {
-        resample_row(row, &mut lanes, x, out);
+        sum_row(row, &mut lanes, x, &mut sums);
+        round(&sums[..3 * width], out, |at| {
+            let (start, exact) = (x.first[at / 3], &x.exact[at / 3 * x.taps..][..x.taps]);
+            exact_level(row[3 * start + at % 3..].iter().step_by(3).copied(), exact)
+        });
     }
-    let mut pixels = vec![0; 3 * width * height];
-    let mut sums = vec![0.0; 3 * width];
+    let mut pixels = PixelBuffer::zeroed(3 * width * height);
+    let sums = &mut sums[..3 * width];
     for (out, taps) in pixels.chunks_exact_mut(3 * width).zip(y.iter()) {
         sums.fill(0.0);
-        let start = 3 * width * (taps.first - top);
-        for (row, weight) in columns[start..].chunks_exact(3 * width).zip(taps.weights) {
+        let source = &columns[3 * width * (taps.first - top)..];
+        for (row, weight) in source.chunks_exact(3 * width).zip(taps.weights) {
             for (sum, level) in sums.iter_mut().zip(row) {
                 *sum += weight * f32::from(*level);
             }
         }
-        for (at, (out, sum)) in out.iter_mut().zip(&sums).enumerate() {
-            let source = columns[start + at..].iter().step_by(3 * width);
-            *out = level(*sum, || exact_level(source.copied(), taps.exact));
-        }
+        round(sums, out, |at| {
+            exact_level(source[at..].iter().step_by(3 * width).copied(), taps.exact)
+        });
     }
     RgbImage { width: width as u32, height: height as u32, pixels }
 }
 
-/// Resamples a row of RGB bytes; `lanes` is room for as many pixels as `row` has.
-fn resample_row(row: &[u8], lanes: &mut [[f32; 4]], x: &Weights, out: &mut [u8]) {
-    for (lane, pixel) in lanes.iter_mut().zip(row.chunks_exact(3)) {
+/// Weighted sums of a row of RGB bytes; `lanes` is room for as many pixels as `row` has.
+fn sum_row(row: &[u8], lanes: &mut [[f32; 4]], x: &Weights, sums: &mut [f32]) {
+    for (lane, pixel) in lanes.iter_mut().zip(row.as_chunks::<3>().0) {
         *lane = [pixel[0].into(), pixel[1].into(), pixel[2].into(), 0.0];
     }
-    for (out, taps) in out.chunks_exact_mut(3).zip(x.iter()) {
+    let weights = x.lanes.chunks_exact(x.taps);
+    for (at, (first, weights)) in x.first.iter().zip(weights).enumerate() {
         let mut sum = [0.0; 4];
-        for (lane, weight) in lanes[taps.first..].iter().zip(taps.weights) {
-            for (sum, level) in sum.iter_mut().zip(lane) {
+        for (lane, weight) in lanes[*first..][..x.taps].iter().zip(weights) {
+            for ((sum, level), weight) in sum.iter_mut().zip(lane).zip(weight) {
                 *sum += weight * level;
             }
         }
-        for (channel, out) in out.iter_mut().enumerate() {
-            let source = row[3 * taps.first + channel..].iter().step_by(3);
-            *out = level(sum[channel], || exact_level(source.copied(), taps.exact));
-        }
+        sums[3 * at..3 * at + 4].copy_from_slice(&sum);
     }
 }
 
-/// The nearest level, halves upwards, saturating; `exact` decides where float32 leaves a doubt.
-fn level(value: f32, exact: impl FnOnce() -> u8) -> u8 {
-    let shifted = value + 0.5;
-    let whole = shifted as i32;
-    let fraction = shifted - whole as f32;
-    if (DOUBTFUL..=1.0 - DOUBTFUL).contains(&fraction) {
-        whole.clamp(0, 255) as u8
-    } else {
-        exact()
+/// Each sum's nearest level, saturating; `exact` decides where float32 leaves a doubt.
+fn round(sums: &[f32], out: &mut [u8], exact: impl Fn(usize) -> u8) {
+    // Added to a level, it leaves the nearest integer in the lowest bits.
+    const INTEGERS: f32 = (1 << 23) as f32;
+    const CHUNK: usize = 32;
+    let is_doubtful = |sum: f32, nearest: f32| (sum - nearest).abs() > 0.5 - DOUBTFUL;
+    for (index, (sums, out)) in sums.chunks(CHUNK).zip(out.chunks_mut(CHUNK)).enumerate() {
+        let mut doubts = 0;
+        for (sum, out) in sums.iter().zip(out.iter_mut()) {
+            let sum = sum.clamp(0.0, 255.0);
+            let shifted = sum + INTEGERS;
+            *out = shifted.to_bits() as u8;
+            doubts |= u32::from(is_doubtful(sum, shifted - INTEGERS));
+        }
+        if doubts != 0 {
+            for (at, (sum, out)) in sums.iter().zip(out).enumerate() {
+                if is_doubtful(sum.clamp(0.0, 255.0), f32::from(*out)) {
+                    *out = exact(CHUNK * index + at);
+                }
+            }
+        }
     }
 }
 

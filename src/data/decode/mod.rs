@@ -10,6 +10,7 @@ mod webp;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use super::pixel_buffer::PixelBuffer;
 use crate::error::{Error, Result};
 
 /// An 8-bit RGB image.
@@ -20,7 +21,7 @@ pub struct RgbImage {
     /// Rows.
     pub height: u32,
     /// Row-major R, G, B: `3 · width · height` bytes.
-    pub pixels: Vec<u8>,
+    pub pixels: PixelBuffer,
 }
 
 /// How large an image may be before it is refused.

@@ -36,7 +36,7 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, St
         ColorType::GrayscaleAlpha => spread(pixels.chunks_exact(2).map(|v| v[0])),
         ColorType::Indexed => return Err("the PNG image has no palette".to_owned()),
     };
-    Ok(RgbImage { width, height, pixels })
+    Ok(RgbImage { width, height, pixels: pixels.into() })
 }
 
 /// One gray value becomes three equal ones.

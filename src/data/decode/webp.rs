@@ -22,5 +22,5 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, St
     if decoder.has_alpha() {
         pixels = pixels.chunks_exact(4).flat_map(|v| [v[0], v[1], v[2]]).collect();
     }
-    Ok(RgbImage { width, height, pixels })
+    Ok(RgbImage { width, height, pixels: pixels.into() })
 }

@@ -11,6 +11,7 @@ mod markers;
 use turbojpeg::{Decompressor, Error, Image, PixelFormat};
 
 use super::{DecodeLimits, RgbImage};
+use crate::data::pixel_buffer::PixelBuffer;
 use markers::{ColorSpace, Stream};
 
 /// Scans of a largest allowed image; smaller ones may have accordingly more. Real progressive
@@ -32,7 +33,7 @@ pub(super) fn decode(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, St
     }
     let pixels = match space {
         ColorSpace::Cmyk | ColorSpace::Ycck => {
-            without_black(&decompress(&bytes, (width, height), PixelFormat::CMYK)?)
+            without_black(&decompress(&bytes, (width, height), PixelFormat::CMYK)?).into()
         }
         ColorSpace::Gray | ColorSpace::Rgb | ColorSpace::YCbCr => {
             decompress(&bytes, (width, height), PixelFormat::RGB)?
@@ -46,11 +47,11 @@ fn decompress(
     stream: &[u8],
     (width, height): (u32, u32),
     format: PixelFormat,
-) -> Result<Vec<u8>, String> {
+) -> Result<PixelBuffer, String> {
     let (width, height) = (width as usize, height as usize);
     let pitch = format.size() * width;
-    let mut pixels = vec![0; pitch * height];
-    let output = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format };
+    let mut pixels = PixelBuffer::zeroed(pitch * height);
+    let output = Image { pixels: &mut *pixels, width, pitch, height, format };
     match Decompressor::new().and_then(|mut library| library.decompress(stream, output)) {
         Ok(()) => Ok(pixels),
         Err(Error::TurboJpegError(text))
@@ -104,7 +105,7 @@ mod tests {
     }
 
     fn outcome(bytes: &[u8], limits: &DecodeLimits) -> Result<Vec<u8>, String> {
-        decode(bytes, limits).map(|image| image.pixels)
+        decode(bytes, limits).map(|image| image.pixels.to_vec())
     }
 
     #[test]
