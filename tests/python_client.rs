@@ -4,12 +4,14 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod program;
+#[path = "clients/rust_example.rs"]
+mod rust_example;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use tempfile::TempDir;
 use vitq::grpc::auth::{NewToken, Scopes, new_token};
 
@@ -47,6 +49,8 @@ fn secured(folder: &Path) -> Vec<String> {
     };
     let mut params = CertificateParams::new(Vec::<String>::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    // With the name of those that it signs, gRPC would take them for self-signed.
+    params.distinguished_name.push(DnType::CommonName, "authority");
     let ca = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
     let issue = |name: &str| {
         let key = KeyPair::generate().unwrap();
@@ -88,6 +92,20 @@ async fn the_python_client_does_what_its_readme_says() {
         .output()
         .unwrap();
     succeeds(&output);
+
+    // The script has made this model.
+    let image = fs::read(root().join("demo/datasets/digits/val/3/0135.png")).unwrap();
+    let (label, probability) = rust_example::classify(open.address, "py", image).await.unwrap();
+    assert!(label == "3" && probability > 0.5, "{label} {probability}");
+}
+
+#[test]
+fn the_documented_rust_example_is_the_one_that_is_run() {
+    let example = fs::read_to_string(root().join("tests/clients/rust_example.rs")).unwrap();
+    let document = fs::read_to_string(root().join("docs/clients.md")).unwrap();
+    let (_, code) = example.split_once("\n\n").unwrap(); // without the header
+    let code = code.replace("pub(crate) ", "pub ");
+    assert!(document.contains(&format!("```rust\n{code}```")), "the document is out of date");
 }
 
 /// Outside of the repository, so that the installed package is read, with what was generated.
