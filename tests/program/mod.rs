@@ -70,6 +70,7 @@ impl Process {
 /// A server, and a connection to it.
 pub struct Program {
     _process: Process,
+    #[allow(dead_code, reason = "not for tests with clients of their own")]
     pub channel: Channel,
     /// Where it listens: `http://127.0.0.1:PORT`.
     #[allow(dead_code, reason = "for tests with clients of their own")]
