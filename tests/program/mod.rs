@@ -56,9 +56,21 @@ impl Drop for Process {
     }
 }
 
+impl Process {
+    /// A server, and where it listens.
+    pub fn serve(stores: &Stores) -> (Self, String) {
+        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        (Self(child), address)
+    }
+}
+
 /// A server, and a connection to it.
 pub struct Program {
     _process: Process,
+    #[allow(dead_code, reason = "not for tests with clients of their own")]
     pub channel: Channel,
     /// Where it listens: `http://127.0.0.1:PORT`.
     #[allow(dead_code, reason = "for tests with clients of their own")]
@@ -67,11 +79,7 @@ pub struct Program {
 
 impl Program {
     pub async fn start(stores: &Stores) -> Self {
-        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let process = Process(child);
-        let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
+        let (process, address) = Process::serve(stores);
         let channel = Channel::from_shared(address.clone()).unwrap().connect().await.unwrap();
         Self { _process: process, channel, address }
     }

@@ -18,6 +18,7 @@ mod oip;
 mod overload;
 mod quantize;
 mod raw;
+mod reference;
 mod reload;
 mod response_cache;
 mod security;
