@@ -102,6 +102,12 @@ impl PackedRhs {
         self.columns
     }
 
+    /// Runs the inner instructions of its kernel from registers, for benchmarks: what a product could
+    /// reach at best. Returns the number of multiplications.
+    pub fn spin(&self, steps: u64) -> u64 {
+        self.kernel.spin(steps)
+    }
+
     /// Number of panels.
     pub(super) fn panels(&self) -> usize {
         self.rows.div_ceil(self.kernel.panel_columns())

@@ -2,6 +2,7 @@
 
 #![allow(unsafe_code, reason = "vector instructions and their loads")]
 
+mod peak;
 mod portable;
 mod tile;
 mod vector;
@@ -131,18 +132,51 @@ impl Kernel {
             match self {
                 Self::Portable => tile::run::<Portable, 2, 2>(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2Narrow => x86::avx2_narrow(job, out, scratch),
+                Self::Avx2Narrow => x86::run_avx2_narrow(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2Wide => x86::avx2_wide(job, out, scratch),
+                Self::Avx2Wide => x86::run_avx2_wide(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::AvxVnni => x86::avx_vnni(job, out, scratch),
+                Self::AvxVnni => x86::run_avx_vnni(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Vnni => x86::avx512_vnni(job, out, scratch),
+                Self::Avx512Vnni => x86::run_avx512_vnni(job, out, scratch),
                 #[cfg(not(target_arch = "x86_64"))]
                 Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni | Self::Avx512Vnni => {
                     unreachable!("not available on this processor")
                 }
             }
+        }
+    }
+
+    /// Runs the inner instructions from registers, for benchmarks; returns the multiplications done.
+    pub(super) fn spin(self, steps: u64) -> u64 {
+        assert!(self.set().is_available(), "not available on this processor");
+        // SAFETY: it is.
+        unsafe {
+            match self {
+                Self::Portable => peak::spin::<Portable, 2, 2>(steps, std::hint::black_box),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2Narrow => x86::spin_avx2_narrow(steps),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx2Wide => x86::spin_avx2_wide(steps),
+                #[cfg(target_arch = "x86_64")]
+                Self::AvxVnni => x86::spin_avx_vnni(steps),
+                #[cfg(target_arch = "x86_64")]
+                Self::Avx512Vnni => x86::spin_avx512_vnni(steps),
+                #[cfg(not(target_arch = "x86_64"))]
+                Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni | Self::Avx512Vnni => {
+                    unreachable!("not available on this processor")
+                }
+            }
+        }
+    }
+
+    /// What it needs.
+    fn set(self) -> InstructionSet {
+        match self {
+            Self::Portable => InstructionSet::Portable,
+            Self::Avx2Narrow | Self::Avx2Wide => InstructionSet::Avx2,
+            Self::AvxVnni => InstructionSet::AvxVnni,
+            Self::Avx512Vnni => InstructionSet::Avx512Vnni,
         }
     }
 }

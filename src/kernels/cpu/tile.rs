@@ -197,10 +197,10 @@ unsafe fn add_groups<V: Vector, const ROWS: usize, const WIDTH: usize>(
 ) {
     let columns_step = 4 * WIDTH * V::LANES;
     let all_steps = extent.groups * extent.group_steps;
-    let (codes, sums) = (panel.codes.as_slice(), panel.sums.as_slice());
+    let (codes, panel_sums) = (panel.codes.as_slice(), panel.sums.as_slice());
     assert!(rows.iter().all(|row| row.len() == 4 * all_steps));
     assert!(codes.len() == columns_step * all_steps);
-    assert!(sums.len() == extent.groups * extent.runs * WIDTH * size_of::<V::Sums>());
+    assert!(panel_sums.len() == extent.groups * extent.runs * WIDTH * size_of::<V::Sums>());
     for group in 0..extent.groups {
         let at = tile * extent.groups + group;
         if !left.active[at] {
@@ -208,28 +208,22 @@ unsafe fn add_groups<V: Vector, const ROWS: usize, const WIDTH: usize>(
         }
         let zero_points = &left.zero_points[at * ROWS..][..ROWS];
         let scales = &left.scales[at * ROWS..][..ROWS];
-        let run = |index: usize| {
-            let start = index * extent.run_steps;
-            let steps = extent.run_steps.min(extent.group_steps - start);
-            let first = group * extent.group_steps + start;
-            // SAFETY: steps first..first + steps lie within the group, hence within rows and codes,
-            // whose lengths are checked above; so are the sums'. The instruction set is available.
-            unsafe {
-                let rows: [*const u8; ROWS] =
-                    std::array::from_fn(|r| rows[r].as_ptr().add(4 * first));
-                let codes = codes.as_ptr().add(columns_step * first);
-                let start = sums.as_ptr().cast::<[V::Sums; WIDTH]>();
-                let start = start.add(group * extent.runs + index).read_unaligned();
-                sum_run::<V, ROWS, WIDTH>(&rows, codes, steps, zero_points, &start)
-            }
+        // Closures would not be compiled for the instruction set, hence the repetition.
+        // SAFETY: steps first..first + steps lie within the group, hence within rows and codes, whose
+        // lengths are checked above; so are the sums'. The instruction set is available.
+        let mut sums = unsafe {
+            let run = Run::new::<V, WIDTH>(rows, codes, panel_sums, extent, [group, 0]);
+            sum_run::<V, ROWS, WIDTH>(&run, zero_points)
         };
-        let mut sums = run(0);
         for index in 1..extent.runs {
-            let next = run(index);
-            for r in 0..ROWS {
-                for v in 0..WIDTH {
-                    // SAFETY: the instruction set is available.
-                    sums[r][v] = unsafe { V::add(sums[r][v], next[r][v]) };
+            // SAFETY: as above.
+            unsafe {
+                let run = Run::new::<V, WIDTH>(rows, codes, panel_sums, extent, [group, index]);
+                let next = sum_run::<V, ROWS, WIDTH>(&run, zero_points);
+                for r in 0..ROWS {
+                    for v in 0..WIDTH {
+                        sums[r][v] = V::add(sums[r][v], next[r][v]);
+                    }
                 }
             }
         }
@@ -245,28 +239,68 @@ unsafe fn add_groups<V: Vector, const ROWS: usize, const WIDTH: usize>(
     }
 }
 
-/// Σ (x − z) · w of one run, widened. `start` is −Σ w.
+/// Where the codes of one run are.
+struct Run<const ROWS: usize> {
+    rows: [*const u8; ROWS],
+    codes: *const u8,
+    /// −Σ w, a vector of sums for each vector of columns.
+    start: *const u8,
+    steps: usize,
+}
+
+impl<const ROWS: usize> Run<ROWS> {
+    /// Run `index` of `group`.
+    #[inline(always)]
+    unsafe fn new<V: Vector, const WIDTH: usize>(
+        rows: &[&[u8]; ROWS],
+        codes: &[u8],
+        sums: &[u8],
+        extent: Extent,
+        [group, index]: [usize; 2],
+    ) -> Self {
+        let start = index * extent.run_steps;
+        let first = group * extent.group_steps + start;
+        // SAFETY: the caller says that all three hold the steps and runs of all groups.
+        unsafe {
+            let mut pointers = [codes.as_ptr(); ROWS];
+            for (pointer, row) in pointers.iter_mut().zip(rows) {
+                *pointer = row.as_ptr().add(4 * first);
+            }
+            Self {
+                rows: pointers,
+                codes: codes.as_ptr().add(4 * WIDTH * V::LANES * first),
+                start: sums
+                    .as_ptr()
+                    .add((group * extent.runs + index) * WIDTH * size_of::<V::Sums>()),
+                steps: extent.run_steps.min(extent.group_steps - start),
+            }
+        }
+    }
+}
+
+/// Σ (x − z) · w of one run, widened.
 #[inline(always)]
 unsafe fn sum_run<V: Vector, const ROWS: usize, const WIDTH: usize>(
-    rows: &[*const u8; ROWS],
-    codes: *const u8,
-    steps: usize,
+    run: &Run<ROWS>,
     zero_points: &[i32],
-    start: &[V::Sums; WIDTH],
 ) -> [[V::Sums; WIDTH]; ROWS] {
-    // SAFETY: the caller's pointers are valid for `steps` steps; the instruction set is available.
+    // SAFETY: the run's pointers are valid for its steps; the instruction set is available.
     unsafe {
+        let start = run.start.cast::<[V::Sums; WIDTH]>().read_unaligned();
         let mut sums = [[V::no_sums(); WIDTH]; ROWS];
         for r in 0..ROWS {
             for v in 0..WIDTH {
                 sums[r][v] = V::times(zero_points[r], start[v]);
             }
         }
-        for step in 0..steps {
-            let columns: [V::Codes; WIDTH] =
-                std::array::from_fn(|v| V::columns(codes.add(4 * V::LANES * (step * WIDTH + v))));
+        for step in 0..run.steps {
+            let from = run.codes.add(4 * V::LANES * WIDTH * step);
+            let mut columns = [V::columns(from); WIDTH];
+            for (v, columns) in columns.iter_mut().enumerate().skip(1) {
+                *columns = V::columns(from.add(4 * V::LANES * v));
+            }
             for r in 0..ROWS {
-                let row = V::row(rows[r].add(4 * step));
+                let row = V::row(run.rows[r].add(4 * step));
                 for v in 0..WIDTH {
                     sums[r][v] = V::dot(sums[r][v], row, columns[v]);
                 }

@@ -3,8 +3,10 @@
 //! The functions are inlined into entry points that enable the instruction set, hence no
 //! `target_feature` here.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::peak;
 use super::tile::{self, Job, Scratch};
 use super::vector::Vector;
 
@@ -17,33 +19,43 @@ pub(super) struct AvxVnni;
 /// 512-bit VNNI (`vpdpbusd`, EVEX).
 pub(super) struct Avx512Vnni;
 
-/// [`tile::run`] with AVX2, 16-bit sums.
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn avx2_narrow(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
-    // SAFETY: this function enables the instruction set.
-    unsafe { tile::run::<Avx2Narrow, 6, 2>(job, out, scratch) }
+/// [`tile::run`] and [`peak::spin`] of one kernel.
+macro_rules! entry_points {
+    ($vector:ident, $rows:literal, $width:literal, $features:literal, $register:ident,
+     $run:ident, $spin:ident) => {
+        #[target_feature(enable = $features)]
+        pub(super) fn $run(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
+            // SAFETY: this function enables the instruction set.
+            unsafe { tile::run::<$vector, $rows, $width>(job, out, scratch) }
+        }
+
+        #[target_feature(enable = $features)]
+        pub(super) fn $spin(steps: u64) -> u64 {
+            let opaque = |mut codes| {
+                // SAFETY: does nothing to a register; the compiler cannot know what.
+                unsafe {
+                    asm!("/* {0} */", inout($register) codes, options(nomem, nostack, preserves_flags))
+                };
+                codes
+            };
+            // SAFETY: this function enables the instruction set.
+            unsafe { peak::spin::<$vector, $rows, $width>(steps, opaque) }
+        }
+    };
 }
 
-/// [`tile::run`] with AVX2, 32-bit sums.
-#[target_feature(enable = "avx2,fma")]
-pub(super) fn avx2_wide(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
-    // SAFETY: this function enables the instruction set.
-    unsafe { tile::run::<Avx2Wide, 6, 2>(job, out, scratch) }
-}
-
-/// [`tile::run`] with 256-bit VNNI.
-#[target_feature(enable = "avx2,fma,avxvnni")]
-pub(super) fn avx_vnni(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
-    // SAFETY: this function enables the instruction set.
-    unsafe { tile::run::<AvxVnni, 6, 2>(job, out, scratch) }
-}
-
-/// [`tile::run`] with 512-bit VNNI.
-#[target_feature(enable = "avx2,fma,avx512f,avx512vnni")]
-pub(super) fn avx512_vnni(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
-    // SAFETY: this function enables the instruction set.
-    unsafe { tile::run::<Avx512Vnni, 12, 2>(job, out, scratch) }
-}
+entry_points!(Avx2Narrow, 6, 2, "avx2,fma", ymm_reg, run_avx2_narrow, spin_avx2_narrow);
+entry_points!(Avx2Wide, 6, 2, "avx2,fma", ymm_reg, run_avx2_wide, spin_avx2_wide);
+entry_points!(AvxVnni, 6, 2, "avx2,fma,avxvnni", ymm_reg, run_avx_vnni, spin_avx_vnni);
+entry_points!(
+    Avx512Vnni,
+    12,
+    2,
+    "avx2,fma,avx512f,avx512vnni",
+    zmm_reg,
+    run_avx512_vnni,
+    spin_avx512_vnni
+);
 
 /// What all 256-bit vectors share.
 macro_rules! vector_256 {
