@@ -22,8 +22,11 @@ pub use workers::Workers;
 use cpu::{Job, Scratch};
 use packed::Operand;
 
-/// Codes of the left operand that stay in the second-level cache beside the panel at work.
-const BLOCK_BYTES: usize = 192 << 10;
+/// Codes of the left operand that are laid out at once, at most.
+const BLOCK_BYTES: usize = 1 << 20;
+
+/// Rows of a task, if there are other ways to share the work: each task unpacks its panels.
+const MIN_ROWS: usize = 96;
 
 /// Multiplications below which waking another thread takes longer than it saves.
 const SMALL: usize = 1 << 21;
@@ -61,12 +64,12 @@ pub fn product_on(
     }
     let height = rhs.kernel.tile_rows();
     let width = rhs.kernel.panel_columns();
-    let row_bytes = (4 * rhs.group_steps() * rhs.lhs_groups * lhs.terms.len()).max(1);
-    let block = (BLOCK_BYTES / row_bytes).next_multiple_of(height);
-    let blocks = lhs.rows.div_ceil(block);
+    let row_bytes = 4 * rhs.group_steps() * rhs.lhs_groups * lhs.terms.len();
     let single = lhs.rows * rhs.rows() * lhs.columns < SMALL || workers.threads() == 1;
     let wanted = if single { 1 } else { TASKS_PER_THREAD * workers.threads() };
-    // Equal blocks, whole tiles.
+    // Rows first, while blocks are worth unpacking the right operand for them; then columns.
+    let blocks =
+        wanted.min(lhs.rows / MIN_ROWS).max((lhs.rows * row_bytes).div_ceil(BLOCK_BYTES)).max(1);
     let block = lhs.rows.div_ceil(blocks).next_multiple_of(height);
     let parts = wanted.div_ceil(blocks).min(rhs.panels());
     let panels = rhs.panels().div_ceil(parts);

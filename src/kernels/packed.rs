@@ -250,10 +250,10 @@ impl Operand<'_> {
                     &term.codes[(self.first + row) * self.codes.columns..][..self.codes.columns];
                 for (group, codes) in codes.chunks_exact(group_columns.max(1)).enumerate() {
                     let start = group * group_steps * width * step + lane * step;
-                    for (at, codes) in codes.chunks(step).enumerate() {
-                        let to = &mut panel[start + at * width * step..][..step];
-                        to[..codes.len()].copy_from_slice(codes);
-                        to[codes.len()..].fill(centre[row]);
+                    let to = &mut panel[start..];
+                    match step {
+                        4 => interleave::<4>(codes, width * step, centre[row], to),
+                        _ => interleave::<2>(codes, width * step, centre[row], to),
                     }
                 }
             }
@@ -277,6 +277,19 @@ impl Operand<'_> {
             }
         }
         PackedTerm { codes: packed, nibbles, centre, scale, residual }
+    }
+}
+
+/// Writes `codes`, `STEP` at a time, to every `stride` bytes of `to`; the last ones padded.
+fn interleave<const STEP: usize>(codes: &[u8], stride: usize, padding: u8, to: &mut [u8]) {
+    let (whole, rest) = codes.as_chunks::<STEP>();
+    for (from, to) in whole.iter().zip(to.chunks_mut(stride)) {
+        to[..STEP].copy_from_slice(from);
+    }
+    if !rest.is_empty() {
+        let to = &mut to[whole.len() * stride..][..STEP];
+        to.fill(padding);
+        to[..rest.len()].copy_from_slice(rest);
     }
 }
 

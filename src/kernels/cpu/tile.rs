@@ -1,6 +1,6 @@
 //! The blocked kernel, generic over instruction sets.
 //!
-//! For one panel of result columns after another, unpacked to the first-level cache, it computes
+//! For a few panels of result columns at a time, unpacked to the second-level cache, it computes
 //! tiles of `ROWS` rows by `WIDTH` vectors of columns. The order of the roundings is part of the
 //! interface, so that results are the same bits everywhere:
 //!
@@ -23,6 +23,10 @@ use crate::kernels::aligned::AlignedBytes;
 use crate::kernels::codes::Codes;
 use crate::kernels::packed::PackedTerm;
 use crate::kernels::prepare::{Block, BlockTerm, reads_plain_rows};
+
+/// Unpacked codes that stay in the second-level cache. A tile's rows, which stay in the first, are
+/// multiplied with all of them before the next tile, so that results are written in order.
+const PANEL_BYTES: usize = 128 << 10;
 
 /// Most result columns of a panel.
 pub(super) const MAX_PANEL: usize = 32;
@@ -90,98 +94,133 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
     };
     let Scratch { block, panels } = scratch;
     block.fill(lhs, job.rows.clone(), rhs);
-    panels.resize_with(panels.len().max(rhs.terms.len()), Panel::default);
-    let plain_rows = reads_plain_rows(lhs, rhs);
     let row_bytes = 4 * group_steps * lhs.groups;
+    let operands = Operands { job, block, extent, row_bytes };
 
-    for panel_index in job.panels.clone() {
-        for (panel, term) in panels.iter_mut().zip(&rhs.terms) {
-            panel.codes.resize(4 * columns * group_steps * lhs.groups);
-            term.unpack(panel_index, rhs.kernel, panel.codes.as_mut_slice());
+    let terms = rhs.terms.len();
+    let together = (PANEL_BYTES / (row_bytes * columns * terms).max(1)).clamp(1, job.panels.len());
+    panels.resize_with(panels.len().max(together * terms), Panel::default);
+    for first_panel in job.panels.clone().step_by(together) {
+        let last_panel = (first_panel + together).min(job.panels.end);
+        for (panel, index) in panels.iter_mut().zip(0..(last_panel - first_panel) * terms) {
+            panel.codes.resize(columns * row_bytes);
+            let (index, term) = (first_panel + index / terms, &rhs.terms[index % terms]);
+            term.unpack(index, rhs.kernel, panel.codes.as_mut_slice());
             // SAFETY: the instruction set is available.
             unsafe { panel.sum::<V, WIDTH>(extent) };
         }
-        let first = panel_index * columns;
-        let mut bias = [0.0; MAX_PANEL];
-        if let Some(all) = job.bias {
-            let count = columns.min(rhs.rows() - first);
-            bias[..count].copy_from_slice(&all[first..first + count]);
-        }
-        let local = first - job.panels.start * columns;
-
         for (tile, out) in out.chunks_mut(ROWS).enumerate() {
-            // SAFETY: `bias` holds MAX_PANEL numbers, at least WIDTH vectors.
-            let mut result = unsafe {
-                let bias: [V::Reals; WIDTH] =
-                    std::array::from_fn(|v| V::load(bias.as_ptr().add(v * V::LANES)));
-                [bias; ROWS]
-            };
-            for (panel, right) in panels.iter().zip(&rhs.terms) {
+            for index in first_panel..last_panel {
+                let panels = &panels[(index - first_panel) * terms..][..terms];
+                let first = index * columns;
                 // SAFETY: the instruction set is available.
-                let mut total = unsafe { [[V::splat(0.0); WIDTH]; ROWS] };
-                for (left, term) in block.terms.iter().zip(&lhs.terms) {
-                    let codes = if plain_rows {
-                        &term.codes[job.rows.start * row_bytes..]
-                    } else {
-                        left.codes.as_slice()
-                    };
-                    // Rows beyond the last one repeat it; their results are not stored.
-                    let rows: [&[u8]; ROWS] = std::array::from_fn(|r| {
-                        let row = (tile * ROWS + r).min(block.rows - 1);
-                        &codes[row * row_bytes..][..row_bytes]
-                    });
-                    // SAFETY: rows and panel hold the steps of all groups; the instruction set is
-                    // available.
-                    unsafe {
-                        add_groups::<V, ROWS, WIDTH>(&rows, panel, left, tile, extent, &mut total);
-                        if left.any_outside {
-                            add_outside::<V, ROWS, WIDTH>(panel, left, tile, extent, &mut total);
-                        }
-                        if !right.residual.is_empty() {
-                            let residual = &right.residual[first..first + columns];
-                            add_residual::<V, ROWS, WIDTH>(
-                                residual, left, tile, extent, &mut total,
-                            );
-                        }
-                    }
-                }
-                // SAFETY: as above.
-                unsafe { scale::<V, ROWS, WIDTH>(right, first, &total, &mut result) };
-            }
-            for (row, out) in out.iter_mut().enumerate() {
-                let count = columns.min(out.len() - local);
-                let mut numbers = [0.0f32; MAX_PANEL];
-                for (v, &reals) in result[row].iter().enumerate() {
-                    // SAFETY: WIDTH vectors fit MAX_PANEL numbers.
-                    unsafe { V::store(numbers.as_mut_ptr().add(v * V::LANES), reals) };
-                }
-                if count == columns {
-                    out[local..local + columns].copy_from_slice(&numbers[..columns]);
-                } else {
-                    out[local..local + count].copy_from_slice(&numbers[..count]);
+                let result = unsafe { operands.multiply::<V, ROWS, WIDTH>(tile, panels, first) };
+                let start = first - job.panels.start * columns;
+                for (out, numbers) in out.iter_mut().zip(&result) {
+                    let end = out.len().min(start + columns);
+                    // SAFETY: the instruction set is available.
+                    unsafe { store::<V, WIDTH>(numbers, &mut out[start..end]) };
                 }
             }
         }
     }
 }
 
-/// `result = fma(total, scale, result)`.
+/// Stores one row of a tile, or as much as there is room for.
 #[inline(always)]
-unsafe fn scale<V: Vector, const ROWS: usize, const WIDTH: usize>(
-    right: &PackedTerm,
-    first: usize,
-    total: &[[V::Reals; WIDTH]; ROWS],
-    result: &mut [[V::Reals; WIDTH]; ROWS],
-) {
-    let scales = &right.scale[first..first + WIDTH * V::LANES];
-    for v in 0..WIDTH {
-        // SAFETY: `scales` holds WIDTH vectors; the instruction set is available.
-        unsafe {
-            let scale = V::load(scales.as_ptr().add(v * V::LANES));
-            for r in 0..ROWS {
-                result[r][v] = V::multiply_add(total[r][v], scale, result[r][v]);
+unsafe fn store<V: Vector, const WIDTH: usize>(numbers: &[V::Reals; WIDTH], out: &mut [f32]) {
+    let whole = out.len() == WIDTH * V::LANES;
+    let mut padded = [0.0f32; MAX_PANEL];
+    let to = if whole { out.as_mut_ptr() } else { padded.as_mut_ptr() };
+    for (v, &numbers) in numbers.iter().enumerate() {
+        // SAFETY: WIDTH vectors fit `out` if it has that length, and MAX_PANEL numbers.
+        unsafe { V::store(to.add(v * V::LANES), numbers) };
+    }
+    if !whole {
+        out.copy_from_slice(&padded[..out.len()]);
+    }
+}
+
+/// What the tiles of a job share.
+struct Operands<'a> {
+    job: &'a Job<'a>,
+    block: &'a Block,
+    extent: Extent,
+    /// Bytes of a row of the left operand as the kernel reads it.
+    row_bytes: usize,
+}
+
+impl Operands<'_> {
+    /// One tile of the result: columns from `first` on, whose codes are in `panels`, one a term.
+    #[inline(always)]
+    unsafe fn multiply<V: Vector, const ROWS: usize, const WIDTH: usize>(
+        &self,
+        tile: usize,
+        panels: &[Panel],
+        first: usize,
+    ) -> [[V::Reals; WIDTH]; ROWS] {
+        let Self { job, block, extent, row_bytes } = *self;
+        let columns = WIDTH * V::LANES;
+        let mut bias = [0.0; MAX_PANEL];
+        if let Some(all) = job.bias {
+            let all = &all[first..];
+            let count = columns.min(all.len());
+            bias[..count].copy_from_slice(&all[..count]);
+        }
+        // SAFETY: `bias` holds MAX_PANEL numbers, at least WIDTH vectors.
+        let mut result = unsafe { [load::<V, WIDTH>(&bias); ROWS] };
+        for (panel, right) in panels.iter().zip(&job.rhs.terms) {
+            // SAFETY: the instruction set is available.
+            let mut total = unsafe { [[V::splat(0.0); WIDTH]; ROWS] };
+            for (left, term) in block.terms.iter().zip(&job.lhs.terms) {
+                let codes = if reads_plain_rows(job.lhs, job.rhs) {
+                    &term.codes[job.rows.start * row_bytes..]
+                } else {
+                    left.codes.as_slice()
+                };
+                // Rows beyond the last one repeat it; their results are not stored.
+                let mut rows: [&[u8]; ROWS] = [&[]; ROWS];
+                for (r, to) in rows.iter_mut().enumerate() {
+                    let row = (tile * ROWS + r).min(block.rows - 1);
+                    *to = &codes[row * row_bytes..][..row_bytes];
+                }
+                // SAFETY: the instruction set is available.
+                unsafe {
+                    add_groups::<V, ROWS, WIDTH>(&rows, panel, left, tile, extent, &mut total);
+                    if left.any_outside {
+                        add_outside::<V, ROWS, WIDTH>(panel, left, tile, extent, &mut total);
+                    }
+                    if !right.residual.is_empty() {
+                        let residual = load::<V, WIDTH>(&right.residual[first..][..columns]);
+                        add_residual::<V, ROWS, WIDTH>(residual, left, tile, extent, &mut total);
+                    }
+                }
+            }
+            // SAFETY: the instruction set is available.
+            unsafe {
+                let scale = load::<V, WIDTH>(&right.scale[first..][..columns]);
+                for r in 0..ROWS {
+                    for v in 0..WIDTH {
+                        result[r][v] = V::multiply_add(total[r][v], scale[v], result[r][v]);
+                    }
+                }
             }
         }
+        result
+    }
+}
+
+/// Loads a vector for each vector of columns.
+#[inline(always)]
+unsafe fn load<V: Vector, const WIDTH: usize>(from: &[f32]) -> [V::Reals; WIDTH] {
+    assert!(from.len() >= WIDTH * V::LANES);
+    // SAFETY: `from` is long enough; the instruction set is available.
+    unsafe {
+        let mut reals = [V::splat(0.0); WIDTH];
+        for (v, reals) in reals.iter_mut().enumerate() {
+            *reals = V::load(from.as_ptr().add(v * V::LANES));
+        }
+        reals
     }
 }
 
@@ -293,18 +332,13 @@ unsafe fn sum_run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                 sums[r][v] = V::times(zero_points[r], start[v]);
             }
         }
-        for step in 0..run.steps {
-            let from = run.codes.add(4 * V::LANES * WIDTH * step);
-            let mut columns = [V::columns(from); WIDTH];
-            for (v, columns) in columns.iter_mut().enumerate().skip(1) {
-                *columns = V::columns(from.add(4 * V::LANES * v));
-            }
-            for r in 0..ROWS {
-                let row = V::row(run.rows[r].add(4 * step));
-                for v in 0..WIDTH {
-                    sums[r][v] = V::dot(sums[r][v], row, columns[v]);
-                }
-            }
+        // Two at a time: the loop's own instructions take slots of the vector ones.
+        for step in 0..run.steps / 2 {
+            add_step::<V, ROWS, WIDTH>(run, 2 * step, &mut sums);
+            add_step::<V, ROWS, WIDTH>(run, 2 * step + 1, &mut sums);
+        }
+        if !run.steps.is_multiple_of(2) {
+            add_step::<V, ROWS, WIDTH>(run, run.steps - 1, &mut sums);
         }
         for r in 0..ROWS {
             for v in 0..WIDTH {
@@ -312,6 +346,29 @@ unsafe fn sum_run<V: Vector, const ROWS: usize, const WIDTH: usize>(
             }
         }
         sums
+    }
+}
+
+/// Adds the products of one step.
+#[inline(always)]
+unsafe fn add_step<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    run: &Run<ROWS>,
+    step: usize,
+    sums: &mut [[V::Sums; WIDTH]; ROWS],
+) {
+    // SAFETY: the caller says that the run has this step; the instruction set is available.
+    unsafe {
+        let from = run.codes.add(4 * V::LANES * WIDTH * step);
+        let mut columns = [V::columns(from); WIDTH];
+        for (v, columns) in columns.iter_mut().enumerate().skip(1) {
+            *columns = V::columns(from.add(4 * V::LANES * v));
+        }
+        for r in 0..ROWS {
+            let row = V::row(run.rows[r].add(4 * step));
+            for v in 0..WIDTH {
+                sums[r][v] = V::dot(sums[r][v], row, columns[v]);
+            }
+        }
     }
 }
 
@@ -332,11 +389,11 @@ unsafe fn add_outside<V: Vector, const ROWS: usize, const WIDTH: usize>(
             if outside[r] == 0.0 {
                 continue;
             }
-            for v in 0..WIDTH {
-                // SAFETY: `sums` holds WIDTH vectors; the instruction set is available.
-                unsafe {
-                    let sum = V::load(sums.as_ptr().add(v * V::LANES));
-                    total[r][v] = V::multiply_add(V::splat(outside[r]), sum, total[r][v]);
+            // SAFETY: the instruction set is available.
+            unsafe {
+                let sums = load::<V, WIDTH>(sums);
+                for v in 0..WIDTH {
+                    total[r][v] = V::multiply_add(V::splat(outside[r]), sums[v], total[r][v]);
                 }
             }
         }
@@ -346,21 +403,19 @@ unsafe fn add_outside<V: Vector, const ROWS: usize, const WIDTH: usize>(
 /// Takes off what zero points of the right operand contribute beyond their centres.
 #[inline(always)]
 unsafe fn add_residual<V: Vector, const ROWS: usize, const WIDTH: usize>(
-    residual: &[f32],
+    residual: [V::Reals; WIDTH],
     left: &BlockTerm,
     tile: usize,
     extent: Extent,
     total: &mut [[V::Reals; WIDTH]; ROWS],
 ) {
-    assert!(residual.len() == WIDTH * V::LANES);
     for group in 0..extent.groups {
         let centred = &left.centred[(tile * extent.groups + group) * ROWS..][..ROWS];
-        for v in 0..WIDTH {
-            // SAFETY: `residual` holds WIDTH vectors; the instruction set is available.
-            unsafe {
-                let residual = V::load(residual.as_ptr().add(v * V::LANES));
-                for r in 0..ROWS {
-                    total[r][v] = V::multiply_add(V::splat(-centred[r]), residual, total[r][v]);
+        for r in 0..ROWS {
+            for v in 0..WIDTH {
+                // SAFETY: the instruction set is available.
+                unsafe {
+                    total[r][v] = V::multiply_add(V::splat(-centred[r]), residual[v], total[r][v]);
                 }
             }
         }
