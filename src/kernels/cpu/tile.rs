@@ -332,13 +332,20 @@ unsafe fn sum_run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                 sums[r][v] = V::times(zero_points[r], start[v]);
             }
         }
-        // Two at a time: the loop's own instructions take slots of the vector ones.
-        for step in 0..run.steps / 2 {
-            add_step::<V, ROWS, WIDTH>(run, 2 * step, &mut sums);
-            add_step::<V, ROWS, WIDTH>(run, 2 * step + 1, &mut sums);
-        }
-        if !run.steps.is_multiple_of(2) {
-            add_step::<V, ROWS, WIDTH>(run, run.steps - 1, &mut sums);
+        // One step at a time: of two, the compiler would keep more alive than there are registers.
+        let mut from = run.codes;
+        for step in 0..run.steps {
+            let mut columns = [V::columns(from); WIDTH];
+            for (v, columns) in columns.iter_mut().enumerate().skip(1) {
+                *columns = V::columns(from.add(4 * V::LANES * v));
+            }
+            for r in 0..ROWS {
+                let row = V::row(run.rows[r].add(4 * step));
+                for v in 0..WIDTH {
+                    sums[r][v] = V::dot(sums[r][v], row, columns[v]);
+                }
+            }
+            from = from.add(4 * V::LANES * WIDTH);
         }
         for r in 0..ROWS {
             for v in 0..WIDTH {
@@ -346,29 +353,6 @@ unsafe fn sum_run<V: Vector, const ROWS: usize, const WIDTH: usize>(
             }
         }
         sums
-    }
-}
-
-/// Adds the products of one step.
-#[inline(always)]
-unsafe fn add_step<V: Vector, const ROWS: usize, const WIDTH: usize>(
-    run: &Run<ROWS>,
-    step: usize,
-    sums: &mut [[V::Sums; WIDTH]; ROWS],
-) {
-    // SAFETY: the caller says that the run has this step; the instruction set is available.
-    unsafe {
-        let from = run.codes.add(4 * V::LANES * WIDTH * step);
-        let mut columns = [V::columns(from); WIDTH];
-        for (v, columns) in columns.iter_mut().enumerate().skip(1) {
-            *columns = V::columns(from.add(4 * V::LANES * v));
-        }
-        for r in 0..ROWS {
-            let row = V::row(run.rows[r].add(4 * step));
-            for v in 0..WIDTH {
-                sums[r][v] = V::dot(sums[r][v], row, columns[v]);
-            }
-        }
     }
 }
 
