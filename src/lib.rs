@@ -4,6 +4,7 @@
 //! - [`error`]: one error type, by the caller's situation
 //! - [`tensor`], [`digest`], `random`, `sync`: small tensor helpers; sha256 as text; reproducible
 //!   numbers; locks and channels
+//! - [`kernels`]: hot loops on slices
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, taps
@@ -36,6 +37,7 @@ pub mod exec;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod grpc;
+pub mod kernels;
 pub mod methods;
 pub mod model;
 pub mod nn;

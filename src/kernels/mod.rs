@@ -1,3 +1,4 @@
-//! Hot loops on plain slices. Nothing here knows tensors or models.
+//! Hot loops on plain slices. Nothing here knows models.
 
+pub mod cpu_slices;
 pub mod passes;

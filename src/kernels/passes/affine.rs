@@ -132,6 +132,21 @@ pub fn encode_rows(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
     });
 }
 
+vectorized! {
+    fn scale_runs(scales: &[f32], width: usize, out: &mut [f32]) {
+        for (run, scale) in out.chunks_exact_mut(width).zip(scales) {
+            for value in run {
+                *value *= scale;
+            }
+        }
+    }
+}
+
+/// Multiplies every run of `width` elements by its scale.
+pub fn scale_rows(scales: &[f32], width: usize, out: &mut [f32]) {
+    for_rows(out, width, |first, part| scale_runs(&scales[first..], width, part));
+}
+
 /// The grids of columns.
 #[derive(Clone, Debug, Default)]
 pub struct ColumnGrids {
@@ -158,11 +173,7 @@ impl FromIterator<Grid> for ColumnGrids {
 impl ColumnGrids {
     fn columns(&self, first: usize, width: usize) -> [&[f32]; 3] {
         let range = first..first + width;
-        [
-            &self.scale[range.clone()],
-            &self.zero_point[range.clone()],
-            &self.max_code[range],
-        ]
+        [&self.scale[range.clone()], &self.zero_point[range.clone()], &self.max_code[range]]
     }
 }
 

@@ -11,8 +11,11 @@ const BLOCK: usize = 64;
 /// Thresholds up to which each is compared with every element; more are searched by halving.
 const COMPARED: usize = 32;
 
-/// Largest number of values, one more than thresholds: a count fits a byte.
-const MAX_VALUES: usize = 256;
+/// Largest number of thresholds: a count fits a byte.
+pub const MAX_STEPS: usize = 255;
+
+/// One more than thresholds.
+const MAX_VALUES: usize = MAX_STEPS + 1;
 
 /// What a staircase gives for every number of steps passed.
 pub type Values = [f32; MAX_VALUES];
@@ -48,7 +51,7 @@ impl Passed {
 /// Ascending thresholds, and a value for every number of steps passed.
 #[derive(Clone, Debug)]
 pub struct Staircase {
-    /// At most 255, ascending.
+    /// At most [`MAX_STEPS`], ascending.
     thresholds: Vec<f32>,
     /// The same with infinities behind them.
     padded: Box<Values>,
@@ -58,12 +61,17 @@ pub struct Staircase {
 impl Staircase {
     /// Steps at the given thresholds; `None` if they do not ascend or are more than 255.
     pub fn new(thresholds: Vec<f32>, passed: Passed) -> Option<Self> {
-        if thresholds.len() >= MAX_VALUES || !thresholds.is_sorted() {
+        if thresholds.len() > MAX_STEPS || !thresholds.is_sorted() {
             return None;
         }
         let mut padded = Box::new([f32::INFINITY; MAX_VALUES]);
         padded[..thresholds.len()].copy_from_slice(&thresholds);
         Some(Self { thresholds, padded, passed })
+    }
+
+    /// The thresholds, ascending.
+    pub fn thresholds(&self) -> &[f32] {
+        &self.thresholds
     }
 
     /// Number of steps.
@@ -117,6 +125,26 @@ impl Staircase {
         });
     }
 
+    /// For every row of `width` elements: `values` of the steps passed by x times the row's factor.
+    pub fn map_multiples(
+        &self,
+        x: &[f32],
+        factors: &[f32],
+        values: &Values,
+        width: usize,
+        out: &mut [f32],
+    ) {
+        for_rows(out, width, |first, part| {
+            let mut scratch = Scratch::new(width);
+            for (row, out) in part.chunks_exact_mut(width).enumerate() {
+                let row = first + row;
+                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
+                self.count(&scratch.ratios, &mut scratch.counts);
+                look_up(&scratch.counts, values, out);
+            }
+        });
+    }
+
     /// `values` of the steps that each of `x` has passed.
     pub fn map(&self, x: &[f32], values: &Values, out: &mut [f32]) {
         for_rows(out, 1, |first, part| {
@@ -157,6 +185,14 @@ vectorized! {
     fn ratios(x: &[f32], largest: f32, least: f32, out: &mut [f32]) {
         for (ratio, x) in out.iter_mut().zip(x) {
             *ratio = super::affine::at_least(x / largest, least);
+        }
+    }
+}
+
+vectorized! {
+    fn multiples(x: &[f32], factor: f32, out: &mut [f32]) {
+        for (multiple, x) in out.iter_mut().zip(x) {
+            *multiple = x * factor;
         }
     }
 }

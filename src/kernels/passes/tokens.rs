@@ -44,6 +44,12 @@ impl Layout {
         }
     }
 
+    /// Values of a token.
+    pub fn features(&self) -> usize {
+        let tokens = self.set_count * self.tokens_per_set();
+        (self.sets.len() * self.rows * self.width).checked_div(tokens).unwrap_or(0)
+    }
+
     /// The token of a row (of a row's first column, where columns are tokens).
     pub fn token(&self, row: usize) -> usize {
         let set = self.sets[row / self.rows];
@@ -377,9 +383,7 @@ fn survey(x: &[f32], shape: Grouped, rules: &Rules) -> (Vec<Extent>, Vec<TokenFa
     };
     let visit = |(index, (extents, facts)): (usize, (&mut [Extent], &mut [TokenFacts]))| {
         let first = index * piece;
-        for (row, (extents, facts)) in
-            extents.chunks_exact_mut(per_token).zip(facts).enumerate()
-        {
+        for (row, (extents, facts)) in extents.chunks_exact_mut(per_token).zip(facts).enumerate() {
             let x = rows_of(x, shape.channels, first + row, 1);
             let range = survey_token(x, shape.group, extents);
             let is_first = (first + row) % shape.tokens == 0;
