@@ -116,6 +116,11 @@ pub fn quantize_whole(x: &[f32], grid: Grid, out: &mut [f32]) {
     for_rows(out, 1, |first, part| quantize(&x[first..first + part.len()], grid, part));
 }
 
+/// Codes on one grid for the whole of `x`, as bytes.
+pub fn encode_whole(x: &[f32], grid: Grid, out: &mut [u8]) {
+    for_rows(out, 1, |first, part| encode(&x[first..first + part.len()], grid, part));
+}
+
 /// x̂ on a grid for every run of `width` elements.
 pub fn quantize_rows(x: &[f32], grids: &[Grid], width: usize, out: &mut [f32]) {
     for_rows(out, width, |first, part| {
@@ -252,4 +257,10 @@ pub fn quantize_dynamic(x: &[f32], max_code: f32, width: usize, out: &mut [f32])
         let rows = part.len() / width;
         quantize_dynamic_runs(rows_of(x, width, first, rows), max_code, width, part);
     });
+}
+
+/// The dynamic grid of every run of `width` elements.
+pub fn dynamic_grids(x: &[f32], max_code: f32, width: usize) -> Vec<Grid> {
+    let grid = |extent: &Extent| Grid::over(*extent, max_code, Constants::Exact);
+    super::extent::of_rows(x, width).iter().map(grid).collect()
 }

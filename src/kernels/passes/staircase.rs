@@ -113,8 +113,9 @@ impl Staircase {
     }
 
     /// As [`Staircase::map_rows`], the number of steps passed itself.
-    pub fn count_rows(&self, x: &[f32], rows: Rows<'_>, out: &mut [u8]) {
-        for_rows(out, rows.width, |first, part| {
+    pub fn count_rows(&self, x: &[f32], rows: Rows<'_>) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, rows.width, |first, part| {
             let mut scratch = Scratch::new(rows.width);
             for (row, out) in part.chunks_exact_mut(rows.width).enumerate() {
                 let row = first + row;
@@ -123,6 +124,7 @@ impl Staircase {
                 self.count(&scratch.ratios, out);
             }
         });
+        counts
     }
 
     /// For every row of `width` elements: `values` of the steps passed by x times the row's factor.
@@ -145,6 +147,27 @@ impl Staircase {
         });
     }
 
+    /// Number of steps passed by x times the row's factor, for every row of `width` elements.
+    pub fn count_multiples(&self, x: &[f32], factors: &[f32], width: usize) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, width, |first, part| {
+            let mut scratch = Scratch::new(width);
+            for (row, out) in part.chunks_exact_mut(width).enumerate() {
+                let row = first + row;
+                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
+                self.count(&scratch.ratios, out);
+            }
+        });
+        counts
+    }
+
+    /// Number of steps that each of `x` has passed.
+    pub fn count_all(&self, x: &[f32]) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, 1, |first, part| self.count(&x[first..first + part.len()], part));
+        counts
+    }
+
     /// `values` of the steps that each of `x` has passed.
     pub fn map(&self, x: &[f32], values: &Values, out: &mut [f32]) {
         for_rows(out, 1, |first, part| {
@@ -157,6 +180,17 @@ impl Staircase {
             }
         });
     }
+}
+
+/// What a table gives for every count.
+pub fn translate(counts: &[u8], table: &[u8; MAX_VALUES]) -> Vec<u8> {
+    let mut codes = vec![0; counts.len()];
+    for_rows(&mut codes, 1, |first, part| {
+        for (code, count) in part.iter_mut().zip(&counts[first..]) {
+            *code = table[usize::from(*count)];
+        }
+    });
+    codes
 }
 
 /// Rows whose elements are seen relative to the row's largest.

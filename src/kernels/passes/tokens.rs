@@ -318,19 +318,30 @@ impl GroupGrids {
         });
     }
 
-    /// Codes as bytes; with a stretch, codes below the zero point are stretched negatives.
-    pub fn encode(&self, x: &[f32], out: &mut [u8]) {
+    /// Codes as bytes, without a stretch.
+    pub fn encode(&self, x: &[f32]) -> Vec<u8> {
+        let mut codes = vec![0; x.len()];
+        encode_rows(x, &self.grids, self.shape.group, &mut codes);
+        codes
+    }
+
+    /// Codes of both signs as bytes, each equal to that sign's [`zero_points`] for values of the other.
+    pub fn encode_signs(&self, x: &[f32], stretches: &[f32]) -> [Vec<u8>; 2] {
         let group = self.shape.group;
-        let Some(stretches) = &self.stretches else {
-            return encode_rows(x, &self.grids, group, out);
+        let encode = |positive: bool| {
+            let mut codes = vec![0; x.len()];
+            for_rows(&mut codes, group, |first, part| {
+                for (row, out) in part.chunks_exact_mut(group).enumerate() {
+                    let row = first + row;
+                    let (grid, zeros) = (self.grids[row], zero_points(self.grids[row]));
+                    let bounds = if positive { (zeros[0], grid.max_code) } else { (0.0, zeros[1]) };
+                    let x = rows_of(x, group, row, 1);
+                    encode_stretched(x, grid, (stretches[row], bounds), out);
+                }
+            });
+            codes
         };
-        for_rows(out, group, |first, part| {
-            for (row, out) in part.chunks_exact_mut(group).enumerate() {
-                let row = first + row;
-                let x = rows_of(x, group, row, 1);
-                encode_stretched(x, self.grids[row], stretches[row], out);
-            }
-        });
+        [encode(true), encode(false)]
     }
 }
 
@@ -363,11 +374,19 @@ vectorized! {
 }
 
 vectorized! {
-    fn encode_stretched(x: &[f32], grid: Grid, stretch: f32, out: &mut [u8]) {
+    fn encode_stretched(x: &[f32], grid: Grid, stretched: (f32, (f32, f32)), out: &mut [u8]) {
+        let (stretch, (least, most)) = stretched;
         for (code, x) in out.iter_mut().zip(x) {
-            *code = affine::byte(grid.code(if *x < 0.0 { *x * stretch } else { *x }));
+            let all = grid.code(if *x < 0.0 { *x * stretch } else { *x });
+            *code = affine::byte(affine::at_most(affine::at_least(all, least), most));
         }
     }
+}
+
+/// Zero points of the codes of positive and of negative values. Where all values have one sign, the
+/// grid's own may lie beyond the codes; the other sign's term is 0 with any.
+pub fn zero_points(grid: Grid) -> [f32; 2] {
+    [affine::at_most(grid.zero_point, grid.max_code), affine::at_least(grid.zero_point, 0.0)]
 }
 
 /// Extents of groups, and what the ranking needs of tokens.
