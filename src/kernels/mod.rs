@@ -11,6 +11,7 @@ pub mod cpu_slices;
 #[cfg(test)]
 mod laws;
 mod packed;
+pub mod passes;
 mod prepare;
 pub mod reference;
 mod workers;

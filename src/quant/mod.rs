@@ -2,6 +2,7 @@
 
 pub mod bits;
 pub mod cost;
+pub(crate) mod dense;
 pub mod dynamic;
 mod encode;
 pub mod granularity;
@@ -9,6 +10,7 @@ pub mod log2;
 pub mod plan;
 pub mod quantizer;
 pub mod search;
+pub(crate) mod steps;
 pub mod tokens;
 pub mod uniform;
 

@@ -4,6 +4,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::quant::dense::Dense;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -106,6 +107,11 @@ impl Uniform {
         &self.zero_point
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+    }
+
     /// float32 codes 0..2^bits − 1.
     fn codes(&self, x: &Tensor) -> Result<Tensor> {
         let grid = round_straight_through(&x.f_div(&self.scale)?)?.f_add(&self.zero_point)?;
@@ -119,7 +125,13 @@ impl Quantizer for Uniform {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+        if let Some(dense) = Dense::of(x)? {
+            let parameters = (&self.scale, &self.zero_point);
+            if let Some(x_hat) = dense.quantize(parameters, self.bits.max_code())? {
+                return Ok(x_hat);
+            }
+        }
+        self.fake_quantize_by_tensors(x)
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -191,6 +203,65 @@ pub(crate) mod laws {
         }
     }
 
+    /// Values that arithmetic stumbles over, in tensors of that shape.
+    pub(crate) fn awkward(shape: &[i64], seed: i64) -> Vec<Tensor> {
+        let plain = sample(shape, seed);
+        let with = |values: &[f32], every: usize| {
+            let mut all = crate::tensor::to_vec_f32(&plain).unwrap();
+            for (at, value) in values.iter().cycle().enumerate().take(all.len() / every + 1) {
+                let at = (at * every + seed as usize) % all.len();
+                all[at] = *value;
+            }
+            Tensor::from_slice(&all).view(shape)
+        };
+        let halves: Vec<f32> = (-40..40).map(|i| i as f32 * 0.05).collect();
+        vec![
+            plain.shallow_clone(),
+            &plain * 1e30,
+            &plain * 1e-39,
+            plain.zeros_like(),
+            -plain.zeros_like(),
+            plain.full_like(-3.7),
+            plain.abs(),
+            -plain.abs() - 0.5,
+            (&plain * 8.0).softmax(-1, Kind::Float),
+            plain.gelu("none"),
+            with(&[0.0, -0.0], 2),
+            with(&[1e-40, -1e-40, 1e-45, f32::MIN_POSITIVE, 1e-8, 3.0], 3),
+            with(&halves, 1),
+            with(&[f32::NAN], 61),
+            with(&[f32::INFINITY], 67),
+            with(&[f32::NEG_INFINITY], 71),
+            with(&[f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN], 53),
+            with(&[f32::MAX, f32::MIN], 43),
+        ]
+    }
+
+    /// A pass gives the bits of the definition (any NaN for a NaN), in either order of memory.
+    pub(crate) fn pass_is_exact(
+        shape: &[i64],
+        pass: impl Fn(&Tensor) -> Result<Tensor>,
+        definition: impl Fn(&Tensor) -> Result<Tensor>,
+    ) {
+        let swapped = |x: &Tensor| x.transpose(-2, -1).contiguous().transpose(-2, -1);
+        for (index, x) in awkward(shape, 1).into_iter().enumerate() {
+            let expected = definition(&x).unwrap();
+            for x in [swapped(&x), x] {
+                let found = pass(&x).unwrap();
+                assert_eq!(found.size(), expected.size());
+                let values = |x: &Tensor| crate::tensor::to_vec_f32(x).unwrap();
+                let (found, expected) = (values(&found), values(&expected));
+                for (at, (a, b)) in found.iter().zip(&expected).enumerate() {
+                    assert!(
+                        a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
+                        "sample {index} of {shape:?}, element {at}: {a:e} for {b:e} of {:e}",
+                        values(&x)[at]
+                    );
+                }
+            }
+        }
+    }
+
     /// Storing and restoring changes nothing.
     pub(crate) fn state_round_trips(quantizer: &dyn Quantizer, x: &Tensor) {
         let restored = crate::methods::restore(&quantizer.state()).unwrap();
@@ -232,6 +303,38 @@ mod tests {
         let q = Uniform::from_range(&Range::per_row(&w).unwrap(), BitWidth::EIGHT, 1e-10).unwrap();
         laws::terms_add_up(&q, &w);
         laws::state_round_trips(&q, &w);
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        let x = laws::sample(&[5, 7, 37], 3);
+        for bits in [3, 4, 8] {
+            let bits = BitWidth::new(bits, "bits").unwrap();
+            let check = |q: &Uniform, shape: &[i64]| {
+                let pass = |x: &Tensor| {
+                    assert!(Dense::of(x)?.is_some());
+                    q.fake_quantize(x)
+                };
+                laws::pass_is_exact(shape, pass, |x| q.fake_quantize_by_tensors(x));
+            };
+            let grid = |range: Range| Uniform::from_range(&range, bits, 1e-10).unwrap();
+            let whole = grid(Range::per_tensor(&x).unwrap());
+            for shape in [&[1i64, 1][..], &[5, 7, 37], &[3, 300, 65], &[2, 3, 5, 9]] {
+                check(&whole, shape);
+            }
+            let by_channel = x.reshape([-1, 37]).transpose(0, 1);
+            let range = Range::per_row(&by_channel).unwrap();
+            check(
+                &grid(Range { low: range.low.view([-1]), high: range.high.view([-1]) }),
+                &[5, 7, 37],
+            );
+            check(&grid(range), &[37, 41]);
+            let high = x.narrow(0, 0, 1).abs().amax([-1i64].as_slice(), true); // [1, 7, 1]
+            check(&grid(Range { low: -&high, high }), &[5, 7, 37]);
+        }
+        let parameter = |value: f32| Tensor::from_slice(&[value]);
+        let q = Uniform::new(BitWidth::EIGHT, parameter(0.1), parameter(7.25)).unwrap();
+        laws::pass_is_exact(&[3, 5, 8], |x| q.fake_quantize(x), |x| q.fake_quantize_by_tensors(x));
     }
 
     #[test]

@@ -9,7 +9,9 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::passes::twin::{Sizes, quantize_sizes};
 use crate::quant::cost::OperandCost;
+use crate::quant::dense::Dense;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -64,6 +66,27 @@ impl TwinSoftmax {
         Ok(self.split.f_div_scalar(self.largest())?)
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (small, large) = self.codes(x)?;
+        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
+    }
+
+    /// The grids for a pass, unless there are several split points (or one that learns).
+    fn sizes(&self) -> Result<Option<Sizes>> {
+        if self.split.numel() != 1 || self.split.requires_grad() {
+            return Ok(None);
+        }
+        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
+        Ok(Some(Sizes {
+            split: value(&self.split)?,
+            small: value(&self.small_scale()?)?,
+            large: (1.0 / self.largest()) as f32,
+            largest: self.largest() as f32,
+            overlap: self.overlap == Overlap::Released,
+        }))
+    }
+
     /// float32 codes 0..P of the small and the large range.
     fn codes(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let largest = self.largest();
@@ -91,8 +114,10 @@ impl Quantizer for TwinSoftmax {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (small, large) = self.codes(x)?;
-        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
+        match (Dense::of(x)?, self.sizes()?) {
+            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_sizes(x, grid, out)),
+            _ => self.fake_quantize_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -137,6 +162,20 @@ mod tests {
     fn grid(bits: u32, overlap: Overlap, split: f32) -> TwinSoftmax {
         let bits = BitWidth::new(bits, "bits").unwrap();
         TwinSoftmax::new(bits, overlap, Tensor::from_slice(&[split]))
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for (bits, overlap, split) in
+            BOTH.into_iter().flat_map(|o| [(3, o, 1.0), (4, o, 0.125), (8, o, 0.031_25)])
+        {
+            let q = grid(bits, overlap, split);
+            assert!(q.sizes().unwrap().is_some());
+            for shape in [&[1i64, 1][..], &[2, 3, 7, 7], &[1, 3, 197, 197]] {
+                let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+            }
+        }
     }
 
     #[test]

@@ -5,8 +5,11 @@ use tch::{Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
+use crate::kernels::passes::tokens::{self as passes, GroupGrids, TokenGrids};
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
+use crate::quant::dense::Dense;
 use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::steps::{SharedThresholds, thresholds};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -81,6 +84,15 @@ pub(super) fn shift_exponent(range: &Range, tau: f64) -> Result<Tensor> {
     Ok(exponent.f_where_self(&crosses, &exponent.f_zeros_like()?)?)
 }
 
+/// Ratios from which on the capped exponent is 1, 2, …, [`MAX_SHIFT`].
+static RATIOS: SharedThresholds = SharedThresholds::new();
+
+/// The ratios at which the shift exponent changes; `None` where there is no telling.
+pub(super) fn shift_steps() -> Option<&'static [f32]> {
+    let passed = |ratio: &Tensor| Ok(ratio.f_log2()?.f_round()?.f_clamp(0.0, MAX_SHIFT)?);
+    RATIOS.get(|| thresholds(1.0, MAX_SHIFT as usize, passed))
+}
+
 /// Dynamic per token × channel group, with token-wise bits n−1, n, n+1.
 #[derive(Clone, Debug)]
 pub(in crate::methods) struct UbbLinear {
@@ -100,6 +112,32 @@ impl UbbLinear {
             )));
         };
         Ok(x.f_reshape([images, tokens, groups, channels / groups])?)
+    }
+
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, grouped) = self.grid(x)?;
+        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+    }
+
+    /// Grids in two visits of memory; `None` where tensor code has to find them.
+    fn pass(&self, x: &Tensor) -> Result<Option<(Dense, GroupGrids)>> {
+        let Some(dense) = Dense::in_order(x)?.filter(|_| x.dim() == 3) else { return Ok(None) };
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        let (channels, tokens) = (size(x.size()[2]), size(x.size()[1]));
+        let (groups, rules) = (size(self.groups), self.allocation.rules(&self.scalars, channels));
+        if groups == 0 || channels % groups != 0 {
+            return Ok(None);
+        }
+        let shift = match (self.rules.tau, shift_steps()) {
+            (None, _) => None,
+            (Some(tau), Some(steps)) => Some(passes::Shift { factor: -tau as f32, steps }),
+            (Some(_), None) => return Ok(None),
+        };
+        let shape = passes::Grouped { channels, group: channels / groups, tokens };
+        let constants = self.rules.constants.into();
+        let grids = GroupGrids::new(dense.values()?, shape, &rules, (constants, shift));
+        Ok(Some((dense, grids)))
     }
 
     fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
@@ -130,8 +168,10 @@ impl Quantizer for UbbLinear {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, grouped) = self.grid(x)?;
-        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+        match self.pass(x)? {
+            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
+            None => self.fake_quantize_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -139,21 +179,23 @@ impl Quantizer for UbbLinear {
         let codes = grid.codes(&grouped)?;
         let shape = x.size();
         let per_group = [shape[0], shape[1], self.groups];
-        let term = |codes: &Tensor, scale: &Tensor| -> Result<IntTerm> {
+        let term = |codes: &Tensor, scale: &Tensor, zero: &Tensor| -> Result<IntTerm> {
             Ok(IntTerm {
                 codes: codes.f_reshape(shape.as_slice())?.f_to_kind(Kind::Int)?,
                 scale: scale.f_reshape(per_group)?,
-                zero_point: grid.affine.zero_point.f_reshape(per_group)?.f_to_kind(Kind::Int)?,
+                zero_point: zero.f_reshape(per_group)?.f_to_kind(Kind::Int)?,
             })
         };
+        let (scale, zero) = (&grid.affine.scale, &grid.affine.zero_point);
         let Some(stretch) = &grid.stretch else {
-            return Ok(Some(vec![term(&codes, &grid.affine.scale)?]));
+            return Ok(Some(vec![term(&codes, scale, zero)?]));
         };
         // The code tells the sign: q < z is a stretched negative, and q = z decodes to 0 either way.
-        let zero = &grid.affine.zero_point;
+        // Where all values have one sign, z may lie beyond the codes: the other term is 0 with any z.
+        let (above, below) = (zero.f_minimum(&grid.max_code)?, zero.f_clamp_min(0.0)?);
         Ok(Some(vec![
-            term(&codes.f_maximum(zero)?, &grid.affine.scale)?,
-            term(&codes.f_minimum(zero)?, &grid.affine.scale.f_div(stretch)?)?,
+            term(&codes.f_maximum(&above)?, scale, &above)?,
+            term(&codes.f_minimum(&below)?, &scale.f_div(stretch)?, &below)?,
         ]))
     }
 
@@ -197,6 +239,12 @@ pub(in crate::methods) struct UbbAttention {
 }
 
 impl UbbAttention {
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, tokens) = self.grid(x)?;
+        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+    }
+
     /// The grid and the operand as [images, tokens, 1, features].
     fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
         let tokens = self.layout.to_tokens(x)?;
@@ -220,8 +268,11 @@ impl Quantizer for UbbAttention {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, tokens) = self.grid(x)?;
-        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+        let Some(dense) = Dense::of(x)? else { return self.fake_quantize_by_tensors(x) };
+        let layout = self.layout.in_memory(x, &dense)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let constants = self.constants.into();
+        dense.map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -310,6 +361,53 @@ mod tests {
             laws::terms_add_up(&q, &x);
             laws::images_are_independent(&q, &x, windows);
             laws::state_round_trips(&q, &x);
+        }
+    }
+
+    #[test]
+    fn passes_give_the_same_bits() {
+        for (tau, groups, shape) in [
+            (None, 4, [3, 9, 24]),
+            (None, 1, [1, 1, 7]),
+            (None, 8, [2, 197, 384]),
+            (Some(0.0), 8, [2, 9, 24]),
+            (Some(0.4), 2, [3, 50, 96]),
+            (Some(1.0), 4, [1, 33, 36]),
+        ] {
+            for q in [
+                linear(tau, groups),
+                UbbLinear { scalars: Scalars { beta: 0.0, ..SCALARS }, ..linear(tau, groups) },
+            ] {
+                for constants in [ConstantRows::Exact, ConstantRows::SmallestScale] {
+                    let q = UbbLinear { rules: GridRules { constants, ..q.rules }, ..q.clone() };
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(&shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
+        for (layout, shape) in [
+            (TokenLayout::PLAIN, [2, 3, 9, 8]),
+            (TokenLayout::PLAIN, [1, 6, 197, 64]),
+            (TokenLayout::PER_HEAD, [2, 3, 7, 5]),
+            (TokenLayout::regrouped(4), [8, 2, 6, 8]),
+            (TokenLayout::regrouped(16), [16, 3, 5, 7]),
+        ] {
+            let q = attention(layout);
+            let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+            laws::pass_is_exact(&shape, |x| q.fake_quantize(x), definition);
+        }
+    }
+
+    #[test]
+    fn codes_of_groups_of_one_sign_fit_their_bits() {
+        let negative = sample(&[2, 9, 16], 1).abs() * 0.001 + 0.16;
+        for x in [-&negative, negative, sample(&[2, 9, 16], 1).gelu("none")] {
+            let q = linear(Some(0.4), 4);
+            laws::terms_add_up(&q, &x);
+            for term in q.quantize(&x).unwrap().unwrap() {
+                let (least, largest) = (term.codes.min(), term.codes.max());
+                assert!(least.int64_value(&[]) >= 0 && largest.int64_value(&[]) <= 31);
+            }
         }
     }
 
