@@ -7,7 +7,7 @@
 //! - [`kernels`]: integer matrix products and quantization on the CPU, on slices
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
-//! - [`exec`]: executors: float, simulated, taps
+//! - [`exec`]: executors: float, simulated, integer, taps
 //! - [`model`]: ViT/DeiT and Swin over executors; checkpoints
 //! - [`data`]: images, preprocessing, data sets
 //! - [`calib`]: calibration tasks, capture, progress

@@ -7,6 +7,7 @@
 mod aligned;
 mod codes;
 mod cpu;
+pub mod cpu_elementwise;
 pub mod cpu_slices;
 #[cfg(test)]
 mod laws;

@@ -64,7 +64,7 @@ impl Layout {
     fn push(&mut self, term: &IntTerm) -> Result<()> {
         let (scale, zero_point) = (&term.scale, &term.zero_point);
         // Negative codes come of pixels that are not numbers; their scale is not one, either.
-        let codes = term.codes.f_clamp_min(0)?;
+        let codes = term.codes.f_clamp_min(0i64)?;
         let Some(high_bits) = self.code_bits.checked_sub(u8::BITS).filter(|bits| *bits > 0) else {
             return self.plane(&codes, (scale, zero_point), max_code(self.code_bits));
         };
@@ -123,10 +123,14 @@ mod tests {
     fn codes_decode_to_what_their_terms_do() {
         let row_scales = sample(&[2, 3, 1], 1).abs() + 0.1;
         let group_scales = sample(&[2, 3, 2], 2).abs() + 0.1;
-        for (bits, scales, planes) in
-            [(8, &row_scales, 1), (4, &group_scales, 1), (9, &group_scales, 2), (15, &row_scales, 2)]
-        {
-            let codes = (sample(&[2, 3, 16], 3).abs() * 1e4).remainder(f64::from(1 << bits)).floor();
+        for (bits, scales, planes) in [
+            (8, &row_scales, 1),
+            (4, &group_scales, 1),
+            (9, &group_scales, 2),
+            (15, &row_scales, 2),
+        ] {
+            let codes =
+                (sample(&[2, 3, 16], 3).abs() * 1e4).remainder(f64::from(1 << bits)).floor();
             let term = term(&codes, scales, 5);
             let expected = crate::tensor::to_vec_f32(&term.dequantize().unwrap()).unwrap();
             let found = codes_of(&[term], bits).unwrap().unwrap();
