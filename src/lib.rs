@@ -7,7 +7,7 @@
 //! - [`kernels`]: integer matrix products on the CPU
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
-//! - [`exec`]: executors: float, simulated, taps
+//! - [`exec`]: executors: float, simulated, integer, taps
 //! - [`model`]: ViT/DeiT and Swin over executors; checkpoints
 //! - [`data`]: images, preprocessing, data sets
 //! - [`calib`]: calibration tasks, capture, progress

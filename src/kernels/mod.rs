@@ -5,6 +5,8 @@
 //! but that row: not on other rows, the thread count, or the instruction set.
 
 mod codes;
+pub mod cpu_elementwise;
+pub mod cpu_slices;
 mod packed;
 pub mod reference;
 

@@ -122,6 +122,10 @@ impl Quantizer for Log2Row {
         Ok(Some(terms))
     }
 
+    fn code_bits(&self) -> u32 {
+        (self.last_exponent() as u32 + 1).min(TERM_EXPONENTS as u32)
+    }
+
     fn state(&self) -> QuantizerState {
         let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
         self.layout.store(QuantizerState::new(KIND, self.bits).scalar("zero_code_last", last))

@@ -3,6 +3,7 @@
 pub mod bits;
 pub mod cost;
 pub mod dynamic;
+mod encode;
 pub mod granularity;
 pub mod log2;
 pub mod plan;

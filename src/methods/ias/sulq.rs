@@ -161,6 +161,14 @@ impl Quantizer for ShiftUniformLog2 {
         Ok(Some(vec![powers, constant(-self.shift)?]))
     }
 
+    fn code_bits(&self) -> u32 {
+        if self.constant().is_some() {
+            return 1;
+        }
+        let (least, largest) = self.exponent_range();
+        (largest - least) as u32 + 1
+    }
+
     fn state(&self) -> QuantizerState {
         let released = f64::from(u8::from(self.levels == Levels::Released));
         QuantizerState::new(KIND, self.bits)

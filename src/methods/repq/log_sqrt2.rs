@@ -132,6 +132,11 @@ impl Quantizer for LogSqrt2 {
         Ok(Some(terms))
     }
 
+    fn code_bits(&self) -> u32 {
+        let last = (self.last_exponent() as u32).div_ceil(2);
+        (last + 1).min(TERM_EXPONENTS as u32)
+    }
+
     fn state(&self) -> QuantizerState {
         let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
         QuantizerState::new(KIND, self.bits)

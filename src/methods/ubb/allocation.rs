@@ -107,6 +107,11 @@ impl Allocation {
         Ok(self.token_bits(tokens, scalars)?.f_exp2()?.f_sub_scalar(1.0)?)
     }
 
+    /// Bits of the widest token.
+    pub(super) fn code_bits(&self) -> u32 {
+        u32::from(self.bits.get()) + u32::from(self.mixed)
+    }
+
     /// What ranges and bits of the tokens of an operand of that shape cost, without their grids.
     ///
     /// Ranges take two comparisons per element. Mixed bits take two more for the density and a sort

@@ -157,6 +157,10 @@ impl Quantizer for UbbLinear {
         ]))
     }
 
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
+    }
+
     fn state(&self) -> QuantizerState {
         let state =
             self.allocation.store(&self.scalars, QuantizerState::new(LINEAR_KIND, self.bits()));
@@ -231,6 +235,10 @@ impl Quantizer for UbbAttention {
                 .from_token_parameters(&grid.affine.zero_point, x)?
                 .f_to_kind(Kind::Int)?,
         }]))
+    }
+
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
     }
 
     fn state(&self) -> QuantizerState {

@@ -129,6 +129,11 @@ impl Quantizer for ScoreCodebook {
         }]))
     }
 
+    /// A level is a byte, however few there are.
+    fn code_bits(&self) -> u32 {
+        u8::BITS
+    }
+
     fn state(&self) -> QuantizerState {
         let least_squares = f64::from(u8::from(self.row_scale == RowScale::LeastSquares));
         QuantizerState::new(KIND, self.bits)
