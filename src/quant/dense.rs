@@ -52,6 +52,19 @@ impl Dense {
         Ok(Self::of(x)?.filter(|dense| !dense.swapped))
     }
 
+    /// `x` in one piece, its axes in order; `None` where it has no pass.
+    ///
+    /// # Errors
+    /// As [`Dense::of`].
+    pub(crate) fn rows(x: &Tensor) -> Result<Option<Self>> {
+        match Self::of(x)? {
+            Some(dense) if dense.swapped => {
+                Ok(Some(Self { memory: x.f_contiguous()?, swapped: false }))
+            }
+            dense => Ok(dense),
+        }
+    }
+
     /// Whether memory has the last two axes swapped.
     pub(crate) fn swapped(&self) -> bool {
         self.swapped

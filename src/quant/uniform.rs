@@ -4,7 +4,10 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::affine::{Grid, encode_whole};
 use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -119,6 +122,25 @@ impl Uniform {
     }
 }
 
+impl Uniform {
+    /// Bytes on one grid for the whole; `None` for other grids.
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
+            return Ok(None);
+        }
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
+        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
+        let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
+        let x = dense.values()?;
+        let mut codes = vec![0; x.len()];
+        encode_whole(x, grid, &mut codes);
+        planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for Uniform {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -132,6 +154,13 @@ impl Quantizer for Uniform {
             }
         }
         self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -185,6 +214,8 @@ pub(crate) mod laws {
         let scale = fake.abs().max().double_value(&[]).max(1e-30);
         let worst = (&sum - &fake).abs().max().double_value(&[]);
         assert!(worst <= 1e-6 * scale, "terms differ from fake_quantize by {worst}");
+        let (found, expected) = (quantizer.encode(x), quantizer.encode_by_tensors(x));
+        assert!(found.unwrap() == expected.unwrap(), "codes differ from those of the terms");
     }
 
     /// Two images together give what they give apart, bit for bit.

@@ -5,10 +5,12 @@ use tch::{Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
-use crate::kernels::passes::tokens::{self as passes, GroupGrids, TokenGrids};
+use crate::kernels::Codes;
+use crate::kernels::passes::tokens::{self as passes, GroupGrids, TokenGrids, zero_points};
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
 use crate::quant::dense::Dense;
 use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::planes::Planes;
 use crate::quant::steps::{SharedThresholds, thresholds};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::Range;
@@ -162,6 +164,31 @@ impl UbbLinear {
     }
 }
 
+impl UbbLinear {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let bits = self.code_bits();
+        let Some((dense, grids)) = self.pass(x)?.filter(|_| bits <= u8::BITS) else {
+            return Ok(None);
+        };
+        let groups = usize::try_from(self.groups).unwrap_or(0);
+        let Some(mut planes) = Planes::of(&dense, groups, bits)? else { return Ok(None) };
+        let x = dense.values()?;
+        let Some(stretches) = &grids.stretches else {
+            planes.push_grids(grids.encode(x), &grids.grids);
+            return Ok(Some(planes.finish()));
+        };
+        let [positive, negative] = grids.encode_signs(x, stretches);
+        let zeros = |sign: usize| {
+            grids.grids.iter().map(|grid| zero_points(*grid)[sign] as i32).collect::<Vec<i32>>()
+        };
+        let scale = grids.grids.iter().map(|grid| grid.scale).collect();
+        planes.push(positive, scale, zeros(0));
+        let scale = grids.grids.iter().zip(stretches).map(|(grid, s)| grid.scale / s).collect();
+        planes.push(negative, scale, zeros(1));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for UbbLinear {
     fn bits(&self) -> BitWidth {
         self.allocation.bits
@@ -171,6 +198,13 @@ impl Quantizer for UbbLinear {
         match self.pass(x)? {
             Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
             None => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
         }
     }
 
@@ -197,6 +231,10 @@ impl Quantizer for UbbLinear {
             term(&codes.f_maximum(&above)?, scale, &above)?,
             term(&codes.f_minimum(&below)?, &scale.f_div(stretch)?, &below)?,
         ]))
+    }
+
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
     }
 
     fn state(&self) -> QuantizerState {
@@ -258,6 +296,22 @@ impl UbbAttention {
     }
 }
 
+impl UbbAttention {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let bits = self.code_bits();
+        let Some(dense) = Dense::rows(x)?.filter(|_| bits <= u8::BITS) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, bits)? else { return Ok(None) };
+        let layout = self.layout.in_memory(x, &dense)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let x = dense.values()?;
+        let grids = TokenGrids::new(x, &layout, &rules, self.constants.into());
+        let mut codes = vec![0; x.len()];
+        grids.encode(x, &mut codes);
+        planes.push_grids(codes, &grids.row_grids());
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for UbbAttention {
     fn bits(&self) -> BitWidth {
         self.allocation.bits
@@ -271,6 +325,13 @@ impl Quantizer for UbbAttention {
         dense.map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
     }
 
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
+    }
+
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
         let (grid, tokens) = self.grid(x)?;
         let codes = self.layout.from_tokens(&grid.codes(&tokens)?, x)?;
@@ -282,6 +343,10 @@ impl Quantizer for UbbAttention {
                 .from_token_parameters(&grid.affine.zero_point, x)?
                 .f_to_kind(Kind::Int)?,
         }]))
+    }
+
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
     }
 
     fn state(&self) -> QuantizerState {

@@ -8,11 +8,13 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
 use crate::kernels::passes::affine::scale_rows;
 use crate::kernels::passes::extent::of_rows;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements, rows};
 use crate::quant::dense::{Dense, Derived};
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{to_vec_f32, to_vec_f64};
 
@@ -104,10 +106,7 @@ impl ScoreCodebook {
         let index = relative.f_contiguous()?.f_bucketize(&self.borders, false, false)?;
         let codes = self.levels.f_take(&index)?;
         let scale = match self.row_scale {
-            RowScale::LeastSquares => {
-                let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
-                sum(&x.f_mul(&codes)?)?.f_div(&sum(&codes.f_square()?)?)?
-            }
+            RowScale::LeastSquares => least_squares(x, &codes)?,
             RowScale::Largest => largest.f_mul_scalar(1.0 / TOP as f64)?,
         };
         Ok((codes, scale))
@@ -128,21 +127,17 @@ impl ScoreCodebook {
     fn fake_quantize_in_passes(&self, dense: &Dense) -> Result<Option<Tensor>> {
         let Some((stairs, levels)) = self.stairs() else { return Ok(None) };
         let (width, x) = (dense.width(), dense.values()?);
-        let largest: Vec<f32> = of_rows(x, width).iter().map(|row| row.high).collect();
-        let factors: Vec<f32> = largest.iter().map(|value| 1.0 / value * TOP as f32).collect();
+        let (largest, factors) = row_factors(x, width);
         let codes = |out: &mut [f32]| stairs.map_multiples(x, &factors, levels, width, out);
         if self.row_scale == RowScale::Largest {
-            let scales: Vec<f32> =
-                largest.iter().map(|value| value * (1.0 / TOP as f64) as f32).collect();
+            let scales = largest_scales(&largest);
             return Ok(Some(dense.map(|_, out| {
                 codes(out);
                 scale_rows(&scales, width, out);
             })?));
         }
         let codes = dense.map(|_, out| codes(out))?;
-        let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
-        let products = sum(&dense.memory().f_mul(&codes)?)?;
-        let scale = products.f_div(&sum(&codes.f_square()?)?)?;
+        let scale = least_squares(dense.memory(), &codes)?;
         Ok(Some(codes.f_mul(&scale)?))
     }
 
@@ -154,6 +149,49 @@ impl ScoreCodebook {
             Ok(stairs.map(|stairs| (stairs, levels)))
         })
     }
+}
+
+impl ScoreCodebook {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some((stairs, levels))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (x, width) = (dense.values()?, dense.width());
+        let (largest, factors) = row_factors(x, width);
+        let counts = stairs.count_multiples(x, &factors, width);
+        let scale = match self.row_scale {
+            RowScale::Largest => largest_scales(&largest),
+            RowScale::LeastSquares => {
+                let codes = dense.map(|_, out| {
+                    for (code, count) in out.iter_mut().zip(&counts) {
+                        *code = levels[usize::from(*count)];
+                    }
+                })?;
+                to_vec_f32(&least_squares(dense.memory(), &codes)?)?
+            }
+        };
+        planes.push_steps(&counts, |steps| levels[usize::from(steps)] as u32, scale);
+        Ok(Some(planes.finish()))
+    }
+}
+
+/// Σx·code / Σcode² of every row.
+fn least_squares(x: &Tensor, codes: &Tensor) -> Result<Tensor> {
+    let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+    Ok(sum(&x.f_mul(codes)?)?.f_div(&sum(&codes.f_square()?)?)?)
+}
+
+/// The largest value of every row, and the factor that makes it [`TOP`].
+fn row_factors(x: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
+    let largest: Vec<f32> = of_rows(x, width).iter().map(|row| row.high).collect();
+    let factors = largest.iter().map(|value| 1.0 / value * TOP as f32).collect();
+    (largest, factors)
+}
+
+/// The scales that leave largest values where they are.
+fn largest_scales(largest: &[f32]) -> Vec<f32> {
+    largest.iter().map(|value| value * (1.0 / TOP as f64) as f32).collect()
 }
 
 impl Quantizer for ScoreCodebook {
@@ -170,6 +208,13 @@ impl Quantizer for ScoreCodebook {
         self.fake_quantize_by_tensors(x)
     }
 
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
+    }
+
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
         let (codes, scale) = self.codes(x)?;
         Ok(Some(vec![IntTerm {
@@ -177,6 +222,11 @@ impl Quantizer for ScoreCodebook {
             zero_point: scale.f_zeros_like()?.f_to_kind(Kind::Int)?,
             scale,
         }]))
+    }
+
+    /// A level is a byte, however few there are.
+    fn code_bits(&self) -> u32 {
+        u8::BITS
     }
 
     fn state(&self) -> QuantizerState {
