@@ -191,8 +191,14 @@ struct Parameters {
 }
 
 /// What a quantizer derives from its state at first use; shared by its clones.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Derived<T>(Arc<OnceLock<Option<T>>>);
+
+impl<T> Default for Derived<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
 
 impl<T> Derived<T> {
     /// The value, made at the first call; `None` where there is none.

@@ -127,7 +127,9 @@ impl ShiftUniformLog2 {
         self.stairs.get(|| {
             let bottom = -self.shift as f32;
             let least = to_vec_f32(&self.exponents(&Tensor::f_from_slice(&[bottom])?)?)?[0];
-            let passed = |x: &Tensor| Ok(self.exponents(x)?.f_sub_scalar(f64::from(least))?);
+            let passed = |x: &Tensor| -> Result<Tensor> {
+                Ok(self.exponents(x)?.f_sub_scalar(f64::from(least))?)
+            };
             let Some(steps) = thresholds(bottom, MAX_STEPS, passed)? else {
                 return Ok(None);
             };

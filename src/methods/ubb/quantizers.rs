@@ -91,7 +91,9 @@ static RATIOS: SharedThresholds = SharedThresholds::new();
 
 /// The ratios at which the shift exponent changes; `None` where there is no telling.
 pub(super) fn shift_steps() -> Option<&'static [f32]> {
-    let passed = |ratio: &Tensor| Ok(ratio.f_log2()?.f_round()?.f_clamp(0.0, MAX_SHIFT)?);
+    let passed = |ratio: &Tensor| -> Result<Tensor> {
+        Ok(ratio.f_log2()?.f_round()?.f_clamp(0.0, MAX_SHIFT)?)
+    };
     RATIOS.get(|| thresholds(1.0, MAX_SHIFT as usize, passed))
 }
 

@@ -168,7 +168,7 @@ impl Facts {
         let size = |n: i64| usize::try_from(n).unwrap_or(0);
         let (tokens, channels) = (size(part.size()[1]), size(part.size()[2]));
         let shape = Grouped { channels, group: channels / size(problem.groups).max(1), tokens };
-        let steps = match (problem.rules.tau, shift_steps()) {
+        let steps: &[f32] = match (problem.rules.tau, shift_steps()) {
             (Some(_), None) => return Ok(None),
             (Some(_), Some(steps)) => steps,
             (None, _) => &[],
