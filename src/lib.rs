@@ -4,7 +4,7 @@
 //! - [`error`]: one error type, by the caller's situation
 //! - [`tensor`], [`digest`], `random`, `sync`: small tensor helpers; sha256 as text; reproducible
 //!   numbers; locks and channels
-//! - [`kernels`]: integer matrix products and quantization on the CPU, on slices
+//! - [`kernels`]: integer matrix products and one-pass quantization on the CPU
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
 //! - [`exec`]: executors: float, simulated, integer, taps

@@ -52,6 +52,19 @@ impl Dense {
         Ok(Self::of(x)?.filter(|dense| !dense.swapped))
     }
 
+    /// `x` in one piece, its axes in order; `None` where it has no pass.
+    ///
+    /// # Errors
+    /// As [`Dense::of`].
+    pub(crate) fn rows(x: &Tensor) -> Result<Option<Self>> {
+        match Self::of(x)? {
+            Some(dense) if dense.swapped => {
+                Ok(Some(Self { memory: x.f_contiguous()?, swapped: false }))
+            }
+            dense => Ok(dense),
+        }
+    }
+
     /// Whether memory has the last two axes swapped.
     pub(crate) fn swapped(&self) -> bool {
         self.swapped
@@ -178,8 +191,14 @@ struct Parameters {
 }
 
 /// What a quantizer derives from its state at first use; shared by its clones.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Derived<T>(Arc<OnceLock<Option<T>>>);
+
+impl<T> Default for Derived<T> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
 
 impl<T> Derived<T> {
     /// The value, made at the first call; `None` where there is none.

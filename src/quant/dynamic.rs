@@ -3,9 +3,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::kernels::passes::affine::{Constants, quantize_dynamic};
+use crate::kernels::Codes;
+use crate::kernels::passes::affine::{Constants, dynamic_grids, encode_rows, quantize_dynamic};
 use crate::quant::cost::{OperandCost, RANGE_BITS, elements, rows};
 use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
@@ -114,6 +116,19 @@ impl DynamicToken {
     }
 }
 
+impl DynamicToken {
+    fn encode_in_a_pass(self, x: &Tensor) -> Result<Option<Codes>> {
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (x, width) = (dense.values()?, dense.width());
+        let grids = dynamic_grids(x, self.bits.max_code() as f32, width);
+        let mut codes = vec![0; x.len()];
+        encode_rows(x, &grids, width, &mut codes);
+        planes.push_grids(codes, &grids);
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for DynamicToken {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -125,6 +140,13 @@ impl Quantizer for DynamicToken {
             return dense.map(|x, out| quantize_dynamic(x, max_code, width, out));
         }
         self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -8,9 +8,9 @@ use crate::kernels::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 use crate::quant::IntTerm;
 
 /// Fewest columns of a group whose sum is worth a rescaling of its own.
-const MIN_GROUP: i64 = 8;
+pub(super) const MIN_GROUP: i64 = 8;
 /// What the high byte of a wider code counts.
-const BYTE: f64 = 256.0;
+pub(super) const BYTE: f64 = 256.0;
 
 /// The codes of `terms`, or `None` where a scale differs along the summed axis in another way than by
 /// contiguous groups, or codes of `code_bits` bits need more than two bytes.
@@ -48,7 +48,7 @@ fn last_axis(x: &Tensor) -> i64 {
 }
 
 /// The largest code of that many bits, at most eight.
-fn max_code(bits: u32) -> u8 {
+pub(super) fn max_code(bits: u32) -> u8 {
     u8::MAX >> (u8::BITS - bits.min(u8::BITS))
 }
 

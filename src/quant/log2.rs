@@ -4,9 +4,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::steps::{SharedThresholds, thresholds};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -104,11 +106,8 @@ impl Log2Row {
     fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
         let Some(dense) = Dense::in_order(x)? else { return Ok(None) };
         let Some((stairs, values)) = self.stairs() else { return Ok(None) };
-        let layout = self.layout.in_memory(x, &dense)?;
-        let tokens = layout.extents(dense.values()?);
-        let rows = 0..layout.rows * layout.sets.len();
-        let largest: Vec<f32> = rows.map(|row| tokens[layout.token(row)].high).collect();
-        let (width, least_ratio) = (layout.width, MIN_RATIO as f32);
+        let largest = self.row_maxima(x, &dense)?;
+        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
         let rows = Rows { width, largest: &largest, least_ratio };
         Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, &values, out))?))
     }
@@ -135,6 +134,42 @@ fn exponent_of(ratio: &Tensor) -> Result<Tensor> {
     round_straight_through(&ratio.f_log2()?.f_neg()?)
 }
 
+impl Log2Row {
+    /// Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some((stairs, _)) = self.stairs() else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (values, largest) = (dense.values()?, self.row_maxima(x, &dense)?);
+        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
+        let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
+        let beyond = stairs.len() as i64; // the exponent of no step
+        let last = self.last_exponent() as i64;
+        for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+            let end = (first + TERM_EXPONENTS - 1).min(last);
+            let inside = |steps: u8| {
+                let exponent = beyond - i64::from(steps);
+                (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
+            };
+            if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+                continue;
+            }
+            let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;
+            let scale = largest.iter().map(|largest| largest * factor).collect();
+            planes.push_steps(&counts, |steps| inside(steps).map_or(0, |power| 1 << power), scale);
+        }
+        Ok(Some(planes.finish()))
+    }
+
+    /// Δ of every row in memory.
+    fn row_maxima(&self, x: &Tensor, dense: &Dense) -> Result<Vec<f32>> {
+        let layout = self.layout.in_memory(x, dense)?;
+        let tokens = layout.extents(dense.values()?);
+        let rows = 0..layout.rows * layout.sets.len();
+        Ok(rows.map(|row| tokens[layout.token(row)].high).collect())
+    }
+}
+
 impl Quantizer for Log2Row {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -145,6 +180,13 @@ impl Quantizer for Log2Row {
             return Ok(x_hat);
         }
         self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

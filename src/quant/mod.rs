@@ -8,6 +8,7 @@ mod encode;
 pub mod granularity;
 pub mod log2;
 pub mod plan;
+pub(crate) mod planes;
 pub mod quantizer;
 pub mod search;
 pub(crate) mod steps;

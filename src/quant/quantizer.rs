@@ -40,6 +40,14 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// As [`Quantizer::fake_quantize`].
     fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        self.encode_by_tensors(x)
+    }
+
+    /// The definition of [`Quantizer::encode`].
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn encode_by_tensors(&self, x: &Tensor) -> Result<Option<Codes>> {
         match self.quantize(x)? {
             Some(terms) => encode::codes_of(&terms, self.code_bits()),
             None => Ok(None),

@@ -99,15 +99,15 @@ mod tests {
 
     #[test]
     fn steps_are_found_to_the_float() {
-        let passed = |x: &Tensor| Ok(x.f_floor()?.f_clamp(0.0, 3.0)?);
+        let passed = |x: &Tensor| -> Result<Tensor> { Ok(x.f_floor()?.f_clamp(0.0, 3.0)?) };
         assert_eq!(thresholds(-5.0, 3, passed).unwrap().unwrap(), [1.0, 2.0, 3.0]);
         assert_eq!(thresholds(1.5, 3, passed).unwrap().unwrap(), [1.5, 2.0, 3.0]);
         // A function that ends below the last step has fewer.
-        let passed = |x: &Tensor| Ok(x.f_floor()?.f_clamp(0.0, 2.0)?);
+        let passed = |x: &Tensor| -> Result<Tensor> { Ok(x.f_floor()?.f_clamp(0.0, 2.0)?) };
         assert_eq!(thresholds(-5.0, 3, passed).unwrap().unwrap(), [1.0, 2.0]);
-        let falling = |x: &Tensor| {
-            Ok(x.f_gt(1.0)?.f_logical_and(&x.f_lt(1.0 + 1e-6)?)?.f_add(&x.f_gt(2.0)?)?)
-        };
+        let hole = f64::from(f32::from_bits(2f32.to_bits() + 10));
+        let falling =
+            |x: &Tensor| -> Result<Tensor> { Ok(x.f_gt(2.0)?.f_logical_and(&x.f_ne(hole)?)?) };
         assert!(thresholds(0.0, 1, falling).unwrap().is_none());
     }
 }

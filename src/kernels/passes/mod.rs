@@ -6,6 +6,7 @@
 
 pub mod affine;
 pub mod extent;
+pub mod groups;
 pub mod ranking;
 pub mod search;
 pub mod select;

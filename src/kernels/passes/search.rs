@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use super::affine::{Constants, Grid};
 use super::extent::Extent;
+use super::groups::{Grouped, Shift, count_windows, extents_and_ranges, grid_of, stretched_value};
 use super::ranking::{Density, Rules};
-use super::tokens::{Grouped, Shift, count_windows, extents_and_ranges, grid_of, stretched_value};
 use super::{rows_of, vectorized};
 
 /// Lanes of a running sum.

@@ -9,9 +9,11 @@ use std::f64::consts::LN_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{MAX_STEPS, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::{Dense, Derived};
+use crate::quant::planes::Planes;
 use crate::quant::steps::thresholds;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{round_straight_through, to_vec_f32};
@@ -125,7 +127,9 @@ impl ShiftUniformLog2 {
         self.stairs.get(|| {
             let bottom = -self.shift as f32;
             let least = to_vec_f32(&self.exponents(&Tensor::f_from_slice(&[bottom])?)?)?[0];
-            let passed = |x: &Tensor| Ok(self.exponents(x)?.f_sub_scalar(f64::from(least))?);
+            let passed = |x: &Tensor| -> Result<Tensor> {
+                Ok(self.exponents(x)?.f_sub_scalar(f64::from(least))?)
+            };
             let Some(steps) = thresholds(bottom, MAX_STEPS, passed)? else {
                 return Ok(None);
             };
@@ -149,6 +153,25 @@ fn logarithms(x: &Tensor, shift: f64) -> Result<Tensor> {
     Ok(x.f_add_scalar(shift)?.f_log()?.f_div_scalar(LN_2)?)
 }
 
+impl ShiftUniformLog2 {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (least, largest) = self.exponent_range();
+        if self.constant().is_some() || largest - least >= TERM_EXPONENTS {
+            return Ok(None);
+        }
+        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let counts = stairs.count_all(dense.values()?);
+        let code = |steps: u8| if steps == 0 { 0 } else { 1 << (u32::from(steps - 1)).min(31) };
+        planes.push_steps(&counts, code, planes.repeated(least.exp2() as f32));
+        let shift = planes.repeated(self.shift as f32);
+        planes.push_constant(shift);
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for ShiftUniformLog2 {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -163,6 +186,13 @@ impl Quantizer for ShiftUniformLog2 {
                 }
                 _ => self.fake_quantize_by_tensors(x),
             },
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
         }
     }
 

@@ -7,9 +7,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::kernels::passes::twin::{Signs, quantize_signs};
+use crate::kernels::Codes;
+use crate::kernels::passes::twin::{Signs, encode_signs, quantize_signs};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -82,6 +84,17 @@ impl TwinGelu {
     }
 }
 
+impl TwinGelu {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.signs()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [positive, negative] = encode_signs(dense.values()?, grid);
+        planes.push(positive, planes.repeated(grid.positive), planes.repeated(0));
+        planes.push(negative, planes.repeated(grid.negative), planes.repeated(grid.half as i32));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for TwinGelu {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -91,6 +104,13 @@ impl Quantizer for TwinGelu {
         match (Dense::of(x)?, self.signs()?) {
             (Some(dense), Some(grid)) => dense.map(|x, out| quantize_signs(x, grid, out)),
             _ => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
         }
     }
 

@@ -9,9 +9,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::kernels::passes::twin::{Sizes, quantize_sizes};
+use crate::kernels::Codes;
+use crate::kernels::passes::twin::{Sizes, encode_sizes, quantize_sizes};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -108,6 +110,17 @@ impl TwinSoftmax {
     }
 }
 
+impl TwinSoftmax {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.sizes()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [small, large] = encode_sizes(dense.values()?, grid);
+        planes.push(small, planes.repeated(grid.small), planes.repeated(0));
+        planes.push(large, planes.repeated(grid.large), planes.repeated(0));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for TwinSoftmax {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -117,6 +130,13 @@ impl Quantizer for TwinSoftmax {
         match (Dense::of(x)?, self.sizes()?) {
             (Some(dense), Some(grid)) => dense.map(|x, out| quantize_sizes(x, grid, out)),
             _ => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
         }
     }
 

@@ -9,10 +9,12 @@ use std::f64::consts::SQRT_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::{Dense, Derived};
 use crate::quant::log2::ZeroCode;
+use crate::quant::planes::Planes;
 use crate::quant::search::{MIN_SCALE, percentile_range};
 use crate::quant::steps::thresholds;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -132,6 +134,37 @@ impl LogSqrt2 {
     }
 }
 
+impl LogSqrt2 {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let counts = stairs.count_all(dense.values()?);
+        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
+        let last = beyond / 2;
+        for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
+            for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+                let end = (first + TERM_EXPONENTS - 1).min(last);
+                let inside = |steps: u8| {
+                    let exponent = beyond - i64::from(steps);
+                    let halved = (exponent + 1) / 2; // j
+                    let here = exponent % 2 == parity && (first..=end).contains(&halved);
+                    (steps > 0 && here).then_some(end - halved)
+                };
+                if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+                    continue;
+                }
+                let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
+                let scale = planes.repeated((self.largest * factor * power) as f32);
+                let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
+                planes.push_steps(&counts, code, scale);
+            }
+        }
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for LogSqrt2 {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -142,6 +175,13 @@ impl Quantizer for LogSqrt2 {
             return dense.map(|x, out| stairs.map(x, values, out));
         }
         self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

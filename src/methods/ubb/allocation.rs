@@ -125,6 +125,11 @@ impl Allocation {
         }
     }
 
+    /// Bits of the widest token.
+    pub(super) fn code_bits(&self) -> u32 {
+        u32::from(self.bits.get()) + u32::from(self.mixed)
+    }
+
     /// What ranges and bits of the tokens of an operand of that shape cost, without their grids.
     ///
     /// Ranges take two comparisons per element. Mixed bits take two more for the density and a sort

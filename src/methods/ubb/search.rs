@@ -10,9 +10,9 @@ use tch::{Kind, Tensor};
 use super::allocation::{Allocation, Scalars, density};
 use super::quantizers::{GridRules, GroupGrid, shift_steps};
 use crate::error::Result;
+use crate::kernels::passes::groups::{Grouped, Shift};
 use crate::kernels::passes::ranking::{Rules, descending, profitable_swaps};
 use crate::kernels::passes::search::{Questions, ask};
-use crate::kernels::passes::tokens::{Grouped, Shift};
 use crate::quant::dense::Dense;
 use crate::quant::uniform::Range;
 use crate::tensor::{to_vec_f32, to_vec_f64};
@@ -168,7 +168,7 @@ impl Facts {
         let size = |n: i64| usize::try_from(n).unwrap_or(0);
         let (tokens, channels) = (size(part.size()[1]), size(part.size()[2]));
         let shape = Grouped { channels, group: channels / size(problem.groups).max(1), tokens };
-        let steps = match (problem.rules.tau, shift_steps()) {
+        let steps: &[f32] = match (problem.rules.tau, shift_steps()) {
             (Some(_), None) => return Ok(None),
             (Some(_), Some(steps)) => steps,
             (None, _) => &[],
