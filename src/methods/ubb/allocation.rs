@@ -108,11 +108,6 @@ impl Allocation {
         Ok(self.token_bits(tokens, scalars)?.f_exp2()?.f_sub_scalar(1.0)?)
     }
 
-    /// Bits of the widest token.
-    pub(super) fn code_bits(&self) -> u32 {
-        u32::from(self.bits.get()) + u32::from(self.mixed)
-    }
-
     /// The same rules for the one-pass kernels, for tokens of that many features.
     pub(super) fn rules(&self, scalars: &Scalars, features: usize) -> Rules {
         Rules {
