@@ -4,9 +4,10 @@
 //! - [`error`]: one error type, by the caller's situation
 //! - [`tensor`], [`digest`], `random`, `sync`: small tensor helpers; sha256 as text; reproducible
 //!   numbers; locks and channels
+//! - [`kernels`]: integer matrix products and one-pass quantization on the CPU
 //! - [`nn`]: named weights, sites, linear layers
 //! - [`quant`]: quantizers, granularity, plans
-//! - [`exec`]: executors: float, simulated, taps
+//! - [`exec`]: executors: float, simulated, integer, taps
 //! - [`model`]: ViT/DeiT and Swin over executors; checkpoints
 //! - [`data`]: images, preprocessing, data sets
 //! - [`calib`]: calibration tasks, capture, progress
@@ -36,6 +37,7 @@ pub mod exec;
 #[doc(hidden)]
 pub mod fuzzing;
 pub mod grpc;
+pub mod kernels;
 pub mod methods;
 pub mod model;
 pub mod nn;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bench::bit_cost::BitCost;
 use crate::error::{Error, Result};
+use crate::exec::SiteCounts;
 
 /// Method id of the unquantized checkpoint.
 pub const FLOAT_METHOD: &str = "float";
@@ -26,7 +27,7 @@ pub struct RowKey {
     pub weight_bits: u8,
     /// Bits of the activations; 32 if they are float.
     pub activation_bits: u8,
-    /// Arithmetic of the forward: `float`, `simulated`.
+    /// Arithmetic of the forward: `float`, `simulated`, `integer`.
     pub executor: String,
     /// Where it ran: `cpu`, `cuda:0`.
     pub device: String,
@@ -99,6 +100,10 @@ pub struct Row {
     pub artifact_bytes: u64,
     /// Bytes of parameters held on the device while running; for float, of the checkpoint's weights.
     pub resident_bytes: u64,
+    /// How many products were computed in which arithmetic; absent from rows of versions before they
+    /// were counted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sites: Option<SiteCounts>,
     /// Largest resident memory of the process during the calibration in bytes; absent for float and
     /// where the system does not tell.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -214,6 +219,7 @@ pub(super) mod tests {
             images_per_second: 120.0,
             artifact_bytes: 1_000_000,
             resident_bytes: 2_000_000,
+            sites: Some(SiteCounts { integer: 0, simulated: 24, float: 2 }),
             calibration_peak_bytes: (!float).then_some(300_000_000),
             bit_cost: (!float).then_some(BitCost {
                 weight_bits: 4.25,

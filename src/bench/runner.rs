@@ -17,7 +17,7 @@ use crate::engine::evaluator::Metrics;
 use crate::engine::pipeline;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
-use crate::exec::Backend;
+use crate::exec::{Backend, SiteCounts};
 use crate::model::Checkpoint;
 use crate::quant::QuantPlan;
 
@@ -107,6 +107,7 @@ struct Cost {
     calibration_peak_bytes: Option<u64>,
     artifact_bytes: u64,
     resident_bytes: u64,
+    sites: SiteCounts,
     bit_cost: BitCost,
     artifact: Option<String>,
 }
@@ -146,6 +147,7 @@ impl Runner<'_> {
                 calibration_peak_bytes: None,
                 artifact_bytes: subject.checkpoint.bytes,
                 resident_bytes: subject.checkpoint.bytes,
+                sites: SiteCounts { float: model.model().sites.len(), ..SiteCounts::default() },
                 bit_cost: bit_cost(model.model(), &QuantPlan::default(), Backend::Float, device)?,
                 artifact: None,
             };
@@ -202,6 +204,7 @@ impl Runner<'_> {
                 calibration_peak_bytes,
                 artifact_bytes: bytes.len() as u64,
                 resident_bytes: model.resident_bytes(),
+                sites: model.site_counts(),
                 bit_cost: bit_cost(model.model(), model.plan(), executor, device)?,
                 artifact: artifact.clone(),
             };
@@ -268,6 +271,7 @@ fn row(key: RowKey, metrics: &Metrics, scored: &Scored, cost: Cost) -> Row {
         images_per_second: scored.images_per_second,
         artifact_bytes: cost.artifact_bytes,
         resident_bytes: cost.resident_bytes,
+        sites: Some(cost.sites),
         calibration_peak_bytes: cost.calibration_peak_bytes,
         bit_cost: Some(cost.bit_cost),
         artifact: cost.artifact,

@@ -57,7 +57,7 @@ pub(super) struct Args {
     /// Seeds of calibration; the table shows their mean and spread.
     #[arg(long = "seed", value_name = "N,…", value_delimiter = ',', default_value = "0")]
     seeds: Vec<u64>,
-    /// Arithmetic of the quantized models.
+    /// Arithmetic of the quantized models: simulated, integer, float.
     #[arg(
         long = "executor",
         value_name = "NAME,…",

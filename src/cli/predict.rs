@@ -16,7 +16,7 @@ use crate::data::{DecodeLimits, Sample, Source, has_image_name, load_pixels};
 use crate::engine::pipeline::image_batch;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
-use crate::exec::Backend;
+use crate::exec::{Backend, SiteCounts};
 use crate::model::{Checkpoint, ModelSpec};
 
 /// Name of the input in a tensor file and of the output.
@@ -37,7 +37,7 @@ pub(super) struct Args {
     /// safetensors file with `input`: normalised float32 [n, 3, height, width].
     #[arg(long, value_name = "FILE", conflicts_with = "images")]
     tensor: Option<PathBuf>,
-    /// Arithmetic of an artifact's forward: simulated, float.
+    /// Arithmetic of an artifact's forward: simulated, integer, float.
     #[arg(long, value_name = "NAME", default_value = "simulated", conflicts_with = "checkpoint")]
     executor: Backend,
     /// Where to run: auto, cpu, cuda:N.
@@ -65,6 +65,15 @@ impl Loaded {
         }
     }
 
+    fn site_counts(&self) -> SiteCounts {
+        match self {
+            Self::Float(model) => {
+                SiteCounts { float: model.model().sites.len(), ..SiteCounts::default() }
+            }
+            Self::Quantized(model) => model.site_counts(),
+        }
+    }
+
     fn forward(&self, images: &Tensor) -> Result<Tensor> {
         match self {
             Self::Float(model) => model.forward(images),
@@ -88,8 +97,13 @@ impl Args {
         };
         write_logits(&self.output, &logits, &names)?;
         let (count, classes) = logits.size2().map_err(Error::from)?;
-        let text = format!("{count} x {classes} logits in {}", self.output.display());
-        let json = json!({ "images": count, "classes": classes, "output": self.output });
+        let sites = model.site_counts();
+        let mut text = format!("{count} x {classes} logits in {}", self.output.display());
+        if self.artifact.is_some() {
+            text.push_str(&format!(", computed as {sites}"));
+        }
+        let json =
+            json!({ "images": count, "classes": classes, "output": self.output, "sites": sites });
         output.result(text, &json)
     }
 

@@ -6,7 +6,7 @@ use crate::cli::failure::{inner_status, status_json, status_text};
 use crate::cli::output;
 use crate::grpc::proto::{
     CalibrationReport, EvaluateResult, EvaluationMetrics, JobMetadata, JobState, Label, Model,
-    QuantizeResult, RoleBits, SiteReport, StemHead, model,
+    QuantizeResult, RoleBits, SiteCounts, SiteReport, StemHead, model,
 };
 use crate::quant::bits::FLOAT_BITS;
 
@@ -115,6 +115,11 @@ pub(super) fn model_text(model: &Model) -> String {
         let resident = output::bytes(model.resident_bytes);
         lines.push(format!("  loaded       {resident} on {}, {}", model.device, model.executor));
     }
+    if let Some(SiteCounts { integer, simulated, float }) = model.sites {
+        lines.push(format!(
+            "  products     {integer} integer, {simulated} simulated, {float} float"
+        ));
+    }
     if let Some(error) = &model.error {
         lines.push(format!("  error        {}", status_text(&inner_status(error.clone()))));
     }
@@ -150,6 +155,11 @@ pub(super) fn model_json(model: &Model) -> Value {
         "resident_bytes": model.resident_bytes,
         "device": model.device,
         "executor": model.executor,
+        "sites": model.sites.map(|sites| json!({
+            "integer": sites.integer,
+            "simulated": sites.simulated,
+            "float": sites.float,
+        })),
         "labels": model.labels,
         "aliases": model.aliases,
         "create_time": time(model.create_time.as_ref()),

@@ -15,6 +15,7 @@ use crate::engine::pipeline::image_batch;
 use crate::engine::statistics::Meter;
 use crate::engine::{FloatModel, QuantizedModel};
 use crate::error::{Error, Result};
+use crate::exec::SiteCounts;
 use crate::sync::mpsc::{self, RecvTimeoutError};
 use crate::sync::{Arc, thread};
 use crate::telemetry::metrics;
@@ -29,6 +30,11 @@ pub trait Network: Send {
 
     /// Bytes of parameters on the device.
     fn resident_bytes(&self) -> u64;
+
+    /// How many of its products are computed in which arithmetic.
+    fn site_counts(&self) -> SiteCounts {
+        SiteCounts::default()
+    }
 
     /// Side of the images to warm up with; `None` for a model that is not to be warmed up.
     fn warm_up_side(&self) -> Option<i64> {
@@ -46,6 +52,10 @@ impl Network for QuantizedModel {
 
     fn resident_bytes(&self) -> u64 {
         QuantizedModel::resident_bytes(self)
+    }
+
+    fn site_counts(&self) -> SiteCounts {
+        QuantizedModel::site_counts(self)
     }
 
     fn warm_up_side(&self) -> Option<i64> {
@@ -86,6 +96,15 @@ struct Bulk {
     key: LoadKey,
     images: Pixels,
     reply: oneshot::Sender<Result<Vec<f32>>>,
+}
+
+/// What a loaded model is on its device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Residence {
+    /// Bytes of its parameters.
+    pub bytes: u64,
+    /// How many of its products are computed in which arithmetic.
+    pub sites: SiteCounts,
 }
 
 /// How a device forms batches.
@@ -168,7 +187,7 @@ impl DeviceHandle {
     }
 
     /// Moves a model that was built on the device to its thread and warms it up there, between the
-    /// batches of others; its size in bytes.
+    /// batches of others.
     ///
     /// # Errors
     /// Whatever a forward reports; `Internal` when it panics.
@@ -177,10 +196,10 @@ impl DeviceHandle {
         key: LoadKey,
         network: Box<dyn Network>,
         meter: Arc<Meter>,
-    ) -> Result<u64> {
-        let bytes = network.resident_bytes();
+    ) -> Result<Residence> {
+        let residence = Residence { bytes: network.resident_bytes(), sites: network.site_counts() };
         self.place(key, network, meter)?.await.map_err(|_| gone(&self.name))??;
-        Ok(bytes)
+        Ok(residence)
     }
 
     /// Moves a model that is built to the thread; the receiver learns when it is warm.

@@ -6,26 +6,39 @@ use std::sync::Arc;
 use tch::{Device, Kind, Tensor};
 
 use crate::artifact::Artifact;
+use crate::device;
 use crate::error::{Error, Result};
-use crate::exec::{Backend, Float, Simulated, WeightSource};
+use crate::exec::{
+    Backend, Float, Integer, IntegerSites, Packer, Simulated, SiteCounts, WeightSource,
+};
 use crate::model::{Checkpoint, Model, ModelSpec};
-use crate::nn::Weights;
+use crate::nn::{Operand, WeightEdits, Weights};
 use crate::quant::QuantPlan;
 
-/// A quantized model: decoded weights, restored quantizers, the backend's executor.
+/// A quantized model: weights, restored quantizers, the backend's executor.
 #[derive(Debug)]
 pub struct QuantizedModel {
     model: Model,
     plan: QuantPlan,
-    backend: Backend,
+    arithmetic: Arithmetic,
     device: Device,
     resident_bytes: u64,
+}
+
+/// What a forward computes with.
+#[derive(Debug)]
+enum Arithmetic {
+    Float,
+    Simulated,
+    /// The model has no float weights where these are packed.
+    Integer(IntegerSites),
 }
 
 impl QuantizedModel {
     /// Builds the model of an artifact on a device.
     ///
     /// `Backend::Float` runs the stored weights with float activations ("weights only").
+    /// `Backend::Integer` needs the CPU; elsewhere the model is simulated, with a warning.
     ///
     /// # Errors
     /// `CorruptArtifact` when the artifact contradicts itself; `Device` when memory is short.
@@ -36,7 +49,46 @@ impl QuantizedModel {
         let model =
             Model::build(&spec, &weights).map_err(|e| Error::corrupt("artifact", e.to_string()))?;
         let plan = artifact.plan(&model, device)?;
-        Ok(Self { model, plan, backend, device, resident_bytes: bytes_of(&weights) })
+        let arithmetic = match backend {
+            Backend::Float => Arithmetic::Float,
+            Backend::Integer if device == Device::Cpu => return Self::pack(model, plan, weights),
+            Backend::Integer => {
+                let device = device::name(device);
+                tracing::warn!(%device, "no integer kernels for this device: models are simulated");
+                Arithmetic::Simulated
+            }
+            Backend::Simulated => Arithmetic::Simulated,
+        };
+        Ok(Self { model, plan, arithmetic, device, resident_bytes: bytes_of(&weights) })
+    }
+
+    /// Packs the weights of `model` and builds it anew without their float values.
+    fn pack(model: Model, plan: QuantPlan, weights: Weights) -> Result<Self> {
+        let _guard = tch::no_grad_guard();
+        let side = model.spec.preprocessing.image_size;
+        // Only which forms there are is looked at, which no pixel changes.
+        let image = Tensor::f_zeros([1, 3, side, side], (Kind::Float, Device::Cpu))?;
+        let mut packer = Packer::new(&plan);
+        let _logits = model.forward(&mut packer, &image)?;
+        let sites = packer.finish();
+        let absent = Tensor::f_full([1], f64::NAN, (Kind::Float, Device::Cpu))?;
+        let mut edits = WeightEdits::new();
+        for site in model.sites.iter().filter(|site| sites.is_packed(site)) {
+            let name = format!("{}.weight", site.path);
+            let weight =
+                weights.find(&name).ok_or_else(|| Error::internal(format!("{name} is missing")))?;
+            // The shape of the weight, and one value behind it.
+            edits.insert(name, absent.f_expand(weight.size(), false)?);
+        }
+        let kept: u64 = weights
+            .iter()
+            .filter(|(name, _)| !edits.contains_key(*name))
+            .map(|(_, x)| size(x))
+            .sum();
+        let model = Model::build(&model.spec, &weights.with(&edits))?;
+        let resident_bytes = kept + sites.packed_bytes();
+        let arithmetic = Arithmetic::Integer(sites);
+        Ok(Self { model, plan, arithmetic, device: Device::Cpu, resident_bytes })
     }
 
     /// Logits float32 [n, classes] of normalised images float32 [n, 3, h, w] (any device).
@@ -46,12 +98,36 @@ impl QuantizedModel {
     pub fn forward(&self, images: &Tensor) -> Result<Tensor> {
         let _guard = tch::no_grad_guard();
         let images = images.f_to_device(self.device)?;
-        match self.backend {
-            Backend::Float => self.model.forward(&mut Float, &images),
-            Backend::Simulated => {
+        match &self.arithmetic {
+            Arithmetic::Float => self.model.forward(&mut Float, &images),
+            Arithmetic::Simulated => {
                 self.model.forward(&mut Simulated::new(&self.plan, WeightSource::Decoded), &images)
             }
+            Arithmetic::Integer(sites) => {
+                self.model.forward(&mut Integer::new(&self.plan, sites), &images)
+            }
         }
+    }
+
+    /// How many products are computed in which arithmetic.
+    pub fn site_counts(&self) -> SiteCounts {
+        if let Arithmetic::Integer(sites) = &self.arithmetic {
+            return sites.counts();
+        }
+        let mut counts = SiteCounts::default();
+        for site in &self.model.sites {
+            let quantized = |operand| self.plan.get(site.id, operand).is_some();
+            let rounded = match self.arithmetic {
+                // Stored weights are rounded, activations are not.
+                Arithmetic::Float => !site.role.is_matmul() && quantized(Operand::Rhs),
+                Arithmetic::Simulated | Arithmetic::Integer(_) => {
+                    quantized(Operand::Lhs) || quantized(Operand::Rhs)
+                }
+            };
+            let count = if rounded { &mut counts.simulated } else { &mut counts.float };
+            *count += 1;
+        }
+        counts
     }
 
     /// The architecture over the decoded weights.
@@ -118,6 +194,9 @@ impl FloatModel {
 }
 
 fn bytes_of(weights: &Weights) -> u64 {
-    let size = |t: &Tensor| t.numel() * if t.kind() == Kind::Float { 4 } else { 1 };
-    weights.iter().map(|(_, tensor)| size(tensor) as u64).sum()
+    weights.iter().map(|(_, tensor)| size(tensor)).sum()
+}
+
+fn size(tensor: &Tensor) -> u64 {
+    (tensor.numel() * if tensor.kind() == Kind::Float { 4 } else { 1 }) as u64
 }

@@ -12,7 +12,7 @@ use crate::artifact::store::{ArtifactStore, ModelRecord, RecordOrigin, put_named
 use crate::artifact::{Artifact, Header};
 use crate::engine::QuantizedModel;
 use crate::engine::catalog::{CatalogContent, ModelCatalog};
-use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey};
+use crate::engine::device::{BuildNetwork, DeviceHandle, LoadKey, Residence};
 use crate::engine::garbage::Garbage;
 use crate::engine::jobs::Lease;
 use crate::engine::loader::Loader;
@@ -104,8 +104,8 @@ pub struct Placement {
     pub device: DeviceHandle,
     /// The model on it.
     pub key: LoadKey,
-    /// Its size there in bytes.
-    pub resident_bytes: u64,
+    /// What it is there.
+    pub residence: Residence,
     /// How fast it answers.
     pub meter: Arc<Meter>,
     /// Held by everybody who is about to use it: a model in use is not unloaded to make room.

@@ -8,6 +8,7 @@ use crate::engine::Engine;
 use crate::engine::batcher::Priority;
 use crate::engine::registry::{ModelState, Placement};
 use crate::error::{Error, Result};
+use crate::exec::SiteCounts;
 use crate::telemetry::metrics::{Samples, table};
 
 /// How long the database may take to tell of its jobs: scrapes have a timeout of their own.
@@ -38,7 +39,13 @@ impl Engine {
         let mut depths: BTreeMap<(Arc<str>, Priority), usize> = BTreeMap::new();
         let mut ages: BTreeMap<Arc<str>, Duration> = BTreeMap::new();
         for (id, placement) in loaded {
-            samples.add(&table::MODEL_BYTES, &[id], placement.resident_bytes as f64);
+            samples.add(&table::MODEL_BYTES, &[id], placement.residence.bytes as f64);
+            let SiteCounts { integer, simulated, float } = placement.residence.sites;
+            for (executor, sites) in
+                [("integer", integer), ("simulated", simulated), ("float", float)]
+            {
+                samples.add(&table::MODEL_SITES, &[id, executor], sites as f64);
+            }
             let id: Arc<str> = id.into();
             ages.insert(Arc::clone(&id), Duration::ZERO);
             for priority in Priority::ALL {

@@ -1,6 +1,8 @@
 //! Executors: how a model's products are computed. The model says what, the executor says how.
 
+mod attention;
 mod float;
+mod integer;
 mod simulated;
 mod tap;
 
@@ -11,13 +13,16 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::nn::{Linear, Site};
+use crate::nn::{LayerNorm, Linear, Site, gelu};
 
+pub use attention::ScoreTerms;
 pub use float::Float;
+pub use integer::{Integer, IntegerSites, Packer, SiteCounts};
 pub use simulated::{Simulated, WeightSource};
 pub use tap::{Tap, TapSink};
 
-/// Computes the two kinds of quantizable product.
+/// Computes the two kinds of quantizable product; what lies between them is plain tensor code unless
+/// an executor has a way of its own.
 pub trait Executor {
     /// `x · op.weightᵀ + op.bias`; x [.., in] → [.., out].
     ///
@@ -30,6 +35,59 @@ pub trait Executor {
     /// # Errors
     /// As [`Executor::linear`].
     fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor>;
+
+    /// Layer norm of `x` [.., dim].
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn layer_norm(&mut self, norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
+        norm.forward(x)
+    }
+
+    /// GELU of a linear of `x` [n, .., in].
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn linear_gelu(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        gelu(&self.linear(op, x)?)
+    }
+
+    /// `residual` [.., out] plus a linear of `x` [.., in].
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn linear_add(&mut self, op: &Linear, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        Ok(residual.f_add(&self.linear(op, x)?)?)
+    }
+
+    /// q, k and v of `qkv` [b, t, 3·heads·d], each [b, heads, t, d] and contiguous.
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn split_heads(&mut self, qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
+        attention::split_heads(qkv, heads)
+    }
+
+    /// Softmax of the scores q·kᵀ with their `terms`: [b, heads, t, t].
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn attention_weights(
+        &mut self,
+        site: &Site,
+        [q, k]: [&Tensor; 2],
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Tensor> {
+        attention::softmax(&self.matmul(site, q, k)?, terms)
+    }
+
+    /// `weights` [b, heads, t, t] times v [b, heads, t, d], heads merged: [b, t, heads·d].
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn attention_mix(&mut self, site: &Site, weights: &Tensor, v: &Tensor) -> Result<Tensor> {
+        attention::merge_heads(&self.matmul(site, weights, &v.f_transpose(-2, -1)?)?)
+    }
 }
 
 /// The caller's choice of arithmetic.
@@ -41,6 +99,8 @@ pub enum Backend {
     /// Fake quantization in float32: the definition of each method.
     #[default]
     Simulated,
+    /// Products of integers: the same numbers, where the operands have integer codes.
+    Integer,
 }
 
 impl Backend {
@@ -49,6 +109,7 @@ impl Backend {
         match self {
             Self::Float => "float",
             Self::Simulated => "simulated",
+            Self::Integer => "integer",
         }
     }
 }
@@ -66,9 +127,10 @@ impl FromStr for Backend {
         match text {
             "float" => Ok(Self::Float),
             "simulated" => Ok(Self::Simulated),
+            "integer" => Ok(Self::Integer),
             other => Err(Error::invalid(
                 "executor",
-                format!("unknown executor `{other}`, known are float and simulated"),
+                format!("unknown executor `{other}`, known are float, simulated and integer"),
             )),
         }
     }

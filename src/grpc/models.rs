@@ -18,9 +18,11 @@ use super::status::{rpc_status, status};
 use crate::artifact::store::ModelRecord;
 use crate::calib::task::{CalibrationReport, QuantizeSpec, SiteReport};
 use crate::engine::Engine;
+use crate::engine::device::Residence;
 use crate::engine::names::ModelId;
 use crate::engine::registry::{ModelState, ModelView, Placement};
 use crate::error::Result;
+use crate::exec::SiteCounts;
 
 /// The service.
 #[derive(Clone, Debug)]
@@ -167,13 +169,16 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         error: None,
         role_bits: role_bits.iter().map(proto::RoleBits::from).collect(),
         aliases: aliases.clone(),
+        sites: None,
     };
     match state {
         ModelState::Stored => {}
         ModelState::Loading => message.set_state(State::Loading),
-        ModelState::Ready(Placement { device, resident_bytes, .. }) => {
+        ModelState::Ready(Placement { device, residence, .. }) => {
+            let Residence { bytes, sites } = residence;
             message.set_state(State::Ready);
-            message.resident_bytes = *resident_bytes;
+            message.resident_bytes = *bytes;
+            message.sites = Some(site_counts(*sites));
             message.device = device.name().to_owned();
         }
         ModelState::Failed(error) => {
@@ -183,6 +188,11 @@ pub(super) fn model(view: &ModelView) -> proto::Model {
         }
     }
     message
+}
+
+fn site_counts(sites: SiteCounts) -> proto::SiteCounts {
+    let SiteCounts { integer, simulated, float } = sites;
+    proto::SiteCounts { integer: count(integer), simulated: count(simulated), float: count(float) }
 }
 
 /// A calibration's report as clients see it.

@@ -5,9 +5,9 @@ use std::sync::Arc;
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::exec::Executor;
+use crate::exec::{Executor, ScoreTerms};
 use crate::model::{NewSite, SiteTable};
-use crate::nn::{Derived, Linear, Role, Scope, Site, gelu};
+use crate::nn::{Derived, Linear, Role, Scope, Site};
 
 /// Makes the sites of one unit: `scope` is the unit's place in the checkpoint.
 pub(super) struct UnitBuilder<'t, 's> {
@@ -126,10 +126,15 @@ impl Mlp {
         })
     }
 
-    /// x [n, t, dim] → [n, t, dim].
-    pub(super) fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let hidden = gelu(&exec.linear(&self.fc1, x)?)?;
-        exec.linear(&self.fc2, &hidden)
+    /// residual + mlp(x); both [n, t, dim].
+    pub(super) fn add_to(
+        &self,
+        exec: &mut dyn Executor,
+        residual: &Tensor,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        let hidden = exec.linear_gelu(&self.fc1, x)?;
+        exec.linear_add(&self.fc2, &hidden, residual)
     }
 }
 
@@ -159,35 +164,26 @@ impl AttentionSites {
         })
     }
 
-    /// x [b, t, dim] → q, k, v, each [b, heads, t, d] and contiguous: a view's strides depend on b,
-    /// and with them could the order in which a product is summed.
+    /// x [b, t, dim] → q, k, v, each [b, heads, t, d].
     pub(super) fn project_in(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<[Tensor; 3]> {
-        let (b, t, dim) = x.size3()?;
-        let parts = exec
-            .linear(&self.qkv, x)?
-            .f_reshape([b, t, 3, self.heads, dim / self.heads])?
-            .f_permute([2, 0, 3, 1, 4])?
-            .f_contiguous()?; // [3, b, heads, t, d]
-        Ok([parts.f_select(0, 0)?, parts.f_select(0, 1)?, parts.f_select(0, 2)?])
+        let qkv = exec.linear(&self.qkv, x)?;
+        exec.split_heads(&qkv, self.heads)
     }
 
-    /// q · kᵀ: [b, heads, t, t].
-    pub(super) fn scores(&self, exec: &mut dyn Executor, q: &Tensor, k: &Tensor) -> Result<Tensor> {
-        exec.matmul(&self.query_key, q, k)
-    }
-
-    /// Softmax of the scores, times v, heads merged, projected: [b, t, dim].
-    pub(super) fn project_out(
+    /// Softmax of q · kᵀ with its terms, times v, heads merged: [b, t, dim].
+    pub(super) fn mix(
         &self,
         exec: &mut dyn Executor,
-        scores: &Tensor,
-        v: &Tensor,
+        [q, k, v]: [&Tensor; 3],
+        terms: &ScoreTerms<'_>,
     ) -> Result<Tensor> {
-        let weights = scores.f_softmax(-1, None)?;
-        let mixed = exec.matmul(&self.score_value, &weights, &v.f_transpose(-2, -1)?)?;
-        let (b, heads, t, d) = mixed.size4()?;
-        let merged = mixed.f_transpose(1, 2)?.f_reshape([b, t, heads * d])?;
-        exec.linear(&self.proj, &merged)
+        let weights = exec.attention_weights(&self.query_key, [q, k], terms)?;
+        exec.attention_mix(&self.score_value, &weights, v)
+    }
+
+    /// The output projection.
+    pub(super) fn proj(&self) -> &Linear {
+        &self.proj
     }
 
     /// d^-0.5, the scale of the scores; d is the width of a head.

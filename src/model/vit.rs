@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::Executor;
+use crate::exec::{Executor, ScoreTerms};
 use crate::model::args::{self, Args, BlockShape, MAX_IMAGE, MAX_SIZE, ParameterList, unusable};
 use crate::model::layers::{AttentionSites, Mlp, PatchEmbed, PatchShape, UnitBuilder};
 use crate::model::{
@@ -349,12 +349,14 @@ impl Unit for Block {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let [q, k, v] = self.attention.project_in(exec, &self.norm1.forward(x)?)?;
+        let normed = exec.layer_norm(&self.norm1, x)?;
+        let [q, k, v] = self.attention.project_in(exec, &normed)?;
         // timm 0.6.13 scales the product, so a quantizer of q sees it unscaled.
-        let scores = self.attention.scores(exec, &q, &k)?.f_mul_scalar(self.attention.scale())?;
-        let x = x.f_add(&self.attention.project_out(exec, &scores, &v)?)?;
-        let mixed = self.mlp.forward(exec, &self.norm2.forward(&x)?)?;
-        Ok(x.f_add(&mixed)?)
+        let terms = ScoreTerms { scale: Some(self.attention.scale()), ..ScoreTerms::default() };
+        let mixed = self.attention.mix(exec, [&q, &k, &v], &terms)?;
+        let x = exec.linear_add(self.attention.proj(), &mixed, x)?;
+        let normed = exec.layer_norm(&self.norm2, &x)?;
+        self.mlp.add_to(exec, &x, &normed)
     }
 }
 
@@ -388,9 +390,9 @@ impl Unit for Head {
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
         let pooled = if self.norm_last {
-            self.norm.forward(&self.pooled(x)?)?
+            exec.layer_norm(&self.norm, &self.pooled(x)?)?
         } else {
-            self.pooled(&self.norm.forward(x)?)?
+            self.pooled(&exec.layer_norm(&self.norm, x)?)?
         };
         exec.linear(&self.head, &pooled)
     }

@@ -22,6 +22,11 @@ impl LayerNorm {
         Ok(Self { weight: scope.get("weight", &[dim])?, bias: scope.get("bias", &[dim])?, eps })
     }
 
+    /// Factors and offsets `[dim]`, and what is added to the variance.
+    pub fn parameters(&self) -> (&Tensor, &Tensor, f64) {
+        (&self.weight, &self.bias, self.eps)
+    }
+
     /// Normalises `x` [.., dim].
     ///
     /// # Errors

@@ -4,7 +4,12 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::kernels::Codes;
+use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
+use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
+use crate::quant::steps::{SharedThresholds, thresholds};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
@@ -14,6 +19,12 @@ pub const KIND: &str = "log2_row";
 
 /// Smallest ratio x/Δ whose logarithm is taken (the source's constant).
 const MIN_RATIO: f64 = 1e-8;
+
+/// The exponent of [`MIN_RATIO`].
+const LARGEST_EXPONENT: f64 = 27.0;
+
+/// Ratios from which on the exponent is [`LARGEST_EXPONENT`], one less, …, 0.
+static RATIOS: SharedThresholds = SharedThresholds::new();
 
 /// Exponents covered by one integer term: 2^0..2^14 fit 15 bits, so products stay within 32.
 const TERM_EXPONENTS: i64 = 15;
@@ -78,8 +89,84 @@ impl Log2Row {
         let tokens = self.layout.to_tokens(x)?;
         let delta = tokens.f_amax([-1i64].as_slice(), true)?;
         let ratio = tokens.f_div(&delta)?.f_clamp_min(MIN_RATIO)?;
-        let exponent = round_straight_through(&ratio.f_log2()?.f_neg()?)?;
-        Ok((delta, exponent))
+        Ok((delta, exponent_of(&ratio)?))
+    }
+
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (delta, exponent) = self.exponents(x)?;
+        let value =
+            exponent.f_clamp(0.0, self.last_exponent())?.f_neg()?.f_exp2()?.f_mul(&delta)?;
+        let kept = exponent.f_le(self.last_exponent())?;
+        let value = value.f_where_self(&kept, &value.f_zeros_like()?)?;
+        self.layout.from_tokens(&value, x)
+    }
+
+    /// The same by comparison with the ratios at which the exponent changes.
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let Some(dense) = Dense::in_order(x)? else { return Ok(None) };
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
+        let largest = self.row_maxima(x, &dense)?;
+        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
+        let rows = Rows { width, largest: &largest, least_ratio };
+        Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, &values, out))?))
+    }
+
+    /// Powers of two by the number of exponents that a ratio has left behind.
+    fn stairs(&self) -> Option<(Staircase, Values)> {
+        let thresholds = RATIOS.get(|| {
+            let passed = |ratio: &Tensor| -> Result<Tensor> {
+                let left = exponent_of(ratio)?.f_neg()?.f_add_scalar(LARGEST_EXPONENT + 1.0)?;
+                Ok(left.f_clamp(0.0, LARGEST_EXPONENT + 1.0)?)
+            };
+            thresholds(MIN_RATIO as f32, LARGEST_EXPONENT as usize + 1, passed)
+        })?;
+        let last = self.last_exponent().min(LARGEST_EXPONENT) as usize;
+        let kept = thresholds.get(thresholds.len().checked_sub(last + 1)?..)?;
+        let powers = (0..=last + 1).map(|steps| (steps as f32 - (last + 1) as f32).exp2());
+        let stairs = Staircase::new(kept.to_vec(), Passed::AtLeast)?;
+        Some((stairs, values_of(&powers.collect::<Vec<f32>>())))
+    }
+}
+
+/// e of x/Δ.
+fn exponent_of(ratio: &Tensor) -> Result<Tensor> {
+    round_straight_through(&ratio.f_log2()?.f_neg()?)
+}
+
+impl Log2Row {
+    /// Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some((stairs, _)) = self.stairs() else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (values, largest) = (dense.values()?, self.row_maxima(x, &dense)?);
+        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
+        let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
+        let beyond = stairs.len() as i64; // the exponent of no step
+        let last = self.last_exponent() as i64;
+        for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+            let end = (first + TERM_EXPONENTS - 1).min(last);
+            let inside = |steps: u8| {
+                let exponent = beyond - i64::from(steps);
+                (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
+            };
+            if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+                continue;
+            }
+            let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;
+            let scale = largest.iter().map(|largest| largest * factor).collect();
+            planes.push_steps(&counts, |steps| inside(steps).map_or(0, |power| 1 << power), scale);
+        }
+        Ok(Some(planes.finish()))
+    }
+
+    /// Δ of every row in memory.
+    fn row_maxima(&self, x: &Tensor, dense: &Dense) -> Result<Vec<f32>> {
+        let layout = self.layout.in_memory(x, dense)?;
+        let tokens = layout.extents(dense.values()?);
+        let rows = 0..layout.rows * layout.sets.len();
+        Ok(rows.map(|row| tokens[layout.token(row)].high).collect())
     }
 }
 
@@ -89,12 +176,17 @@ impl Quantizer for Log2Row {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (delta, exponent) = self.exponents(x)?;
-        let value =
-            exponent.f_clamp(0.0, self.last_exponent())?.f_neg()?.f_exp2()?.f_mul(&delta)?;
-        let kept = exponent.f_le(self.last_exponent())?;
-        let value = value.f_where_self(&kept, &value.f_zeros_like()?)?;
-        self.layout.from_tokens(&value, x)
+        if let Some(x_hat) = self.fake_quantize_in_a_pass(x)? {
+            return Ok(x_hat);
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -122,6 +214,10 @@ impl Quantizer for Log2Row {
         Ok(Some(terms))
     }
 
+    fn code_bits(&self) -> u32 {
+        (self.last_exponent() as u32 + 1).min(TERM_EXPONENTS as u32)
+    }
+
     fn state(&self) -> QuantizerState {
         let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
         self.layout.store(QuantizerState::new(KIND, self.bits).scalar("zero_code_last", last))
@@ -144,6 +240,39 @@ mod tests {
 
     fn scores(shape: &[i64]) -> Tensor {
         (laws::sample(shape, 5) * 6.0).softmax(-1, Kind::Float)
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for (layout, shape) in [
+            (TokenLayout::PLAIN, [2, 3, 9, 9]),
+            (TokenLayout::PLAIN, [1, 3, 197, 197]),
+            (TokenLayout::PER_HEAD, [2, 3, 7, 5]),
+            (TokenLayout::regrouped(4), [8, 2, 6, 6]),
+        ] {
+            for bits in [3, 4, 5, 8] {
+                for zero in [ZeroCode::Extra, ZeroCode::Last] {
+                    let q = Log2Row::new(BitWidth::new(bits, "bits").unwrap(), zero, layout);
+                    assert!(q.stairs().is_some());
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(&shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
+    }
+
+    /// Every float around every step, against the logarithm itself.
+    #[test]
+    fn steps_are_where_the_logarithm_has_them() {
+        let q = Log2Row::new(BitWidth::EIGHT, ZeroCode::Extra, TokenLayout::PLAIN);
+        for exponent in 0..28 {
+            let step = (-0.5 - exponent as f32).exp2();
+            let near: Vec<f32> =
+                (0..4096u32).map(|i| f32::from_bits(step.to_bits() - 2048 + i)).collect();
+            let x = Tensor::from_slice(&[&[1.0], &near[..]].concat()).view([1, 1, 1, -1]);
+            let (found, expected) = (q.fake_quantize(&x), q.fake_quantize_by_tensors(&x));
+            assert!(found.unwrap().equal(&expected.unwrap()), "{exponent}");
+        }
     }
 
     #[test]

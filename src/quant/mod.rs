@@ -2,12 +2,16 @@
 
 pub mod bits;
 pub mod cost;
+pub(crate) mod dense;
 pub mod dynamic;
+mod encode;
 pub mod granularity;
 pub mod log2;
 pub mod plan;
+pub(crate) mod planes;
 pub mod quantizer;
 pub mod search;
+pub(crate) mod steps;
 pub mod tokens;
 pub mod uniform;
 

@@ -7,9 +7,11 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
 use crate::quant::BitWidth;
 use crate::quant::cost::OperandCost;
 use crate::quant::dynamic::{self, DynamicToken};
+use crate::quant::encode;
 use crate::quant::log2::{self, Log2Row};
 use crate::quant::uniform::{self, Uniform};
 
@@ -30,6 +32,32 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// As [`Quantizer::fake_quantize`].
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>>;
+
+    /// The codes of a linear's or an attention product's operand for the integer kernels, rows being
+    /// all axes but the last; `None` if there is no integer form in which a scale belongs to a row
+    /// and a group of columns. Which of the two may depend on the shape of `x`, not on its values.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        self.encode_by_tensors(x)
+    }
+
+    /// The definition of [`Quantizer::encode`].
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn encode_by_tensors(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.quantize(x)? {
+            Some(terms) => encode::codes_of(&terms, self.code_bits()),
+            None => Ok(None),
+        }
+    }
+
+    /// Bits that every code of every integer term fits, whatever the input.
+    fn code_bits(&self) -> u32 {
+        self.bits().get().into()
+    }
 
     /// What an artifact keeps of this quantizer.
     fn state(&self) -> QuantizerState;

@@ -9,7 +9,9 @@
 use tch::Tensor;
 
 use crate::error::{Error, Result};
+use crate::kernels::passes::tokens::{Along, Layout};
 use crate::quant::QuantizerState;
+use crate::quant::dense::Dense;
 
 /// How an attention operand is laid out as tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,6 +110,39 @@ impl TokenLayout {
             .f_reshape([images, 2, 2, free, half, half, heads, reduce])?
             .f_permute([0, 1, 4, 2, 5, 6, 3, 7].as_slice())? // [b, a, p, a', p', h, free, reduce]
             .f_reshape([rows, heads, free, reduce])?)
+    }
+
+    /// Where the tokens of an operand are in its memory.
+    ///
+    /// # Errors
+    /// `Internal` for another number of axes.
+    pub(crate) fn in_memory(self, x: &Tensor, dense: &Dense) -> Result<Layout> {
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        let [rows, heads, free, reduce] = shape4(x)?.map(size);
+        let (windows, half) = (size(self.windows), size(side_of(self.windows) / 2));
+        let quadrants = if self.windows == 1 { 1 } else { 4 };
+        let set = |window: usize, head: usize| match (self.heads, self.windows) {
+            (Heads::Apart, _) => window * heads + head,
+            (Heads::Merged, 1) => window,
+            (Heads::Merged, _) => {
+                let (image, window) = (window / windows, window % windows);
+                let (row, column) = (window / (2 * half), window % (2 * half));
+                (image * 2 + row / half) * 2 + column / half
+            }
+        };
+        let sets: Vec<usize> =
+            (0..rows * heads).map(|block| set(block / heads, block % heads)).collect();
+        let tokens_per_image = match self.heads {
+            Heads::Apart => heads * free,
+            Heads::Merged => quadrants * free,
+        };
+        let set_count = sets.iter().max().map_or(0, |last| last + 1);
+        let (height, width, along) = if dense.swapped() {
+            (reduce, free, Along::Columns)
+        } else {
+            (free, reduce, Along::Rows)
+        };
+        Ok(Layout { width, rows: height, sets, set_count, tokens_per_image, along })
     }
 
     /// Tokens of one image's operand of that shape.

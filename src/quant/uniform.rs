@@ -4,6 +4,10 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::affine::{Grid, encode_whole};
+use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -106,10 +110,34 @@ impl Uniform {
         &self.zero_point
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+    }
+
     /// float32 codes 0..2^bits − 1.
     fn codes(&self, x: &Tensor) -> Result<Tensor> {
         let grid = round_straight_through(&x.f_div(&self.scale)?)?.f_add(&self.zero_point)?;
         Ok(grid.f_clamp(0.0, self.bits.max_code())?)
+    }
+}
+
+impl Uniform {
+    /// Bytes on one grid for the whole; `None` for other grids.
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
+            return Ok(None);
+        }
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
+        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
+        let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
+        let x = dense.values()?;
+        let mut codes = vec![0; x.len()];
+        encode_whole(x, grid, &mut codes);
+        planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
+        Ok(Some(planes.finish()))
     }
 }
 
@@ -119,7 +147,20 @@ impl Quantizer for Uniform {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+        if let Some(dense) = Dense::of(x)? {
+            let parameters = (&self.scale, &self.zero_point);
+            if let Some(x_hat) = dense.quantize(parameters, self.bits.max_code())? {
+                return Ok(x_hat);
+            }
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -146,60 +187,8 @@ impl Quantizer for Uniform {
     }
 }
 
-/// Shared laws of quantizers, used by the tests of every kind.
 #[cfg(test)]
-pub(crate) mod laws {
-    use super::*;
-
-    /// Deterministic values with outliers, shape as given.
-    pub(crate) fn sample(shape: &[i64], seed: i64) -> Tensor {
-        let n: i64 = shape.iter().product();
-        let index = Tensor::arange(n, (Kind::Double, tch::Device::Cpu)) + (seed * 7919) as f64;
-        let noise = (&index * 12.9898).sin() * 43758.5453;
-        let uniform = &noise - noise.floor() - 0.5;
-        let spread = (&index * 0.37).cos().square() * 4.0 + 0.1;
-        (uniform * spread).to_kind(Kind::Float).view(shape)
-    }
-
-    /// `fake_quantize` equals the sum of the integer terms to float32 rounding.
-    pub(crate) fn terms_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
-        let fake = quantizer.fake_quantize(x).unwrap();
-        let terms = quantizer.quantize(x).unwrap().expect("integer form");
-        let mut sum = Tensor::zeros_like(&fake);
-        for term in &terms {
-            assert_eq!(term.codes.size(), x.size());
-            sum += term.dequantize().unwrap();
-        }
-        let scale = fake.abs().max().double_value(&[]).max(1e-30);
-        let worst = (&sum - &fake).abs().max().double_value(&[]);
-        assert!(worst <= 1e-6 * scale, "terms differ from fake_quantize by {worst}");
-    }
-
-    /// Two images together give what they give apart, bit for bit.
-    pub(crate) fn images_are_independent(
-        quantizer: &dyn Quantizer,
-        x: &Tensor,
-        rows_per_image: i64,
-    ) {
-        let together = quantizer.fake_quantize(x).unwrap();
-        let images = x.size()[0] / rows_per_image;
-        for image in 0..images {
-            let alone = x.narrow(0, image * rows_per_image, rows_per_image);
-            let alone = quantizer.fake_quantize(&alone).unwrap();
-            let part = together.narrow(0, image * rows_per_image, rows_per_image);
-            assert!(part.equal(&alone), "image {image} depends on its neighbours");
-        }
-    }
-
-    /// Storing and restoring changes nothing.
-    pub(crate) fn state_round_trips(quantizer: &dyn Quantizer, x: &Tensor) {
-        let restored = crate::methods::restore(&quantizer.state()).unwrap();
-        let (before, after) =
-            (quantizer.fake_quantize(x).unwrap(), restored.fake_quantize(x).unwrap());
-        assert!(before.equal(&after));
-        assert_eq!(restored.bits(), quantizer.bits());
-    }
-}
+pub(crate) mod laws;
 
 #[cfg(test)]
 mod tests {
@@ -232,6 +221,38 @@ mod tests {
         let q = Uniform::from_range(&Range::per_row(&w).unwrap(), BitWidth::EIGHT, 1e-10).unwrap();
         laws::terms_add_up(&q, &w);
         laws::state_round_trips(&q, &w);
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        let x = laws::sample(&[5, 7, 37], 3);
+        for bits in [3, 4, 8] {
+            let bits = BitWidth::new(bits, "bits").unwrap();
+            let check = |q: &Uniform, shape: &[i64]| {
+                let pass = |x: &Tensor| {
+                    assert!(Dense::of(x)?.is_some());
+                    q.fake_quantize(x)
+                };
+                laws::pass_is_exact(shape, pass, |x| q.fake_quantize_by_tensors(x));
+            };
+            let grid = |range: Range| Uniform::from_range(&range, bits, 1e-10).unwrap();
+            let whole = grid(Range::per_tensor(&x).unwrap());
+            for shape in [&[1i64, 1][..], &[5, 7, 37], &[3, 300, 65], &[2, 3, 5, 9]] {
+                check(&whole, shape);
+            }
+            let by_channel = x.reshape([-1, 37]).transpose(0, 1);
+            let range = Range::per_row(&by_channel).unwrap();
+            check(
+                &grid(Range { low: range.low.view([-1]), high: range.high.view([-1]) }),
+                &[5, 7, 37],
+            );
+            check(&grid(range), &[37, 41]);
+            let high = x.narrow(0, 0, 1).abs().amax([-1i64].as_slice(), true); // [1, 7, 1]
+            check(&grid(Range { low: -&high, high }), &[5, 7, 37]);
+        }
+        let parameter = |value: f32| Tensor::from_slice(&[value]);
+        let q = Uniform::new(BitWidth::EIGHT, parameter(0.1), parameter(7.25)).unwrap();
+        laws::pass_is_exact(&[3, 5, 8], |x| q.fake_quantize(x), |x| q.fake_quantize_by_tensors(x));
     }
 
     #[test]

@@ -145,14 +145,14 @@ impl ModelRegistry {
         let target = device.device();
         let built = self.loader.run(move || build(target)).await.map_err(memory_error)?;
         let loaded = device.load(key, built, Arc::clone(&meter)).await;
-        let resident_bytes = loaded.map_err(memory_error)?;
+        let residence = loaded.map_err(memory_error)?;
         if let Err(error) = self.make_room(&device, 0).await {
             device.unload(key).await?;
             return Err(error);
         }
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(model = record.id, device = device.name(), seconds, "model loaded");
-        Ok(Placement { device, key, resident_bytes, meter, users: Arc::default() })
+        Ok(Placement { device, key, residence, meter, users: Arc::default() })
     }
 
     /// Unloads models that nobody uses, those not used for longest first, until so many bytes are
@@ -202,7 +202,7 @@ impl ModelRegistry {
             );
             match (slot, loaded) {
                 (Some(slot), Ok(placement)) => {
-                    slot.measured = Some(placement.resident_bytes);
+                    slot.measured = Some(placement.residence.bytes);
                     slot.last_used = Instant::now();
                     slot.state = SlotState::Ready(placement);
                     None

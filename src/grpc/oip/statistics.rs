@@ -70,7 +70,7 @@ fn memory(state: &ModelState) -> Vec<MemoryUsage> {
     vec![MemoryUsage {
         r#type: if gpu.is_some() { "GPU" } else { "CPU" }.to_owned(),
         id: gpu.unwrap_or(0).into(),
-        byte_size: placement.resident_bytes,
+        byte_size: placement.residence.bytes,
     }]
 }
 

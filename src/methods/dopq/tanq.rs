@@ -12,8 +12,10 @@ use std::f64::consts::FRAC_PI_2;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
+use crate::quant::dense::{Dense, Derived};
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
-use crate::tensor::Tails;
+use crate::tensor::{Tails, to_vec_f32};
 
 /// Kind name in artifacts.
 pub(super) const KIND: &str = "tangent";
@@ -45,6 +47,7 @@ pub(super) struct Tangent {
     levels: Tensor,
     /// 2^b − 1 thresholds, ascending, float32; a value at a threshold belongs above it.
     thresholds: Tensor,
+    stairs: Derived<(Staircase, Values)>,
 }
 
 /// The smooth map between scores and codes.
@@ -121,7 +124,13 @@ impl Tangent {
         let float = |values: &[f64]| -> Result<Tensor> {
             Ok(Tensor::f_from_slice(values)?.f_to_kind(Kind::Float)?.f_to(device)?)
         };
-        Ok(Self { bits, curve, levels: float(&levels)?, thresholds: float(&thresholds)? })
+        Ok(Self {
+            bits,
+            curve,
+            levels: float(&levels)?,
+            thresholds: float(&thresholds)?,
+            stairs: Derived::default(),
+        })
     }
 
     /// Restores a stored quantizer. The stored tables count: other machines may compute other last
@@ -144,16 +153,13 @@ impl Tangent {
         if !usable {
             return Err(Error::corrupt("artifact", format!("a tangent grid of {curve:?}")));
         }
-        Ok(Self { bits, curve, levels, thresholds })
+        Ok(Self { bits, curve, levels, thresholds, stairs: Derived::default() })
     }
 }
 
-impl Quantizer for Tangent {
-    fn bits(&self) -> BitWidth {
-        self.bits
-    }
-
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+impl Tangent {
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
         let source = x.f_detach()?.f_contiguous()?;
         let codes = source.f_bucketize(&self.thresholds, true, true)?.f_view([-1])?;
         let value = self.levels.f_index_select(0, &codes)?.f_view_as(&source)?;
@@ -165,6 +171,28 @@ impl Quantizer for Tangent {
         let inside = source.f_ge(0.0)?.f_logical_and(&source.f_le(self.curve.clip)?)?;
         let linear = x.f_mul(&slope.f_where_self(&inside, &slope.f_zeros_like()?)?)?;
         Ok(value.f_add(&linear.f_sub(&linear.f_detach()?)?)?)
+    }
+
+    /// The tables for a pass.
+    fn stairs(&self) -> Option<&(Staircase, Values)> {
+        self.stairs.get(|| {
+            let stairs = Staircase::new(to_vec_f32(&self.thresholds)?, Passed::NotBelow);
+            let values = values_of(&to_vec_f32(&self.levels)?);
+            Ok(stairs.map(|stairs| (stairs, values)))
+        })
+    }
+}
+
+impl Quantizer for Tangent {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
+            return dense.map(|x, out| stairs.map(x, values, out));
+        }
+        self.fake_quantize_by_tensors(x)
     }
 
     /// None: the levels lie on no common integer grid.
@@ -243,6 +271,23 @@ mod tests {
 
     fn grid(bits: u32, ends: Ends) -> Tangent {
         Tangent::new(width(bits), Curve { ends, shape: 1.4, clip: 0.9 }, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for ends in BOTH {
+            for bits in [3, 4, 6, 8] {
+                let q = grid(bits, ends);
+                assert!(q.stairs().is_some());
+                let x = Tensor::cat(&[&q.thresholds, &q.levels], 0);
+                let (found, expected) = (q.fake_quantize(&x), q.fake_quantize_by_tensors(&x));
+                assert!(found.unwrap().equal(&expected.unwrap()));
+                for shape in [&[1i64, 1][..], &[2, 3, 7, 7], &[1, 3, 197, 197]] {
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
     }
 
     #[test]

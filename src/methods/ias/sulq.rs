@@ -9,9 +9,14 @@ use std::f64::consts::LN_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::staircase::{MAX_STEPS, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
+use crate::quant::dense::{Dense, Derived};
+use crate::quant::planes::Planes;
+use crate::quant::steps::thresholds;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
-use crate::tensor::round_straight_through;
+use crate::tensor::{round_straight_through, to_vec_f32};
 
 /// Kind name in artifacts.
 pub(super) const KIND: &str = "shift_uniform_log2";
@@ -35,7 +40,7 @@ pub(super) enum Levels {
 }
 
 /// A grid that is uniform in log2(x + η).
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct ShiftUniformLog2 {
     bits: BitWidth,
     levels: Levels,
@@ -45,6 +50,7 @@ pub(super) struct ShiftUniformLog2 {
     low: f64,
     /// Largest log2(x + η) of the calibration, a float32 value.
     high: f64,
+    stairs: Derived<(Staircase, Values)>,
 }
 
 impl ShiftUniformLog2 {
@@ -56,7 +62,8 @@ impl ShiftUniformLog2 {
             let logarithms = logarithms(x, shift)?;
             let (low, high) = (logarithms.f_min()?, logarithms.f_max()?);
             let (low, high) = (low.f_double_value(&[])?, high.f_double_value(&[])?);
-            let candidate = Self { bits, levels: Levels::Corrected, shift, low, high };
+            let stairs = Derived::default();
+            let candidate = Self { bits, levels: Levels::Corrected, shift, low, high, stairs };
             let difference = candidate.fake_quantize(x)?.f_sub(x)?;
             let error = difference.f_square()?.f_mean(Kind::Double)?.f_double_value(&[])?;
             if error < least {
@@ -64,7 +71,7 @@ impl ShiftUniformLog2 {
             }
         }
         let best = best.ok_or_else(|| Error::invalid("calibration", "scores are not finite"))?;
-        Ok(Self { levels, ..best })
+        Ok(Self { levels, stairs: Derived::default(), ..best })
     }
 
     /// Restores a stored quantizer.
@@ -80,7 +87,8 @@ impl ShiftUniformLog2 {
             let reason = format!("a log2 grid from {low} to {high} with shift {shift}");
             return Err(Error::corrupt("artifact", reason));
         }
-        Ok(Self { bits: state.read_bits()?, levels, shift, low, high })
+        let stairs = Derived::default();
+        Ok(Self { bits: state.read_bits()?, levels, shift, low, high, stairs })
     }
 
     /// Largest code n.
@@ -109,6 +117,30 @@ impl ShiftUniformLog2 {
         round_straight_through(&codes.f_mul_scalar(self.step())?.f_add_scalar(self.low)?)
     }
 
+    /// The definition of [`Quantizer::fake_quantize`] for a grid with extent, differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.exponents(x)?.f_exp2()?.f_sub_scalar(self.shift)?)
+    }
+
+    /// The values at which E rises by one, and what they decode to; below −η there is no logarithm.
+    fn stairs(&self) -> Option<&(Staircase, Values)> {
+        self.stairs.get(|| {
+            let bottom = -self.shift as f32;
+            let least = to_vec_f32(&self.exponents(&Tensor::f_from_slice(&[bottom])?)?)?[0];
+            let passed = |x: &Tensor| -> Result<Tensor> {
+                Ok(self.exponents(x)?.f_sub_scalar(f64::from(least))?)
+            };
+            let Some(steps) = thresholds(bottom, MAX_STEPS, passed)? else {
+                return Ok(None);
+            };
+            let points: Vec<f32> = std::iter::once(bottom).chain(steps).collect();
+            let mut values = vec![f32::NAN];
+            let decoded = self.fake_quantize_by_tensors(&Tensor::f_from_slice(&points)?)?;
+            values.extend(to_vec_f32(&decoded)?);
+            Ok(Staircase::new(points, Passed::AtLeast).map(|stairs| (stairs, values_of(&values))))
+        })
+    }
+
     /// Least and largest E.
     fn exponent_range(&self) -> (f64, f64) {
         let exponent = |code: f64| (code * self.step() + self.low).round_ties_even();
@@ -121,6 +153,25 @@ fn logarithms(x: &Tensor, shift: f64) -> Result<Tensor> {
     Ok(x.f_add_scalar(shift)?.f_log()?.f_div_scalar(LN_2)?)
 }
 
+impl ShiftUniformLog2 {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (least, largest) = self.exponent_range();
+        if self.constant().is_some() || largest - least >= TERM_EXPONENTS {
+            return Ok(None);
+        }
+        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let counts = stairs.count_all(dense.values()?);
+        let code = |steps: u8| if steps == 0 { 0 } else { 1 << (u32::from(steps - 1)).min(31) };
+        planes.push_steps(&counts, code, planes.repeated(least.exp2() as f32));
+        let shift = planes.repeated(self.shift as f32);
+        planes.push_constant(shift);
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for ShiftUniformLog2 {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -129,7 +180,19 @@ impl Quantizer for ShiftUniformLog2 {
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
         match self.constant() {
             Some(value) => Ok(x.f_full_like(value)?),
-            None => Ok(self.exponents(x)?.f_exp2()?.f_sub_scalar(self.shift)?),
+            None => match (Dense::of(x)?, self.stairs()) {
+                (Some(dense), Some((stairs, values))) => {
+                    dense.map(|x, out| stairs.map(x, values, out))
+                }
+                _ => self.fake_quantize_by_tensors(x),
+            },
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
         }
     }
 
@@ -161,6 +224,14 @@ impl Quantizer for ShiftUniformLog2 {
         Ok(Some(vec![powers, constant(-self.shift)?]))
     }
 
+    fn code_bits(&self) -> u32 {
+        if self.constant().is_some() {
+            return 1;
+        }
+        let (least, largest) = self.exponent_range();
+        (largest - least) as u32 + 1
+    }
+
     fn state(&self) -> QuantizerState {
         let released = f64::from(u8::from(self.levels == Levels::Released));
         QuantizerState::new(KIND, self.bits)
@@ -190,6 +261,29 @@ mod tests {
 
     fn width(bits: u32) -> BitWidth {
         BitWidth::new(bits, "bits").unwrap()
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        let x = (laws::sample(&[2, 3, 50, 50], 5) * 6.0).softmax(-1, Kind::Float);
+        for levels in BOTH {
+            for bits in [3, 4, 8] {
+                let q = ShiftUniformLog2::search(&x, width(bits), levels).unwrap();
+                let Some((stairs, _)) = q.stairs() else { panic!("no steps at {bits} bits") };
+                let steps: Vec<f32> = stairs.thresholds().to_vec();
+                let near = steps.iter().flat_map(|t| {
+                    (0..512u32).map(|i| f32::from_bits((t.to_bits() + i).saturating_sub(256)))
+                });
+                let near = Tensor::from_slice(&near.collect::<Vec<f32>>());
+                let (found, expected) = (q.fake_quantize(&near), q.fake_quantize_by_tensors(&near));
+                let (found, expected) = (found.unwrap(), expected.unwrap());
+                assert!(found.nan_to_num(7.0, 7.0, 7.0).equal(&expected.nan_to_num(7.0, 7.0, 7.0)));
+                for shape in [&[1i64, 1][..], &[2, 3, 7, 7], &[1, 3, 197, 197]] {
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
     }
 
     #[test]
@@ -242,6 +336,7 @@ mod tests {
             shift: 0.01,
             low: -5.0,
             high: -0.5,
+            stairs: Derived::default(),
         };
         let x = Tensor::from_slice(&[0.001f64, 0.03, 0.1, 0.35, 0.6, 0.99]).set_requires_grad(true);
         let y = grid.fake_quantize(&x).unwrap();

@@ -7,6 +7,7 @@
 
 mod allocation;
 mod clusters;
+mod memory;
 mod quantizer;
 mod sensitivity;
 

@@ -246,19 +246,29 @@ impl Grouped {
         Ok(high.f_add(&low)?.f_argmin(-1, false)?)
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    pub(super) fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        self.layout.fake_quantize(x, &self.grid(x)?)
+    }
+
     fn grid(&self, x: &Tensor) -> Result<AssignedGrid> {
         let x = self.layout.by_image(x)?;
-        let group = self.assign(&self.layout.range(&x)?)?;
+        let affine = self.affine(&self.layout.range(&x)?)?;
+        AssignedGrid::new(x, affine, self.bits)
+    }
+
+    /// The grid of every part.
+    fn affine(&self, range: &Range) -> Result<Affine> {
+        let group = self.assign(range)?;
         let of_group = |parameter: &Tensor| -> Result<Tensor> {
             Ok(parameter
                 .f_index_select(0, &group.f_view([-1])?)?
                 .f_view(group.size().as_slice())?)
         };
-        let affine = Affine {
+        Ok(Affine {
             scale: of_group(&self.grids.scale)?,
             zero_point: of_group(&self.grids.zero_point)?,
-        };
-        AssignedGrid::new(x, affine, self.bits)
+        })
     }
 }
 
@@ -268,7 +278,11 @@ impl Quantizer for Grouped {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        self.layout.fake_quantize(x, &self.grid(x)?)
+        let affine = |range: &Range| self.affine(range);
+        match self.layout.fake_quantize_in_passes(x, self.bits, affine)? {
+            Some(x_hat) => Ok(x_hat),
+            None => self.fake_quantize_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -311,6 +325,11 @@ impl OwnRange {
         Ok(Self { bits: state.read_bits()?, layout: Layout::restore(state)? })
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    pub(super) fn fake_quantize_by_tensors(self, x: &Tensor) -> Result<Tensor> {
+        self.layout.fake_quantize(x, &self.grid(x)?)
+    }
+
     fn grid(self, x: &Tensor) -> Result<AssignedGrid> {
         let x = self.layout.by_image(x)?;
         let affine = affine(&self.layout.range(&x)?, self.bits)?;
@@ -324,7 +343,11 @@ impl Quantizer for OwnRange {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        self.layout.fake_quantize(x, &self.grid(x)?)
+        let affine = |range: &Range| affine(range, self.bits);
+        match self.layout.fake_quantize_in_passes(x, self.bits, affine)? {
+            Some(x_hat) => Ok(x_hat),
+            None => self.fake_quantize_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::*;
 use crate::quant::Quantizer;
 use crate::quant::uniform::laws::{
-    images_are_independent, sample, state_round_trips, terms_add_up,
+    images_are_independent, pass_is_exact, sample, state_round_trips, terms_add_up,
 };
 use crate::tensor::to_vec_f32;
 
@@ -53,6 +53,26 @@ fn laws_hold_for_every_part() {
             }
         }
     }
+}
+
+#[test]
+fn passes_give_the_same_bits() {
+    for (layout, x) in operands() {
+        for width in [3, 8] {
+            let own = OwnRange { bits: bits(width), layout };
+            pass_is_exact(&x.size(), |x| own.fake_quantize(x), |x| own.fake_quantize_by_tensors(x));
+            for bounds in [Bounds::Mean, Bounds::Max] {
+                let q = grouped(layout, &x, 4, rules(width, bounds));
+                let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                pass_is_exact(&x.size(), |x| q.fake_quantize(x), definition);
+            }
+        }
+    }
+    // One image, and more rows than a task looks at.
+    let layout = Layout { part: Part::Channels, windows: 1 };
+    let own = OwnRange { bits: bits(4), layout };
+    let shape = [1, 197, 384];
+    pass_is_exact(&shape, |x| own.fake_quantize(x), |x| own.fake_quantize_by_tensors(x));
 }
 
 #[test]

@@ -7,7 +7,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::twin::{Signs, encode_signs, quantize_signs};
 use crate::quant::cost::OperandCost;
+use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -48,6 +52,25 @@ impl TwinGelu {
         Ok(Self { bits: state.read_bits()?, scale })
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (positive, negative) = self.codes(x)?;
+        let negative = negative.f_mul_scalar(negative_scale(self.bits))?;
+        Ok(positive.f_mul(&self.scale)?.f_add(&negative)?)
+    }
+
+    /// The grids for a pass, unless there are several Δ⁺ (or one that learns).
+    fn signs(&self) -> Result<Option<Signs>> {
+        if self.scale.numel() != 1 || self.scale.requires_grad() {
+            return Ok(None);
+        }
+        Ok(Some(Signs {
+            positive: self.scale.f_view([1])?.f_double_value(&[0])? as f32,
+            negative: negative_scale(self.bits) as f32,
+            half: half_range(self.bits) as f32,
+        }))
+    }
+
     /// float32 codes of both terms: 0..Q − 1 and −Q..0. Each is taken of one side of zero, so that
     /// small values have the gradient of one term, not of both.
     fn codes(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
@@ -61,15 +84,34 @@ impl TwinGelu {
     }
 }
 
+impl TwinGelu {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.signs()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [positive, negative] = encode_signs(dense.values()?, grid);
+        planes.push(positive, planes.repeated(grid.positive), planes.repeated(0));
+        planes.push(negative, planes.repeated(grid.negative), planes.repeated(grid.half as i32));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for TwinGelu {
     fn bits(&self) -> BitWidth {
         self.bits
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (positive, negative) = self.codes(x)?;
-        let negative = negative.f_mul_scalar(negative_scale(self.bits))?;
-        Ok(positive.f_mul(&self.scale)?.f_add(&negative)?)
+        match (Dense::of(x)?, self.signs()?) {
+            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_signs(x, grid, out)),
+            _ => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -111,6 +153,18 @@ mod tests {
 
     fn grid(bits: u32, scale: f32) -> TwinGelu {
         TwinGelu::new(BitWidth::new(bits, "bits").unwrap(), Tensor::from_slice(&[scale]))
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for (bits, scale) in [(3, 0.4), (4, 0.11), (8, 0.02)] {
+            let q = grid(bits, scale);
+            assert!(q.signs().unwrap().is_some());
+            for shape in [&[1i64, 1][..], &[3, 7, 37], &[2, 197, 96]] {
+                let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+            }
+        }
     }
 
     #[test]

@@ -9,7 +9,11 @@
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::twin::{Sizes, encode_sizes, quantize_sizes};
 use crate::quant::cost::OperandCost;
+use crate::quant::dense::Dense;
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -64,6 +68,27 @@ impl TwinSoftmax {
         Ok(self.split.f_div_scalar(self.largest())?)
     }
 
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (small, large) = self.codes(x)?;
+        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
+    }
+
+    /// The grids for a pass, unless there are several split points (or one that learns).
+    fn sizes(&self) -> Result<Option<Sizes>> {
+        if self.split.numel() != 1 || self.split.requires_grad() {
+            return Ok(None);
+        }
+        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
+        Ok(Some(Sizes {
+            split: value(&self.split)?,
+            small: value(&self.small_scale()?)?,
+            large: (1.0 / self.largest()) as f32,
+            largest: self.largest() as f32,
+            overlap: self.overlap == Overlap::Released,
+        }))
+    }
+
     /// float32 codes 0..P of the small and the large range.
     fn codes(&self, x: &Tensor) -> Result<(Tensor, Tensor)> {
         let largest = self.largest();
@@ -85,14 +110,34 @@ impl TwinSoftmax {
     }
 }
 
+impl TwinSoftmax {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.sizes()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [small, large] = encode_sizes(dense.values()?, grid);
+        planes.push(small, planes.repeated(grid.small), planes.repeated(0));
+        planes.push(large, planes.repeated(grid.large), planes.repeated(0));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for TwinSoftmax {
     fn bits(&self) -> BitWidth {
         self.bits
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (small, large) = self.codes(x)?;
-        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
+        match (Dense::of(x)?, self.sizes()?) {
+            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_sizes(x, grid, out)),
+            _ => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -137,6 +182,20 @@ mod tests {
     fn grid(bits: u32, overlap: Overlap, split: f32) -> TwinSoftmax {
         let bits = BitWidth::new(bits, "bits").unwrap();
         TwinSoftmax::new(bits, overlap, Tensor::from_slice(&[split]))
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for (bits, overlap, split) in
+            BOTH.into_iter().flat_map(|o| [(3, o, 1.0), (4, o, 0.125), (8, o, 0.031_25)])
+        {
+            let q = grid(bits, overlap, split);
+            assert!(q.sizes().unwrap().is_some());
+            for shape in [&[1i64, 1][..], &[2, 3, 7, 7], &[1, 3, 197, 197]] {
+                let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+            }
+        }
     }
 
     #[test]

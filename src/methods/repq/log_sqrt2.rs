@@ -9,11 +9,16 @@ use std::f64::consts::SQRT_2;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
+use crate::quant::dense::{Dense, Derived};
 use crate::quant::log2::ZeroCode;
+use crate::quant::planes::Planes;
 use crate::quant::search::{MIN_SCALE, percentile_range};
+use crate::quant::steps::thresholds;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
-use crate::tensor::round_straight_through;
+use crate::tensor::{round_straight_through, to_vec_f32};
 
 use super::PERCENTILES;
 
@@ -27,20 +32,25 @@ const TERM_EXPONENTS: i64 = 15;
 const TINY: f64 = 1.401_298_464_324_817e-45;
 
 /// A logarithmic grid with base √2 below a static largest value.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct LogSqrt2 {
     bits: BitWidth,
     zero_code: ZeroCode,
     /// Δ, a float32 value.
     largest: f64,
+    stairs: Derived<(Staircase, Values)>,
 }
 
 impl LogSqrt2 {
+    fn new(bits: BitWidth, zero_code: ZeroCode, largest: f64) -> Self {
+        Self { bits, zero_code, largest, stairs: Derived::default() }
+    }
+
     /// Searches Δ among the percentiles of `x`.
     pub(super) fn search(x: &Tensor, bits: BitWidth, zero_code: ZeroCode) -> Result<Self> {
         let rows = x.f_reshape([1, -1])?;
         let candidate = |high: &Tensor| -> Result<Self> {
-            Ok(Self { bits, zero_code, largest: high.f_double_value(&[0, 0])? })
+            Ok(Self::new(bits, zero_code, high.f_double_value(&[0, 0])?))
         };
         let range = percentile_range(&rows, &PERCENTILES, |range| {
             candidate(&range.high)?.fake_quantize(&rows)
@@ -60,7 +70,7 @@ impl LogSqrt2 {
         if largest <= 0.0 {
             return Err(Error::corrupt("artifact", format!("a log√2 grid ends at {largest}")));
         }
-        Ok(Self { bits: state.read_bits()?, zero_code, largest })
+        Ok(Self::new(state.read_bits()?, zero_code, largest))
     }
 
     /// Largest exponent that is not zero.
@@ -78,25 +88,100 @@ impl LogSqrt2 {
     }
 }
 
-impl Quantizer for LogSqrt2 {
-    fn bits(&self) -> BitWidth {
-        self.bits
-    }
-
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+impl LogSqrt2 {
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
         let exponent = self.exponents(x)?;
         let kept = exponent.f_le(self.last_exponent())?;
         let exponent = exponent.f_clamp(0.0, self.last_exponent())?;
-        // 2^(−j) is exact; 2^(−e/2) would not be, nor the same in every lane of a vector register.
-        let factor = exponent.f_remainder(2.0)?.f_mul_scalar(SQRT_2 - 1.0)?.f_add_scalar(1.0)?;
-        let power = exponent.f_mul_scalar(0.5)?.f_ceil()?.f_neg()?.f_exp2()?;
-        let mut value = power.f_mul(&factor)?.f_mul_scalar(self.largest)?;
+        let mut value = self.power(&exponent)?;
         if x.requires_grad() {
             // The slope of Δ·2^(−e/2), which has no steps.
             let smooth = exponent.f_mul_scalar(-0.5)?.f_exp2()?.f_mul_scalar(self.largest)?;
             value = value.f_detach()?.f_add(&smooth.f_sub(&smooth.f_detach()?)?)?;
         }
         Ok(value.f_where_self(&kept, &value.f_zeros_like()?)?)
+    }
+
+    /// Δ·2^(−e/2) of exponents 0, 1, ….
+    fn power(&self, exponent: &Tensor) -> Result<Tensor> {
+        // 2^(−j) is exact; 2^(−e/2) would not be, nor the same in every lane of a vector register.
+        let factor = exponent.f_remainder(2.0)?.f_mul_scalar(SQRT_2 - 1.0)?.f_add_scalar(1.0)?;
+        let power = exponent.f_mul_scalar(0.5)?.f_ceil()?.f_neg()?.f_exp2()?;
+        Ok(power.f_mul(&factor)?.f_mul_scalar(self.largest)?)
+    }
+
+    /// The values at which the exponent falls by one, from beyond the last to 0, and what they decode
+    /// to.
+    fn stairs(&self) -> Option<&(Staircase, Values)> {
+        self.stairs.get(|| {
+            let last = self.last_exponent();
+            let passed = |x: &Tensor| -> Result<Tensor> {
+                Ok(self
+                    .exponents(x)?
+                    .f_neg()?
+                    .f_add_scalar(last + 1.0)?
+                    .f_clamp(0.0, last + 1.0)?)
+            };
+            let Some(steps) = thresholds(f32::NEG_INFINITY, last as usize + 1, passed)? else {
+                return Ok(None);
+            };
+            let exponents: Vec<f32> = (0..=last as u32).rev().map(|e| e as f32).collect();
+            let mut values = vec![0.0];
+            values.extend(to_vec_f32(&self.power(&Tensor::f_from_slice(&exponents)?)?)?);
+            Ok(Staircase::new(steps, Passed::AtLeast).map(|stairs| (stairs, values_of(&values))))
+        })
+    }
+}
+
+impl LogSqrt2 {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let counts = stairs.count_all(dense.values()?);
+        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
+        let last = beyond / 2;
+        for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
+            for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+                let end = (first + TERM_EXPONENTS - 1).min(last);
+                let inside = |steps: u8| {
+                    let exponent = beyond - i64::from(steps);
+                    let halved = (exponent + 1) / 2; // j
+                    let here = exponent % 2 == parity && (first..=end).contains(&halved);
+                    (steps > 0 && here).then_some(end - halved)
+                };
+                if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+                    continue;
+                }
+                let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
+                let scale = planes.repeated((self.largest * factor * power) as f32);
+                let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
+                planes.push_steps(&counts, code, scale);
+            }
+        }
+        Ok(Some(planes.finish()))
+    }
+}
+
+impl Quantizer for LogSqrt2 {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
+            return dense.map(|x, out| stairs.map(x, values, out));
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -132,6 +217,11 @@ impl Quantizer for LogSqrt2 {
         Ok(Some(terms))
     }
 
+    fn code_bits(&self) -> u32 {
+        let last = (self.last_exponent() as u32).div_ceil(2);
+        (last + 1).min(TERM_EXPONENTS as u32)
+    }
+
     fn state(&self) -> QuantizerState {
         let last = f64::from(u8::from(self.zero_code == ZeroCode::Last));
         QuantizerState::new(KIND, self.bits)
@@ -154,7 +244,28 @@ mod tests {
     const BOTH: [ZeroCode; 2] = [ZeroCode::Extra, ZeroCode::Last];
 
     fn grid(bits: u32, zero_code: ZeroCode, largest: f64) -> LogSqrt2 {
-        LogSqrt2 { bits: BitWidth::new(bits, "bits").unwrap(), zero_code, largest }
+        LogSqrt2::new(BitWidth::new(bits, "bits").unwrap(), zero_code, largest)
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for zero_code in BOTH {
+            for (bits, largest) in [(3, 1.0), (4, f64::from(0.7f32)), (6, 0.031_25), (8, 0.9375)] {
+                let q = grid(bits, zero_code, largest);
+                let Some((stairs, _)) = q.stairs() else { panic!("no steps at {bits} bits") };
+                let steps: Vec<f32> = stairs.thresholds().to_vec();
+                let near = steps.iter().flat_map(|t| {
+                    (0..512u32).map(|i| f32::from_bits((t.to_bits() + i).saturating_sub(256)))
+                });
+                let x = Tensor::from_slice(&near.collect::<Vec<f32>>());
+                let (found, expected) = (q.fake_quantize(&x), q.fake_quantize_by_tensors(&x));
+                assert!(found.unwrap().equal(&expected.unwrap()), "{bits}");
+                for shape in [&[1i64, 1][..], &[2, 3, 7, 7], &[1, 3, 197, 197]] {
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
+use crate::kernels::passes::ranking::{Density, Rules};
 use crate::quant::cost::{OperandCost, elements};
 use crate::quant::{BitWidth, QuantizerState};
 
@@ -107,6 +108,23 @@ impl Allocation {
         Ok(self.token_bits(tokens, scalars)?.f_exp2()?.f_sub_scalar(1.0)?)
     }
 
+    /// The same rules for the one-pass kernels, for tokens of that many features.
+    pub(super) fn rules(&self, scalars: &Scalars, features: usize) -> Rules {
+        Rules {
+            bits: self.bits.get(),
+            mixed: self.mixed,
+            first_factor: if self.token0_priority { PRIORITY_FACTOR as f32 } else { 1.0 },
+            min_swaps: usize::try_from(self.min_swaps).unwrap_or(0),
+            threshold: scalars.threshold as f32,
+            density: density(scalars, features),
+        }
+    }
+
+    /// Bits of the widest token.
+    pub(super) fn code_bits(&self) -> u32 {
+        u32::from(self.bits.get()) + u32::from(self.mixed)
+    }
+
     /// What ranges and bits of the tokens of an operand of that shape cost, without their grids.
     ///
     /// Ranges take two comparisons per element. Mixed bits take two more for the density and a sort
@@ -152,6 +170,15 @@ impl Allocation {
         };
         Ok((rules, scalars))
     }
+}
+
+/// The window of a density count; none for β = 0.
+pub(super) fn density(scalars: &Scalars, features: usize) -> Option<Density> {
+    (scalars.beta != 0.0).then(|| Density {
+        centre: scalars.mu as f32,
+        radius: (scalars.kappa * scalars.beta) as f32,
+        floor: (DENSITY_FLOOR * features as f64) as f32,
+    })
 }
 
 #[cfg(test)]

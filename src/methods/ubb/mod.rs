@@ -15,8 +15,10 @@ use crate::calib::capture::{LazyCalibration, QuantizerSource};
 use crate::calib::report::{Seen, SiteLog};
 use crate::calib::{CalibrationTask, Quantization};
 use crate::error::{Error, Result};
+use crate::kernels::passes::select::lower_median;
 use crate::methods::{Method, MethodEntry, MethodOptions, OptionKind, OptionSpec};
 use crate::nn::{Operand, Role, Site};
+use crate::quant::dense::Dense;
 use crate::quant::dynamic::{ConstantRows, DynamicToken};
 use crate::quant::log2::{Log2Row, ZeroCode};
 use crate::quant::quantizer::boxed;
@@ -369,7 +371,10 @@ fn fit(problem: &Problem<'_>, stop: Stop<'_>) -> Result<(Scalars, Option<f64>)> 
 fn statistics(x: &Tensor) -> Result<Scalars> {
     let width = x.f_max()?.f_sub(&x.f_min()?)?;
     let kappa = x.f_std(true)?.f_div(&width)?.f_double_value(&[])?;
-    let mu = x.f_median()?.f_double_value(&[])?;
+    let mu = match Dense::of(x)? {
+        Some(dense) => f64::from(lower_median(dense.values()?)),
+        None => x.f_median()?.f_double_value(&[])?,
+    };
     debug_assert_eq!(x.kind(), Kind::Float);
     // 0/0 of a constant tensor: κ = 0 by definition.
     Ok(Scalars { mu, kappa: if kappa.is_finite() { kappa } else { 0.0 }, ..Scalars::default() })

@@ -5,8 +5,14 @@ use tch::{Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::groups::{self as passes, GroupGrids, zero_points};
+use crate::kernels::passes::tokens::TokenGrids;
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
+use crate::quant::dense::Dense;
 use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::planes::Planes;
+use crate::quant::steps::{SharedThresholds, thresholds};
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -81,6 +87,17 @@ pub(super) fn shift_exponent(range: &Range, tau: f64) -> Result<Tensor> {
     Ok(exponent.f_where_self(&crosses, &exponent.f_zeros_like()?)?)
 }
 
+/// Ratios from which on the capped exponent is 1, 2, …, [`MAX_SHIFT`].
+static RATIOS: SharedThresholds = SharedThresholds::new();
+
+/// The ratios at which the shift exponent changes; `None` where there is no telling.
+pub(super) fn shift_steps() -> Option<&'static [f32]> {
+    let passed = |ratio: &Tensor| -> Result<Tensor> {
+        Ok(ratio.f_log2()?.f_round()?.f_clamp(0.0, MAX_SHIFT)?)
+    };
+    RATIOS.get(|| thresholds(1.0, MAX_SHIFT as usize, passed))
+}
+
 /// Dynamic per token × channel group, with token-wise bits n−1, n, n+1.
 #[derive(Clone, Debug)]
 pub(in crate::methods) struct UbbLinear {
@@ -100,6 +117,32 @@ impl UbbLinear {
             )));
         };
         Ok(x.f_reshape([images, tokens, groups, channels / groups])?)
+    }
+
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, grouped) = self.grid(x)?;
+        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+    }
+
+    /// Grids in two visits of memory; `None` where tensor code has to find them.
+    fn pass(&self, x: &Tensor) -> Result<Option<(Dense, GroupGrids)>> {
+        let Some(dense) = Dense::in_order(x)?.filter(|_| x.dim() == 3) else { return Ok(None) };
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        let (channels, tokens) = (size(x.size()[2]), size(x.size()[1]));
+        let (groups, rules) = (size(self.groups), self.allocation.rules(&self.scalars, channels));
+        if groups == 0 || channels % groups != 0 {
+            return Ok(None);
+        }
+        let shift = match (self.rules.tau, shift_steps()) {
+            (None, _) => None,
+            (Some(tau), Some(steps)) => Some(passes::Shift { factor: -tau as f32, steps }),
+            (Some(_), None) => return Ok(None),
+        };
+        let shape = passes::Grouped { channels, group: channels / groups, tokens };
+        let constants = self.rules.constants.into();
+        let grids = GroupGrids::new(dense.values()?, shape, &rules, (constants, shift));
+        Ok(Some((dense, grids)))
     }
 
     fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
@@ -124,14 +167,48 @@ impl UbbLinear {
     }
 }
 
+impl UbbLinear {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let bits = self.code_bits();
+        let Some((dense, grids)) = self.pass(x)?.filter(|_| bits <= u8::BITS) else {
+            return Ok(None);
+        };
+        let groups = usize::try_from(self.groups).unwrap_or(0);
+        let Some(mut planes) = Planes::of(&dense, groups, bits)? else { return Ok(None) };
+        let x = dense.values()?;
+        let Some(stretches) = &grids.stretches else {
+            planes.push_grids(grids.encode(x), &grids.grids);
+            return Ok(Some(planes.finish()));
+        };
+        let [positive, negative] = grids.encode_signs(x, stretches);
+        let zeros = |sign: usize| {
+            grids.grids.iter().map(|grid| zero_points(*grid)[sign] as i32).collect::<Vec<i32>>()
+        };
+        let scale = grids.grids.iter().map(|grid| grid.scale).collect();
+        planes.push(positive, scale, zeros(0));
+        let scale = grids.grids.iter().zip(stretches).map(|(grid, s)| grid.scale / s).collect();
+        planes.push(negative, scale, zeros(1));
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for UbbLinear {
     fn bits(&self) -> BitWidth {
         self.allocation.bits
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, grouped) = self.grid(x)?;
-        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+        match self.pass(x)? {
+            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
+            None => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -139,22 +216,28 @@ impl Quantizer for UbbLinear {
         let codes = grid.codes(&grouped)?;
         let shape = x.size();
         let per_group = [shape[0], shape[1], self.groups];
-        let term = |codes: &Tensor, scale: &Tensor| -> Result<IntTerm> {
+        let term = |codes: &Tensor, scale: &Tensor, zero: &Tensor| -> Result<IntTerm> {
             Ok(IntTerm {
                 codes: codes.f_reshape(shape.as_slice())?.f_to_kind(Kind::Int)?,
                 scale: scale.f_reshape(per_group)?,
-                zero_point: grid.affine.zero_point.f_reshape(per_group)?.f_to_kind(Kind::Int)?,
+                zero_point: zero.f_reshape(per_group)?.f_to_kind(Kind::Int)?,
             })
         };
+        let (scale, zero) = (&grid.affine.scale, &grid.affine.zero_point);
         let Some(stretch) = &grid.stretch else {
-            return Ok(Some(vec![term(&codes, &grid.affine.scale)?]));
+            return Ok(Some(vec![term(&codes, scale, zero)?]));
         };
         // The code tells the sign: q < z is a stretched negative, and q = z decodes to 0 either way.
-        let zero = &grid.affine.zero_point;
+        // Where all values have one sign, z may lie beyond the codes: the other term is 0 with any z.
+        let (above, below) = (zero.f_minimum(&grid.max_code)?, zero.f_clamp_min(0.0)?);
         Ok(Some(vec![
-            term(&codes.f_maximum(zero)?, &grid.affine.scale)?,
-            term(&codes.f_minimum(zero)?, &grid.affine.scale.f_div(stretch)?)?,
+            term(&codes.f_maximum(&above)?, scale, &above)?,
+            term(&codes.f_minimum(&below)?, &scale.f_div(stretch)?, &below)?,
         ]))
+    }
+
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
     }
 
     fn state(&self) -> QuantizerState {
@@ -193,6 +276,12 @@ pub(in crate::methods) struct UbbAttention {
 }
 
 impl UbbAttention {
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, tokens) = self.grid(x)?;
+        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+    }
+
     /// The grid and the operand as [images, tokens, 1, features].
     fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
         let tokens = self.layout.to_tokens(x)?;
@@ -210,14 +299,40 @@ impl UbbAttention {
     }
 }
 
+impl UbbAttention {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let bits = self.code_bits();
+        let Some(dense) = Dense::rows(x)?.filter(|_| bits <= u8::BITS) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, bits)? else { return Ok(None) };
+        let layout = self.layout.in_memory(x, &dense)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let x = dense.values()?;
+        let grids = TokenGrids::new(x, &layout, &rules, self.constants.into());
+        let mut codes = vec![0; x.len()];
+        grids.encode(x, &mut codes);
+        planes.push_grids(codes, &grids.row_grids());
+        Ok(Some(planes.finish()))
+    }
+}
+
 impl Quantizer for UbbAttention {
     fn bits(&self) -> BitWidth {
         self.allocation.bits
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, tokens) = self.grid(x)?;
-        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+        let Some(dense) = Dense::of(x)? else { return self.fake_quantize_by_tensors(x) };
+        let layout = self.layout.in_memory(x, &dense)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let constants = self.constants.into();
+        dense.map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -231,6 +346,10 @@ impl Quantizer for UbbAttention {
                 .from_token_parameters(&grid.affine.zero_point, x)?
                 .f_to_kind(Kind::Int)?,
         }]))
+    }
+
+    fn code_bits(&self) -> u32 {
+        self.allocation.code_bits()
     }
 
     fn state(&self) -> QuantizerState {
@@ -257,130 +376,4 @@ fn read_constants(state: &QuantizerState) -> Result<ConstantRows> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::quant::uniform::laws::{self, sample};
-    use crate::tensor::to_vec_f32;
-
-    const SCALARS: Scalars = Scalars { mu: 0.0, kappa: 0.2, beta: 1.4, threshold: 2.3 };
-
-    fn linear(tau: Option<f64>, groups: i64) -> UbbLinear {
-        let bits = BitWidth::new(4, "bits").unwrap();
-        UbbLinear {
-            allocation: Allocation { bits, mixed: true, token0_priority: true, min_swaps: 1 },
-            scalars: SCALARS,
-            groups,
-            rules: GridRules { tau, constants: ConstantRows::Exact },
-        }
-    }
-
-    fn attention(layout: TokenLayout) -> UbbAttention {
-        let bits = BitWidth::new(4, "bits").unwrap();
-        let allocation = Allocation { bits, mixed: true, token0_priority: false, min_swaps: 0 };
-        UbbAttention { allocation, scalars: SCALARS, layout, constants: ConstantRows::Exact }
-    }
-
-    #[test]
-    fn laws_hold_for_linear_inputs() {
-        let x = sample(&[5, 9, 24], 1);
-        for tau in [None, Some(0.0), Some(0.4), Some(1.0)] {
-            for groups in [1, 4, 8] {
-                let q = linear(tau, groups);
-                let x = if tau.is_some() { x.gelu("none") } else { x.shallow_clone() };
-                laws::terms_add_up(&q, &x);
-                laws::images_are_independent(&q, &x, 1);
-                laws::state_round_trips(&q, &x);
-            }
-        }
-    }
-
-    #[test]
-    fn laws_hold_for_attention_operands() {
-        for windows in [1, 4] {
-            let x = sample(&[3 * windows, 2, 6, 8], 2);
-            let q = attention(TokenLayout::regrouped(windows));
-            laws::terms_add_up(&q, &x);
-            laws::images_are_independent(&q, &x, windows);
-            laws::state_round_trips(&q, &x);
-        }
-    }
-
-    #[test]
-    fn what_is_found_at_run_time_is_counted() {
-        let shape = [1, 9, 24];
-        let plain = linear(None, 8).cost(&shape);
-        assert_eq!((plain.element_bits, plain.partial_sums), (4.0, 8.0));
-        // Nine tokens: a width each, and eight grids.
-        assert_eq!(plain.metadata_bits, 9.0 * (2.0 + 8.0 * 64.0));
-        // Ranges and densities of 216 values, and a sort of nine tokens.
-        assert_eq!(plain.operations, 4.0 * 216.0 + 9.0 * 4.0);
-        let shifted = linear(Some(0.4), 8).cost(&shape);
-        assert_eq!(shifted.partial_sums, 16.0);
-        assert_eq!(shifted.metadata_bits, plain.metadata_bits + 9.0 * 8.0 * 4.0);
-        // One grid per token of four quadrants, over all heads and the windows of a quadrant.
-        let windows = attention(TokenLayout::regrouped(16)).cost(&[16, 2, 6, 8]);
-        assert_eq!((windows.metadata_bits, windows.partial_sums), (24.0 * 66.0, 1.0));
-        let fixed = Allocation { mixed: false, ..linear(None, 8).allocation };
-        assert_eq!(fixed.cost(&shape, 9.0).metadata_bits, 0.0);
-    }
-
-    #[test]
-    fn permuting_the_tokens_of_v_leaves_its_scales() {
-        // vᵀ is [b, h, d, tokens]: its "tokens" are the head channels d.
-        let v = sample(&[2, 3, 4, 7], 3);
-        let permuted = v.index_select(3, &Tensor::from_slice(&[6i64, 2, 0, 5, 1, 3, 4]));
-        let scale = |v: &Tensor| {
-            attention(TokenLayout::PLAIN).quantize(v).unwrap().unwrap().remove(0).scale
-        };
-        assert!(scale(&v).equal(&scale(&permuted)));
-        let mut scaled = v.copy();
-        let _ = scaled.narrow(2, 1, 1).fill_(0.0);
-        scaled = scaled.contiguous();
-        let changed = scale(&v).ne_tensor(&scale(&scaled)).squeeze().to_kind(Kind::Int64);
-        // Bits of the others may move with the ranking; with a fixed allocation only row 1 changes.
-        assert_eq!(changed.select(1, 1).sum(Kind::Int64).int64_value(&[]), 2);
-    }
-
-    #[test]
-    fn scaling_one_head_channel_changes_only_its_scale_without_mixing() {
-        let v = sample(&[2, 3, 4, 7], 3);
-        let mut q = attention(TokenLayout::PLAIN);
-        q.allocation.mixed = false;
-        let factor = Tensor::from_slice(&[1.0f32, 3.0, 1.0, 1.0]).view([1, 1, 4, 1]);
-        let scale = |v: &Tensor| q.quantize(v).unwrap().unwrap().remove(0).scale;
-        let ratio = scale(&(&v * &factor)) / scale(&v);
-        assert!(ratio.allclose(&factor.expand([2, 1, 4, 1], false), 1e-5, 1e-6, false));
-    }
-
-    #[test]
-    fn the_shift_handles_every_sign_pattern() {
-        let rows: [[f32; 4]; 6] = [
-            [0.5, 1.0, 2.0, 3.0],     // all positive
-            [-0.5, -1.0, -0.1, -0.2], // all negative
-            [0.0, 1.0, 2.0, 0.5],     // lo = 0
-            [-1e-30, 1.0, 2.0, 0.5],  // tiny lo: the shift is capped
-            [0.0, 0.0, 0.0, 0.0],     // constant
-            [-0.17, 3.0, 1.0, -0.05], // the usual post-GELU group
-        ];
-        let flat: Vec<f32> = rows.iter().flatten().copied().collect();
-        let x = Tensor::from_slice(&flat).view([1, 6, 4]);
-        for tau in [0.0, 0.5, 1.0] {
-            let q = linear(Some(tau), 1);
-            let y = q.fake_quantize(&x).unwrap();
-            assert!(y.isfinite().all().int64_value(&[]) == 1);
-            let error = to_vec_f32(&(&y - &x).abs().amax([-1i64].as_slice(), false)).unwrap();
-            // 3 bits is the least that a token can get: half a step of the row's range.
-            for (row, error) in rows.iter().zip(&error) {
-                let high = row.iter().copied().fold(f32::MIN, f32::max);
-                let low = row.iter().copied().fold(f32::MAX, f32::min);
-                let widest = (high - low).max(2.0 * high * tau as f32 + high);
-                assert!(*error <= 0.51 * widest / 7.0 + 1e-6, "{row:?}: {error}");
-            }
-            laws::terms_add_up(&q, &x);
-        }
-        let range =
-            Range { low: Tensor::from_slice(&[-0.17f32]), high: Tensor::from_slice(&[3.0f32]) };
-        // −τ·hi/lo = 17.6 → log2 = 4.1 → s = 4
-        assert_eq!(shift_exponent(&range, 1.0).unwrap().double_value(&[0]), 4.0);
-    }
-}
+mod tests;

@@ -7,9 +7,13 @@
 
 use tch::{Kind, Tensor};
 
-use super::allocation::{Allocation, Scalars};
-use super::quantizers::{GridRules, GroupGrid};
+use super::allocation::{Allocation, Scalars, density};
+use super::quantizers::{GridRules, GroupGrid, shift_steps};
 use crate::error::Result;
+use crate::kernels::passes::groups::{Grouped, Shift};
+use crate::kernels::passes::ranking::{Rules, descending, profitable_swaps};
+use crate::kernels::passes::search::{Questions, ask};
+use crate::quant::dense::Dense;
 use crate::quant::uniform::Range;
 use crate::tensor::{to_vec_f32, to_vec_f64};
 
@@ -94,67 +98,28 @@ impl Tables {
     }
 
     fn add_images(&mut self, problem: &Problem<'_>, part: &Tensor) -> Result<()> {
-        let tokens = part.size()[1] as usize;
-        let ranges = problem.allocation.ranges(part)?;
-        let order =
-            Vec::<i64>::try_from(&ranges.f_argsort_stable(true, 1, true)?.f_flatten(0, -1)?)?;
-        let ranked = |values: &[f64]| -> Vec<f64> {
-            let image = |i: usize| (i / tokens) * tokens;
-            order.iter().enumerate().map(|(i, token)| values[image(i) + *token as usize]).collect()
+        let facts = match Facts::in_a_pass(problem, part, self.errors.len())? {
+            Some(facts) => facts,
+            None => Facts::by_tensors(problem, part, self.errors.len())?,
         };
-        self.count_swaps(problem, part, &ranges, &order)?;
-        let grouped = part.f_reshape([part.size()[0], part.size()[1], problem.groups, -1])?;
-        let range = Range::per_row(&grouped)?;
-        for (step, errors) in self.errors.iter_mut().enumerate() {
-            let rules = GridRules {
-                tau: problem.rules.tau.map(|_| shift_threshold(step)),
-                ..problem.rules
-            };
-            let mut by_bits = Vec::with_capacity(3);
-            for change in [1i8, 0, -1] {
-                let bits = f64::from(problem.allocation.bits.get()) + f64::from(change);
-                let max_code =
-                    Tensor::f_full([1], bits.exp2() - 1.0, (Kind::Float, part.device()))?;
-                let grid = GroupGrid::new(&range, max_code, rules)?;
-                let error = grid.fake_quantize(&grouped)?.f_sub(&grouped)?.f_abs()?;
-                let error = error.f_sum_dim_intlist([2i64, 3].as_slice(), false, Kind::Double)?;
-                by_bits.push(ranked(&to_vec_f64(&error)?));
-            }
-            let images = by_bits[0]
-                .chunks(tokens)
-                .zip(by_bits[1].chunks(tokens))
-                .zip(by_bits[2].chunks(tokens));
-            errors.extend(
-                images
-                    .map(|((raised, nominal), lowered)| errors_by_swaps(raised, nominal, lowered)),
-            );
-        }
-        Ok(())
-    }
-
-    /// M(β, c) of every image of the part.
-    fn count_swaps(
-        &mut self,
-        problem: &Problem<'_>,
-        part: &Tensor,
-        ranges: &Tensor,
-        order: &[i64],
-    ) -> Result<()> {
         let tokens = part.size()[1] as usize;
-        for step in 0..STEPS {
-            let scalars = Scalars { beta: beta(step), ..problem.statistics };
-            // float32 products as in `Allocation::token_bits`, so that both find the same M.
-            let gain =
-                to_vec_f32(&ranges.f_mul(&problem.allocation.weights(part, ranges, &scalars)?)?)?;
-            for (image, order) in order.chunks(tokens).enumerate() {
-                let gain: Vec<f32> =
-                    order.iter().map(|token| gain[image * tokens + *token as usize]).collect();
+        let rules = problem.allocation;
+        let least = if tokens < 2 { 0 } else { usize::try_from(rules.min_swaps).unwrap_or(0) };
+        for image in 0..part.size()[0] as usize {
+            let of_image = image * tokens..(image + 1) * tokens;
+            let order = descending(&facts.ranges[of_image.clone()]);
+            for (step, gains) in facts.gains.iter().enumerate() {
+                let gains = &gains[of_image.clone()];
+                let ranked: Vec<f32> = order.iter().map(|t| gains[*t as usize]).collect();
                 for c in 0..STEPS {
-                    let threshold = threshold(c, problem.allocation.bits.get()) as f32;
-                    let swaps = profitable_swaps(&gain, threshold);
-                    let least = if tokens < 2 { 0 } else { problem.allocation.min_swaps as usize };
-                    self.swaps[step * STEPS + c].push(swaps.max(least));
+                    let threshold = threshold(c, rules.bits.get()) as f32;
+                    let swaps = profitable_swaps(&ranked, threshold).max(least);
+                    self.swaps[step * STEPS + c].push(swaps);
                 }
+            }
+            for (shift, errors) in self.errors.iter_mut().enumerate() {
+                let of_token = |t: &u32| facts.errors[shift][of_image.start + *t as usize];
+                errors.push(errors_by_swaps(&order.iter().map(of_token).collect::<Vec<_>>()));
             }
         }
         Ok(())
@@ -179,23 +144,102 @@ impl Tables {
     }
 }
 
-/// Number of leading pairs with s_k = gain_k − c·gain_{T−1−k} > 0.
-fn profitable_swaps(gain: &[f32], threshold: f32) -> usize {
-    let last = gain.len() - 1;
-    (0..gain.len()).take_while(|k| gain[*k] - gain[last - k] * threshold > 0.0).count()
+/// What is known of the tokens of some images, image after image.
+struct Facts {
+    /// For the ranking.
+    ranges: Vec<f32>,
+    /// gains[β][token]: range × density weight, float32 as in `Allocation::token_bits`, so that both
+    /// find the same M.
+    gains: Vec<Vec<f32>>,
+    /// errors[τ][token]: Σ|x − x̂| at n + 1, n and n − 1 bits.
+    errors: Vec<Vec<[f64; 3]>>,
 }
 
-/// Error of an image for every M: the first M in rank order raised, the last M lowered.
-fn errors_by_swaps(raised: &[f64], nominal: &[f64], lowered: &[f64]) -> Vec<f64> {
-    let count = nominal.len();
-    let prefix = |values: &[f64]| -> Vec<f64> {
+/// Largest codes at n + 1, n and n − 1 bits.
+fn max_codes(problem: &Problem<'_>) -> [f64; 3] {
+    let bits = f64::from(problem.allocation.bits.get());
+    [1.0, 0.0, -1.0].map(|change: f64| (bits + change).exp2() - 1.0)
+}
+
+impl Facts {
+    /// One visit of every token in memory; `None` where tensor code has to do it.
+    fn in_a_pass(problem: &Problem<'_>, part: &Tensor, shifts: usize) -> Result<Option<Self>> {
+        let Some(dense) = Dense::in_order(part)? else { return Ok(None) };
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        let (tokens, channels) = (size(part.size()[1]), size(part.size()[2]));
+        let shape = Grouped { channels, group: channels / size(problem.groups).max(1), tokens };
+        let steps: &[f32] = match (problem.rules.tau, shift_steps()) {
+            (Some(_), None) => return Ok(None),
+            (Some(_), Some(steps)) => steps,
+            (None, _) => &[],
+        };
+        let tried: Vec<Shift<'_>> = (0..shifts)
+            .filter(|_| problem.rules.tau.is_some())
+            .map(|step| Shift { factor: -shift_threshold(step) as f32, steps })
+            .collect();
+        let scalars = |step: usize| Scalars { beta: beta(step), ..problem.statistics };
+        let densities: Vec<_> = (0..STEPS).map(|step| density(&scalars(step), channels)).collect();
+        let rules = problem.allocation.rules(&problem.statistics, channels);
+        let questions = Questions {
+            shape,
+            rules: &rules,
+            max_codes: max_codes(problem).map(|code| code as f32),
+            constants: problem.rules.constants.into(),
+            shifts: &tried,
+            densities: &densities,
+        };
+        let answers = ask(dense.values()?, &questions);
+        let gains = densities.iter().enumerate().map(|(step, density)| {
+            let counts: Vec<u32> =
+                answers.counts.iter().skip(step).step_by(STEPS).copied().collect();
+            Rules { density: *density, ..rules }.gains(&answers.ranges, &counts)
+        });
+        let errors =
+            (0..shifts).map(|s| answers.errors.iter().skip(s).step_by(shifts).copied().collect());
+        Ok(Some(Self { gains: gains.collect(), errors: errors.collect(), ranges: answers.ranges }))
+    }
+
+    /// The definition.
+    fn by_tensors(problem: &Problem<'_>, part: &Tensor, shifts: usize) -> Result<Self> {
+        let ranges = problem.allocation.ranges(part)?;
+        let mut gains = Vec::with_capacity(STEPS);
+        for step in 0..STEPS {
+            let scalars = Scalars { beta: beta(step), ..problem.statistics };
+            let weights = problem.allocation.weights(part, &ranges, &scalars)?;
+            gains.push(to_vec_f32(&ranges.f_mul(&weights)?)?);
+        }
+        let grouped = part.f_reshape([part.size()[0], part.size()[1], problem.groups, -1])?;
+        let range = Range::per_row(&grouped)?;
+        let mut errors = Vec::with_capacity(shifts);
+        for step in 0..shifts {
+            let tau = problem.rules.tau.map(|_| shift_threshold(step));
+            let rules = GridRules { tau, ..problem.rules };
+            let mut by_bits = Vec::with_capacity(3);
+            for max_code in max_codes(problem) {
+                let max_code = Tensor::f_full([1], max_code, (Kind::Float, part.device()))?;
+                let grid = GroupGrid::new(&range, max_code, rules)?;
+                let error = grid.fake_quantize(&grouped)?.f_sub(&grouped)?.f_abs()?;
+                let error = error.f_sum_dim_intlist([2i64, 3].as_slice(), false, Kind::Double)?;
+                by_bits.push(to_vec_f64(&error)?);
+            }
+            let of_token = |token: usize| [0, 1, 2].map(|bits: usize| by_bits[bits][token]);
+            errors.push((0..by_bits[0].len()).map(of_token).collect());
+        }
+        Ok(Self { ranges: to_vec_f32(&ranges)?, gains, errors })
+    }
+}
+
+/// Error of an image for every M, tokens in rank order: the first M raised, the last M lowered.
+fn errors_by_swaps(errors: &[[f64; 3]]) -> Vec<f64> {
+    let count = errors.len();
+    let prefix = |bits: usize| -> Vec<f64> {
         let mut sums = vec![0.0];
-        for value in values {
-            sums.push(sums[sums.len() - 1] + value);
+        for error in errors {
+            sums.push(sums[sums.len() - 1] + error[bits]);
         }
         sums
     };
-    let (raised, nominal, lowered) = (prefix(raised), prefix(nominal), prefix(lowered));
+    let (raised, nominal, lowered) = (prefix(0), prefix(1), prefix(2));
     (0..=count / 2)
         .map(|m| {
             raised[m] + (nominal[count - m] - nominal[m]) + (lowered[count] - lowered[count - m])
@@ -287,6 +331,28 @@ mod tests {
     }
 
     #[test]
+    fn a_pass_finds_the_facts_of_the_definition() {
+        for (shape, groups, tau) in
+            [([3, 9, 16], 4, None), ([2, 50, 96], 8, Some(0.0)), ([1, 33, 21], 1, None)]
+        {
+            let x = match tau {
+                Some(_) => sample(&shape, 3).gelu("none"),
+                None => sample(&shape, 3),
+            };
+            let problem = problem(&x, groups, 4, tau);
+            let shifts = if tau.is_some() { SHIFT_STEPS } else { 1 };
+            let pass = Facts::in_a_pass(&problem, &x, shifts).unwrap().unwrap();
+            let definition = Facts::by_tensors(&problem, &x, shifts).unwrap();
+            assert_eq!(pass.ranges, definition.ranges);
+            assert_eq!(pass.gains, definition.gains);
+            let errors = |facts: &Facts| facts.errors.concat().concat();
+            for (a, b) in errors(&pass).iter().zip(errors(&definition)) {
+                assert!((a - b).abs() <= 1e-12 * b, "{a} {b}"); // the order of float64 sums
+            }
+        }
+    }
+
+    #[test]
     fn among_equal_errors_the_last_candidate_wins() {
         let tables = Tables {
             swaps: vec![vec![0, 1]; STEPS * STEPS],
@@ -299,7 +365,7 @@ mod tests {
 
     #[test]
     fn prefix_sums_count_every_token_once() {
-        let errors = errors_by_swaps(&[1.0, 1.0, 1.0], &[2.0, 2.0, 2.0], &[4.0, 4.0, 4.0]);
+        let errors = errors_by_swaps(&[[1.0, 2.0, 4.0]; 3]);
         assert_eq!(errors, [6.0, 7.0]);
         assert_eq!(profitable_swaps(&[8.0, 4.0, 1.0], 2.0), 1);
         assert_eq!(profitable_swaps(&[0.0, 0.0], 2.0), 0);

@@ -13,6 +13,7 @@
 mod calibrator;
 mod compensate;
 mod equalize;
+mod levels;
 mod scores;
 
 use crate::calib::{CalibrationTask, Quantization};

@@ -7,19 +7,20 @@
 
 use tch::{Kind, Tensor};
 
+use super::levels::{BINS_PER_LEVEL, TOP, best_levels};
 use crate::error::{Error, Result};
+use crate::kernels::Codes;
+use crate::kernels::passes::affine::scale_rows;
+use crate::kernels::passes::extent::of_rows;
+use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements, rows};
+use crate::quant::dense::{Dense, Derived};
+use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{to_vec_f32, to_vec_f64};
 
 /// Kind name in artifacts.
 pub(super) const KIND: &str = "score_codebook";
-
-/// Largest level.
-const TOP: usize = 255;
-
-/// Histogram bins between two neighbouring levels.
-const BINS_PER_LEVEL: usize = 16;
 
 /// What fixes the scale of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,6 +40,7 @@ pub(super) struct ScoreCodebook {
     levels: Tensor,
     /// Midpoints between levels, float32 [2^bits − 1].
     borders: Tensor,
+    stairs: Derived<(Staircase, Values)>,
 }
 
 impl ScoreCodebook {
@@ -68,7 +70,8 @@ impl ScoreCodebook {
             .f_narrow(0, 0, count - 1)?
             .f_add(&levels.f_narrow(0, 1, count - 1)?)?
             .f_mul_scalar(0.5)?;
-        Ok(Self { bits, row_scale, levels: levels.shallow_clone(), borders })
+        let stairs = Derived::default();
+        Ok(Self { bits, row_scale, levels: levels.shallow_clone(), borders, stairs })
     }
 
     /// Restores a stored quantizer.
@@ -98,14 +101,92 @@ impl ScoreCodebook {
         let index = relative.f_contiguous()?.f_bucketize(&self.borders, false, false)?;
         let codes = self.levels.f_take(&index)?;
         let scale = match self.row_scale {
-            RowScale::LeastSquares => {
-                let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
-                sum(&x.f_mul(&codes)?)?.f_div(&sum(&codes.f_square()?)?)?
-            }
+            RowScale::LeastSquares => least_squares(x, &codes)?,
             RowScale::Largest => largest.f_mul_scalar(1.0 / TOP as f64)?,
         };
         Ok((codes, scale))
     }
+}
+
+impl ScoreCodebook {
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (codes, scale) = self.codes(&x.f_detach()?)?;
+        let value = codes.f_mul(&scale)?;
+        // Straight through: the codebook has no slope of its own.
+        if x.requires_grad() { Ok(value.f_sub(x)?.f_detach()?.f_add(x)?) } else { Ok(value) }
+    }
+
+    /// Levels by comparison with the borders, in one visit; libtorch adds up what fixes the scales, in
+    /// an order of its own.
+    fn fake_quantize_in_passes(&self, dense: &Dense) -> Result<Option<Tensor>> {
+        let Some((stairs, levels)) = self.stairs() else { return Ok(None) };
+        let (width, x) = (dense.width(), dense.values()?);
+        let (largest, factors) = row_factors(x, width);
+        let codes = |out: &mut [f32]| stairs.map_multiples(x, &factors, levels, width, out);
+        if self.row_scale == RowScale::Largest {
+            let scales = largest_scales(&largest);
+            return Ok(Some(dense.map(|_, out| {
+                codes(out);
+                scale_rows(&scales, width, out);
+            })?));
+        }
+        let codes = dense.map(|_, out| codes(out))?;
+        let scale = least_squares(dense.memory(), &codes)?;
+        Ok(Some(codes.f_mul(&scale)?))
+    }
+
+    /// The tables for a pass.
+    fn stairs(&self) -> Option<&(Staircase, Values)> {
+        self.stairs.get(|| {
+            let stairs = Staircase::new(to_vec_f32(&self.borders)?, Passed::Above);
+            let levels = values_of(&to_vec_f32(&self.levels)?);
+            Ok(stairs.map(|stairs| (stairs, levels)))
+        })
+    }
+}
+
+impl ScoreCodebook {
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some((stairs, levels))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (x, width) = (dense.values()?, dense.width());
+        let (largest, factors) = row_factors(x, width);
+        let counts = stairs.count_multiples(x, &factors, width);
+        let scale = match self.row_scale {
+            RowScale::Largest => largest_scales(&largest),
+            RowScale::LeastSquares => {
+                let codes = dense.map(|_, out| {
+                    for (code, count) in out.iter_mut().zip(&counts) {
+                        *code = levels[usize::from(*count)];
+                    }
+                })?;
+                to_vec_f32(&least_squares(dense.memory(), &codes)?)?
+            }
+        };
+        planes.push_steps(&counts, |steps| levels[usize::from(steps)] as u32, scale);
+        Ok(Some(planes.finish()))
+    }
+}
+
+/// Σx·code / Σcode² of every row.
+fn least_squares(x: &Tensor, codes: &Tensor) -> Result<Tensor> {
+    let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
+    Ok(sum(&x.f_mul(codes)?)?.f_div(&sum(&codes.f_square()?)?)?)
+}
+
+/// The largest value of every row, and the factor that makes it [`TOP`].
+fn row_factors(x: &[f32], width: usize) -> (Vec<f32>, Vec<f32>) {
+    let largest: Vec<f32> = of_rows(x, width).iter().map(|row| row.high).collect();
+    let factors = largest.iter().map(|value| 1.0 / value * TOP as f32).collect();
+    (largest, factors)
+}
+
+/// The scales that leave largest values where they are.
+fn largest_scales(largest: &[f32]) -> Vec<f32> {
+    largest.iter().map(|value| value * (1.0 / TOP as f64) as f32).collect()
 }
 
 impl Quantizer for ScoreCodebook {
@@ -114,10 +195,19 @@ impl Quantizer for ScoreCodebook {
     }
 
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let (codes, scale) = self.codes(&x.f_detach()?)?;
-        let value = codes.f_mul(&scale)?;
-        // Straight through: the codebook has no slope of its own.
-        if x.requires_grad() { Ok(value.f_sub(x)?.f_detach()?.f_add(x)?) } else { Ok(value) }
+        if let Some(dense) = Dense::in_order(x)?
+            && let Some(x_hat) = self.fake_quantize_in_passes(&dense)?
+        {
+            return Ok(x_hat);
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
+    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -127,6 +217,11 @@ impl Quantizer for ScoreCodebook {
             zero_point: scale.f_zeros_like()?.f_to_kind(Kind::Int)?,
             scale,
         }]))
+    }
+
+    /// A level is a byte, however few there are.
+    fn code_bits(&self) -> u32 {
+        u8::BITS
     }
 
     fn state(&self) -> QuantizerState {
@@ -150,83 +245,6 @@ impl Quantizer for ScoreCodebook {
     }
 }
 
-/// The `count` levels of least squared error for a histogram over 0..=TOP in steps of
-/// 1/[`BINS_PER_LEVEL`], when every bin goes to its nearest level.
-fn best_levels(histogram: &[f64], count: usize) -> Vec<f32> {
-    let cost = GapCosts::new(histogram);
-    let candidates = TOP + 1;
-    // least[j]: error of everything left of level j when it is the last of k levels chosen so far.
-    let mut least: Vec<f64> = (0..candidates).map(|j| cost.left_of(j)).collect();
-    let mut previous = Vec::with_capacity(count - 1);
-    for chosen in 1..count {
-        let mut next = vec![f64::INFINITY; candidates];
-        let mut from = vec![0usize; candidates];
-        for j in chosen..candidates {
-            for (i, before) in least.iter().enumerate().take(j).skip(chosen - 1) {
-                let error = before + cost.between(i, j);
-                if error < next[j] {
-                    (next[j], from[j]) = (error, i);
-                }
-            }
-        }
-        least = next;
-        previous.push(from);
-    }
-    let total = |j: usize| least[j] + cost.right_of(j);
-    let mut level = (count - 1..candidates).min_by(|a, b| total(*a).total_cmp(&total(*b)));
-    let mut levels = Vec::with_capacity(count);
-    for from in previous.iter().rev() {
-        let Some(at) = level else { break };
-        levels.push(at as f32);
-        level = Some(from[at]);
-    }
-    levels.extend(level.map(|at| at as f32));
-    levels.reverse();
-    levels
-}
-
-/// Errors of the bins between two chosen levels, from running sums over the histogram.
-struct GapCosts {
-    /// Running sums of mass, mass·position and mass·position², position in levels.
-    sums: [Vec<f64>; 3],
-}
-
-impl GapCosts {
-    fn new(histogram: &[f64]) -> Self {
-        let mut sums = [vec![0.0], vec![0.0], vec![0.0]];
-        for (bin, mass) in histogram.iter().enumerate() {
-            let position = bin as f64 / BINS_PER_LEVEL as f64;
-            for (power, sum) in sums.iter_mut().enumerate() {
-                let last = sum[sum.len() - 1];
-                sum.push(last + mass * position.powi(power as i32));
-            }
-        }
-        Self { sums }
-    }
-
-    /// Error of the bins first..end when they go to `level`.
-    fn at(&self, level: usize, first: usize, end: usize) -> f64 {
-        let moment = |power: usize| self.sums[power][end] - self.sums[power][first];
-        let level = level as f64;
-        moment(2) - 2.0 * level * moment(1) + level * level * moment(0)
-    }
-
-    fn left_of(&self, level: usize) -> f64 {
-        self.at(level, 0, level * BINS_PER_LEVEL + 1)
-    }
-
-    fn right_of(&self, level: usize) -> f64 {
-        self.at(level, level * BINS_PER_LEVEL + 1, TOP * BINS_PER_LEVEL + 1)
-    }
-
-    /// The bins above level `i` up to level `j`; those up to the midpoint go to `i`.
-    fn between(&self, i: usize, j: usize) -> f64 {
-        let (first, end) = (i * BINS_PER_LEVEL + 1, j * BINS_PER_LEVEL + 1);
-        let middle = (i + j) * BINS_PER_LEVEL / 2 + 1;
-        self.at(i, first, middle) + self.at(j, middle, end)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -240,6 +258,20 @@ mod tests {
         let weight = x.narrow(2, 0, 1).ones_like();
         let bits = BitWidth::new(bits, "bits").unwrap();
         ScoreCodebook::fit(x, &weight, bits, row_scale).unwrap()
+    }
+
+    #[test]
+    fn a_pass_gives_the_same_bits() {
+        for row_scale in [RowScale::LeastSquares, RowScale::Largest] {
+            for bits in [3, 4, 6, 8] {
+                let q = fitted(bits, row_scale, &scores(&[2, 3, 50, 50], 1));
+                assert!(q.stairs().is_some());
+                for shape in [[2, 3, 7, 7], [1, 3, 197, 197]] {
+                    let definition = |x: &Tensor| q.fake_quantize_by_tensors(x);
+                    laws::pass_is_exact(&shape, |x| q.fake_quantize(x), definition);
+                }
+            }
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use std::collections::BTreeSet;
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::Executor;
+use crate::exec::{Executor, ScoreTerms};
 use crate::model::layers::{AttentionSites, Mlp, PatchEmbed, UnitBuilder};
 use crate::model::{FamilyEntry, IMAGENET_NORMALIZATION, ModelSpec, SiteTable, Unit, Variant};
 use crate::nn::{Derived, LayerNorm, Linear, Role, Weights, mean_of_tokens};
@@ -150,7 +150,8 @@ impl Unit for Stem {
     }
 
     fn forward(&self, exec: &mut dyn Executor, images: &Tensor) -> Result<Tensor> {
-        self.norm.forward(&self.embed.forward(exec, images)?)
+        let tokens = self.embed.forward(exec, images)?;
+        exec.layer_norm(&self.norm, &tokens)
     }
 }
 
@@ -195,16 +196,18 @@ impl Unit for Block {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let windows = self.windows.split(&self.norm1.forward(x)?)?; // [n·windows, window², dim]
+        let normed = exec.layer_norm(&self.norm1, x)?;
+        let windows = self.windows.split(&normed)?; // [n·windows, window², dim]
         let [q, k, v] = self.attention.project_in(exec, &windows)?;
         // timm scales q before the product, so a quantizer of q sees it scaled.
         let q = q.f_mul_scalar(self.attention.scale())?;
-        let scores = self.attention.scores(exec, &q, &k)?.f_add(&self.bias.get()?)?;
-        let scores = self.windows.mask(&scores)?;
-        let mixed = self.attention.project_out(exec, &scores, &v)?;
+        let bias = self.bias.get()?;
+        let terms = ScoreTerms { scale: None, bias: Some(&bias), mask: self.windows.score_mask() };
+        let mixed = self.attention.mix(exec, [&q, &k, &v], &terms)?;
+        let mixed = exec.linear(self.attention.proj(), &mixed)?;
         let x = x.f_add(&self.windows.join(&mixed)?)?;
-        let mixed = self.mlp.forward(exec, &self.norm2.forward(&x)?)?;
-        Ok(x.f_add(&mixed)?)
+        let normed = exec.layer_norm(&self.norm2, &x)?;
+        self.mlp.add_to(exec, &x, &normed)
     }
 }
 
@@ -244,7 +247,8 @@ impl Unit for Merging {
             .f_reshape([n, half, 2, half, 2, dim])?
             .f_permute([0, 1, 3, 4, 2, 5])?
             .f_reshape([n, half * half, 4 * dim])?;
-        exec.linear(&self.reduction, &self.norm.forward(&merged)?)
+        let normed = exec.layer_norm(&self.norm, &merged)?;
+        exec.linear(&self.reduction, &normed)
     }
 }
 
@@ -261,6 +265,7 @@ impl Unit for Head {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        exec.linear(&self.head, &mean_of_tokens(&self.norm.forward(x)?)?)
+        let normed = exec.layer_norm(&self.norm, x)?;
+        exec.linear(&self.head, &mean_of_tokens(&normed)?)
     }
 }

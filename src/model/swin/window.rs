@@ -74,13 +74,9 @@ impl Windows {
         Ok(x.f_reshape([n, resolution * resolution, c])?)
     }
 
-    /// Adds the mask to scores [n · windows, heads, window², window²].
-    pub(super) fn mask(&self, scores: &Tensor) -> Result<Tensor> {
-        let Some(mask) = &self.mask else { return Ok(scores.shallow_clone()) };
-        let (b, heads, t, _) = scores.size4()?;
-        let windows = self.per_image();
-        let masked = scores.f_reshape([b / windows, windows, heads, t, t])?.f_add(mask)?;
-        Ok(masked.f_reshape([b, heads, t, t])?)
+    /// What is added to the scores of each window, [windows, 1, window², window²], if anything.
+    pub(super) fn score_mask(&self) -> Option<&Tensor> {
+        self.mask.as_ref()
     }
 
     /// After the shift, a window at the border holds tokens from opposite sides of the image: tokens

@@ -121,6 +121,8 @@ metrics! {
         "Time from the store to the end of the warm-up";
     MODELS_LOADED = Gauge, "vitq_models_loaded", [], "Models on devices";
     MODEL_BYTES = Gauge, "vitq_model_bytes", ["model"], "Bytes of a loaded model on its device";
+    MODEL_SITES = Gauge, "vitq_model_sites", ["model", "executor"],
+        "Products of a loaded model by the arithmetic that computes them";
     STORE_OPERATIONS = Counter, "vitq_store_operations_total", ["op", "result"],
         "Operations on the artifact store";
     CACHE_HITS = Counter, "vitq_cache_hits_total", ["cache"],

@@ -1,0 +1,51 @@
+//! Plain tensor code between the products of an attention: what executors do unless they know better.
+
+use tch::Tensor;
+
+use crate::error::Result;
+
+/// What becomes of the scores q·kᵀ before their softmax.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScoreTerms<'a> {
+    /// Factor; `None` where q was scaled before the product.
+    pub scale: Option<f64>,
+    /// Added to every image's (window's) scores: [1, heads, t, t].
+    pub bias: Option<&'a Tensor>,
+    /// Added to the scores of each window of an image: [windows, 1, t, t].
+    pub mask: Option<&'a Tensor>,
+}
+
+/// Softmax over the last axis of scores [b, heads, t, t] with their terms.
+pub(super) fn softmax(scores: &Tensor, terms: &ScoreTerms<'_>) -> Result<Tensor> {
+    let mut scores = scores.shallow_clone();
+    if let Some(scale) = terms.scale {
+        scores = scores.f_mul_scalar(scale)?;
+    }
+    if let Some(bias) = terms.bias {
+        scores = scores.f_add(bias)?;
+    }
+    if let Some(mask) = terms.mask {
+        let (b, heads, t, _) = scores.size4()?;
+        let windows = mask.size()[0];
+        let by_window = scores.f_reshape([b / windows, windows, heads, t, t])?.f_add(mask)?;
+        scores = by_window.f_reshape([b, heads, t, t])?;
+    }
+    Ok(scores.f_softmax(-1, None)?)
+}
+
+/// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d] and contiguous: a view's strides depend on b,
+/// and with them could the order in which a product is summed.
+pub(super) fn split_heads(qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
+    let (b, t, width) = qkv.size3()?;
+    let parts = qkv
+        .f_reshape([b, t, 3, heads, width / (3 * heads)])?
+        .f_permute([2, 0, 3, 1, 4])?
+        .f_contiguous()?; // [3, b, heads, t, d]
+    Ok([parts.f_select(0, 0)?, parts.f_select(0, 1)?, parts.f_select(0, 2)?])
+}
+
+/// [b, heads, t, d] → [b, t, heads·d].
+pub(super) fn merge_heads(mixed: &Tensor) -> Result<Tensor> {
+    let (b, heads, t, d) = mixed.size4()?;
+    Ok(mixed.f_transpose(1, 2)?.f_reshape([b, t, heads * d])?)
+}

@@ -1,0 +1,155 @@
+//! Integer execution: operands become codes, products are products of integers, and scales and zero
+//! points come in at the end of each sum. The same numbers as [`Simulated`], summed in another order:
+//! within a group of columns a sum has no rounding at all.
+//!
+//! A sum of integers is the same in any order, and what lies between products is computed row by row,
+//! so that an image does not depend on its batch.
+
+mod between;
+mod sites;
+
+use tch::Tensor;
+
+use crate::error::{Error, Result};
+use crate::exec::{Executor, ScoreTerms, Simulated, WeightSource};
+use crate::kernels::{self, Codes, PackedRhs, cpu_slices};
+use crate::nn::{LayerNorm, Linear, Operand, Site};
+use crate::quant::QuantPlan;
+
+use sites::Form;
+
+pub use sites::{IntegerSites, Packer, SiteCounts};
+
+/// Executes sites that have an integer form in integers, and the others as [`Simulated`] does.
+#[derive(Debug)]
+pub struct Integer<'a> {
+    plan: &'a QuantPlan,
+    sites: &'a IntegerSites,
+    simulated: Simulated<'a>,
+}
+
+impl<'a> Integer<'a> {
+    /// An executor of `plan` with the forms and weights that a [`Packer`] found.
+    pub fn new(plan: &'a QuantPlan, sites: &'a IntegerSites) -> Self {
+        Self { plan, sites, simulated: Simulated::new(plan, WeightSource::Decoded) }
+    }
+
+    fn encode(&self, site: &Site, operand: Operand, x: &Tensor) -> Result<Codes> {
+        let quantizer = self.plan.get(site.id, operand);
+        let codes = quantizer.map(|quantizer| quantizer.encode(x)).transpose()?.flatten();
+        codes.ok_or_else(|| {
+            let name = site.operand_name(operand);
+            Error::internal(format!("{}: {name} has lost its integer form", site.path))
+        })
+    }
+
+    /// The linear of `x` by its packed weight, with something `done` to the whole result in place.
+    fn packed(
+        &self,
+        (op, weight): (&Linear, &PackedRhs),
+        x: &Tensor,
+        done: impl FnOnce(&mut [f32]) -> Result<()>,
+    ) -> Result<Tensor> {
+        let codes = self.encode(&op.site, Operand::Lhs, x)?;
+        let bias = op.bias.as_ref().map(cpu_slices::floats).transpose()?;
+        let mut shape = x.size();
+        if let Some(last) = shape.last_mut() {
+            *last = op.weight.size()[0];
+        }
+        cpu_slices::filled(&shape, |out| {
+            kernels::product(&codes, weight, bias, out);
+            done(out)
+        })
+    }
+
+    /// `lhs · rhsᵀ` [b, heads, m, n] in integers, with something `done` to the whole result in place.
+    fn multiplied(
+        &self,
+        site: &Site,
+        [lhs, rhs]: [&Tensor; 2],
+        done: impl FnOnce(&mut [f32]) -> Result<()>,
+    ) -> Result<Tensor> {
+        let (b, heads, m, _) = lhs.size4()?;
+        let shape = [b, heads, m, rhs.size()[2]];
+        let left = self.encode(site, Operand::Lhs, lhs)?;
+        let right = self.encode(site, Operand::Rhs, rhs)?;
+        let matrices = usize::try_from(b * heads).unwrap_or(0);
+        cpu_slices::filled(&shape, |out| {
+            kernels::product_batch(&left, &right, matrices, out);
+            done(out)
+        })
+    }
+}
+
+impl Executor for Integer<'_> {
+    fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        match self.sites.form(&op.site) {
+            Form::Linear(weight) => self.packed((op, weight), x, |_| Ok(())),
+            Form::Matmul | Form::Simulated | Form::Float => self.simulated.linear(op, x),
+        }
+    }
+
+    fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+        match self.sites.form(site) {
+            Form::Matmul => self.multiplied(site, [lhs, rhs], |_| Ok(())),
+            Form::Linear(_) | Form::Simulated | Form::Float => {
+                self.simulated.matmul(site, lhs, rhs)
+            }
+        }
+    }
+
+    fn layer_norm(&mut self, norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
+        between::layer_norm(norm, x)
+    }
+
+    fn linear_gelu(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        match self.sites.form(&op.site) {
+            Form::Linear(weight) => self.packed((op, weight), x, |out| {
+                between::gelu(out);
+                Ok(())
+            }),
+            Form::Matmul | Form::Simulated | Form::Float => {
+                between::changed(&self.simulated.linear(op, x)?, between::gelu)
+            }
+        }
+    }
+
+    fn linear_add(&mut self, op: &Linear, x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+        let Form::Linear(weight) = self.sites.form(&op.site) else {
+            return Ok(residual.f_add(&self.simulated.linear(op, x)?)?);
+        };
+        let residual = residual.f_contiguous()?;
+        self.packed((op, weight), x, |out| {
+            between::add(out, cpu_slices::floats(&residual)?);
+            Ok(())
+        })
+    }
+
+    fn split_heads(&mut self, qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
+        between::split_heads(qkv, heads)
+    }
+
+    fn attention_weights(
+        &mut self,
+        site: &Site,
+        [q, k]: [&Tensor; 2],
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Tensor> {
+        let (_, heads, t, _) = q.size4()?;
+        let softmax = between::Softmax::new(terms, heads, t)?;
+        match self.sites.form(site) {
+            Form::Matmul => self.multiplied(site, [q, k], |out| softmax.apply(out)),
+            Form::Linear(_) | Form::Simulated | Form::Float => {
+                let scores = self.simulated.matmul(site, q, k)?.f_contiguous()?;
+                cpu_slices::filled(&scores.size(), |out| {
+                    out.copy_from_slice(cpu_slices::floats(&scores)?);
+                    softmax.apply(out)
+                })
+            }
+        }
+    }
+
+    fn attention_mix(&mut self, site: &Site, weights: &Tensor, v: &Tensor) -> Result<Tensor> {
+        between::merge_heads(&self.matmul(site, weights, &v.f_transpose(-2, -1)?)?)
+    }
+}

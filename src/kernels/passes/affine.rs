@@ -1,0 +1,266 @@
+//! Affine grids: q = clamp(round(x/δ) + z, 0, L), x̂ = (q − z)·δ.
+
+use super::extent::Extent;
+use super::{for_rows, rows_of, vectorized};
+
+/// Smallest scale of a dynamic grid.
+const MIN_SCALE: f32 = 1e-8;
+
+/// One affine grid.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Grid {
+    /// Step δ.
+    pub scale: f32,
+    /// Zero point z, an integer unless a static grid has a fractional one.
+    pub zero_point: f32,
+    /// Largest code L.
+    pub max_code: f32,
+}
+
+/// Whether a grid over a range without width is the value itself, or the grid of smallest scale.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Constants {
+    /// A single code that decodes to the value.
+    Exact,
+    /// The smallest scale.
+    SmallestScale,
+}
+
+/// a unless it is below `least`; NaN stays.
+#[inline(always)]
+pub(super) fn at_least(a: f32, least: f32) -> f32 {
+    if a < least { least } else { a }
+}
+
+/// a unless it is above `most`; NaN stays.
+#[inline(always)]
+pub(super) fn at_most(a: f32, most: f32) -> f32 {
+    if a > most { most } else { a }
+}
+
+/// The low byte of an integer 0..=255 that is held as a float.
+#[inline(always)]
+pub(super) fn byte(code: f32) -> u8 {
+    // From 2^23 on, the last bits of a float32 count ones.
+    (code + 8_388_608.0).to_bits() as u8
+}
+
+impl Grid {
+    /// The dynamic grid over an extent: δ = max((hi − lo)/L, 1e-8), z = round(−lo/δ).
+    #[inline(always)]
+    pub fn over(extent: Extent, max_code: f32, constants: Constants) -> Self {
+        let width = extent.high - extent.low;
+        let mut scale = at_least(width / max_code, MIN_SCALE);
+        if constants == Constants::Exact && width < MIN_SCALE {
+            let magnitude = extent.low.abs();
+            scale = if magnitude > 0.0 { magnitude } else { 1.0 };
+        }
+        let zero_point = (-extent.low / scale).round_ties_even();
+        Self { scale, zero_point, max_code }
+    }
+
+    /// The code of `x`.
+    #[inline(always)]
+    pub fn code(self, x: f32) -> f32 {
+        let code = (x / self.scale).round_ties_even() + self.zero_point;
+        at_most(at_least(code, 0.0), self.max_code)
+    }
+
+    /// x̂.
+    #[inline(always)]
+    pub fn value(self, x: f32) -> f32 {
+        (self.code(x) - self.zero_point) * self.scale
+    }
+}
+
+vectorized! {
+    /// x̂ of all of `x` on one grid.
+    pub fn quantize(x: &[f32], grid: Grid, out: &mut [f32]) {
+        for (value, x) in out.iter_mut().zip(x) {
+            *value = grid.value(*x);
+        }
+    }
+}
+
+vectorized! {
+    /// Codes of all of `x` on one grid, as bytes.
+    pub fn encode(x: &[f32], grid: Grid, out: &mut [u8]) {
+        for (code, x) in out.iter_mut().zip(x) {
+            *code = byte(grid.code(*x));
+        }
+    }
+}
+
+vectorized! {
+    fn quantize_runs(x: &[f32], grids: &[Grid], width: usize, out: &mut [f32]) {
+        for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
+            for (value, x) in out.iter_mut().zip(x) {
+                *value = grid.value(*x);
+            }
+        }
+    }
+}
+
+vectorized! {
+    fn encode_runs(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
+        for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
+            for (code, x) in out.iter_mut().zip(x) {
+                *code = byte(grid.code(*x));
+            }
+        }
+    }
+}
+
+/// x̂ on one grid for the whole of `x`.
+pub fn quantize_whole(x: &[f32], grid: Grid, out: &mut [f32]) {
+    for_rows(out, 1, |first, part| quantize(&x[first..first + part.len()], grid, part));
+}
+
+/// Codes on one grid for the whole of `x`, as bytes.
+pub fn encode_whole(x: &[f32], grid: Grid, out: &mut [u8]) {
+    for_rows(out, 1, |first, part| encode(&x[first..first + part.len()], grid, part));
+}
+
+/// x̂ on a grid for every run of `width` elements.
+pub fn quantize_rows(x: &[f32], grids: &[Grid], width: usize, out: &mut [f32]) {
+    for_rows(out, width, |first, part| {
+        let rows = part.len() / width;
+        quantize_runs(rows_of(x, width, first, rows), &grids[first..first + rows], width, part);
+    });
+}
+
+/// Codes on a grid for every run of `width` elements, as bytes.
+pub fn encode_rows(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
+    for_rows(out, width, |first, part| {
+        let rows = part.len() / width;
+        encode_runs(rows_of(x, width, first, rows), &grids[first..first + rows], width, part);
+    });
+}
+
+vectorized! {
+    fn scale_runs(scales: &[f32], width: usize, out: &mut [f32]) {
+        for (run, scale) in out.chunks_exact_mut(width).zip(scales) {
+            for value in run {
+                *value *= scale;
+            }
+        }
+    }
+}
+
+/// Multiplies every run of `width` elements by its scale.
+pub fn scale_rows(scales: &[f32], width: usize, out: &mut [f32]) {
+    for_rows(out, width, |first, part| scale_runs(&scales[first..], width, part));
+}
+
+/// The grids of columns.
+#[derive(Clone, Debug, Default)]
+pub struct ColumnGrids {
+    /// δ of every column.
+    pub scale: Vec<f32>,
+    /// z of every column.
+    pub zero_point: Vec<f32>,
+    /// L of every column.
+    pub max_code: Vec<f32>,
+}
+
+impl FromIterator<Grid> for ColumnGrids {
+    fn from_iter<I: IntoIterator<Item = Grid>>(grids: I) -> Self {
+        let mut columns = Self::default();
+        for grid in grids {
+            columns.scale.push(grid.scale);
+            columns.zero_point.push(grid.zero_point);
+            columns.max_code.push(grid.max_code);
+        }
+        columns
+    }
+}
+
+impl ColumnGrids {
+    fn columns(&self, first: usize, width: usize) -> [&[f32]; 3] {
+        let range = first..first + width;
+        [&self.scale[range.clone()], &self.zero_point[range.clone()], &self.max_code[range]]
+    }
+}
+
+vectorized! {
+    fn quantize_columns_of_row(x: &[f32], grids: [&[f32]; 3], out: &mut [f32]) {
+        let [scale, zero_point, max_code] = grids;
+        let grids = scale.iter().zip(zero_point).zip(max_code);
+        for ((value, x), ((scale, zero_point), max_code)) in out.iter_mut().zip(x).zip(grids) {
+            let grid = Grid { scale: *scale, zero_point: *zero_point, max_code: *max_code };
+            *value = grid.value(*x);
+        }
+    }
+}
+
+vectorized! {
+    fn encode_columns_of_row(x: &[f32], grids: [&[f32]; 3], out: &mut [u8]) {
+        let [scale, zero_point, max_code] = grids;
+        let grids = scale.iter().zip(zero_point).zip(max_code);
+        for ((code, x), ((scale, zero_point), max_code)) in out.iter_mut().zip(x).zip(grids) {
+            let grid = Grid { scale: *scale, zero_point: *zero_point, max_code: *max_code };
+            *code = byte(grid.code(*x));
+        }
+    }
+}
+
+/// x̂ of rows of `width` elements on a grid for every column; `set_of_row` says which run of `width`
+/// column grids a row has.
+pub fn quantize_columns(
+    x: &[f32],
+    grids: &ColumnGrids,
+    width: usize,
+    set_of_row: impl Fn(usize) -> usize + Sync,
+    out: &mut [f32],
+) {
+    for_rows(out, width, |first, part| {
+        for (row, out) in part.chunks_exact_mut(width).enumerate() {
+            let row = first + row;
+            let grids = grids.columns(set_of_row(row) * width, width);
+            quantize_columns_of_row(rows_of(x, width, row, 1), grids, out);
+        }
+    });
+}
+
+/// Codes of rows of `width` elements, as [`quantize_columns`].
+pub fn encode_columns(
+    x: &[f32],
+    grids: &ColumnGrids,
+    width: usize,
+    set_of_row: impl Fn(usize) -> usize + Sync,
+    out: &mut [u8],
+) {
+    for_rows(out, width, |first, part| {
+        for (row, out) in part.chunks_exact_mut(width).enumerate() {
+            let row = first + row;
+            let grids = grids.columns(set_of_row(row) * width, width);
+            encode_columns_of_row(rows_of(x, width, row, 1), grids, out);
+        }
+    });
+}
+
+vectorized! {
+    /// Every run of `width` elements on the dynamic grid over its own extent, in one visit.
+    fn quantize_dynamic_runs(x: &[f32], max_code: f32, width: usize, out: &mut [f32]) {
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let grid = Grid::over(super::extent::extent_of(x), max_code, Constants::Exact);
+            for (value, x) in out.iter_mut().zip(x) {
+                *value = grid.value(*x);
+            }
+        }
+    }
+}
+
+/// x̂ of every run of `width` elements on the dynamic grid over its own extent; constant runs exact.
+pub fn quantize_dynamic(x: &[f32], max_code: f32, width: usize, out: &mut [f32]) {
+    for_rows(out, width, |first, part| {
+        let rows = part.len() / width;
+        quantize_dynamic_runs(rows_of(x, width, first, rows), max_code, width, part);
+    });
+}
+
+/// The dynamic grid of every run of `width` elements.
+pub fn dynamic_grids(x: &[f32], max_code: f32, width: usize) -> Vec<Grid> {
+    let grid = |extent: &Extent| Grid::over(*extent, max_code, Constants::Exact);
+    super::extent::of_rows(x, width).iter().map(grid).collect()
+}

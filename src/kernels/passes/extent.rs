@@ -1,0 +1,253 @@
+//! Smallest and largest values, of rows, of groups within rows, and of columns.
+
+use super::{for_parts, rows_of, vectorized};
+
+/// Lanes of a vector register; four registers are independent chains that keep the units busy.
+const LANES: usize = 8;
+
+/// Smallest and largest value; both NaN where a value is NaN.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Extent {
+    /// Smallest value.
+    pub low: f32,
+    /// Largest value.
+    pub high: f32,
+}
+
+impl Extent {
+    /// The extent of nothing.
+    pub const EMPTY: Self = Self { low: f32::INFINITY, high: f32::NEG_INFINITY };
+
+    /// The extent of both.
+    #[inline(always)]
+    pub fn merge(self, other: Self) -> Self {
+        Self { low: least(self.low, other.low), high: largest(self.high, other.high) }
+    }
+}
+
+/// The smaller, NaN if one is.
+#[inline(always)]
+fn least(a: f32, b: f32) -> f32 {
+    if a < b || a.is_nan() { a } else { b }
+}
+
+/// The larger, NaN if one is.
+#[inline(always)]
+fn largest(a: f32, b: f32) -> f32 {
+    if a > b || a.is_nan() { a } else { b }
+}
+
+vectorized! {
+    /// The extent of `x`.
+    pub fn extent(x: &[f32]) -> Extent {
+        extent_of(x)
+    }
+}
+
+/// The body of [`extent`], for other vectorized functions.
+#[inline(always)]
+pub(super) fn extent_of(x: &[f32]) -> Extent {
+    let mut running = Running::new();
+    let mut chunks = x.chunks_exact(4 * LANES);
+    for chunk in &mut chunks {
+        running.take(chunk);
+    }
+    let mut short = chunks.remainder().chunks_exact(LANES);
+    for chunk in &mut short {
+        running.take(chunk);
+    }
+    let found = running.finish();
+    short.remainder().iter().fold(found, |found, v| found.merge(Extent { low: *v, high: *v }))
+}
+
+/// Running extremes of many lanes, which ignore NaN, and a note of NaN.
+struct Running {
+    low: [f32; 4 * LANES],
+    high: [f32; 4 * LANES],
+    nan: [u32; LANES],
+}
+
+impl Running {
+    #[inline(always)]
+    fn new() -> Self {
+        Self {
+            low: [f32::INFINITY; 4 * LANES],
+            high: [f32::NEG_INFINITY; 4 * LANES],
+            nan: [0; LANES],
+        }
+    }
+
+    /// At most as many values as there are lanes, a multiple of [`LANES`].
+    #[inline(always)]
+    fn take(&mut self, x: &[f32]) {
+        for ((value, low), high) in x.iter().zip(&mut self.low).zip(&mut self.high) {
+            *low = if *value < *low { *value } else { *low };
+            *high = if *value > *high { *value } else { *high };
+        }
+        for part in x.chunks_exact(LANES) {
+            for (value, nan) in part.iter().zip(&mut self.nan) {
+                *nan |= u32::from(value.is_nan());
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn finish(mut self) -> Extent {
+        let mut width = 2 * LANES;
+        while width > 0 {
+            for lane in 0..width {
+                let (low, high) = (self.low[lane + width], self.high[lane + width]);
+                self.low[lane] = if low < self.low[lane] { low } else { self.low[lane] };
+                self.high[lane] = if high > self.high[lane] { high } else { self.high[lane] };
+            }
+            width /= 2;
+        }
+        if self.nan.iter().fold(0, |all, lane| all | lane) != 0 {
+            return Extent { low: f32::NAN, high: f32::NAN };
+        }
+        Extent { low: self.low[0], high: self.high[0] }
+    }
+}
+
+vectorized! {
+    /// The extent of every run of `width` elements.
+    fn extents(x: &[f32], width: usize, out: &mut [Extent]) {
+        for (run, found) in x.chunks_exact(width).zip(out) {
+            *found = extent_of(run);
+        }
+    }
+}
+
+/// The extent of every row (or group of a row) of `width` elements.
+pub fn of_rows(x: &[f32], width: usize) -> Vec<Extent> {
+    let mut found = vec![Extent::EMPTY; x.len() / width.max(1)];
+    for_parts(&mut found, 1, width, |first, part| {
+        extents(rows_of(x, width, first, part.len()), width, part);
+    });
+    found
+}
+
+/// Columns seen at once: their extremes stay in registers.
+const STRIP: usize = 4 * LANES;
+
+/// Rows of a block that one task looks at.
+const STRIP_ROWS: usize = 64;
+
+vectorized! {
+    /// The extent of every column of rows that are as wide as `found`.
+    fn columns(x: &[f32], found: &mut [Extent]) {
+        let width = found.len();
+        for (strip, found) in found.chunks_mut(STRIP).enumerate() {
+            let mut low = [f32::INFINITY; STRIP];
+            let mut high = [f32::NEG_INFINITY; STRIP];
+            let mut nan = [0u32; STRIP];
+            let count = found.len();
+            for row in x.chunks_exact(width) {
+                let row = &row[strip * STRIP..];
+                if let Some(row) = row.first_chunk::<STRIP>() {
+                    for lane in 0..STRIP {
+                        note(row[lane], &mut low[lane], &mut high[lane], &mut nan[lane]);
+                    }
+                } else {
+                    for (lane, value) in row[..count].iter().enumerate() {
+                        note(*value, &mut low[lane], &mut high[lane], &mut nan[lane]);
+                    }
+                }
+            }
+            for (lane, found) in found.iter_mut().enumerate() {
+                *found = match nan[lane] {
+                    0 => Extent { low: low[lane], high: high[lane] },
+                    _ => Extent { low: f32::NAN, high: f32::NAN },
+                };
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn note(value: f32, low: &mut f32, high: &mut f32, nan: &mut u32) {
+    *low = if value < *low { value } else { *low };
+    *high = if value > *high { value } else { *high };
+    *nan |= u32::from(value.is_nan());
+}
+
+/// The extent of every column of each block of `rows` rows of `width` elements, [blocks · width].
+pub fn of_columns(x: &[f32], rows: usize, width: usize) -> Vec<Extent> {
+    if width == 0 || rows == 0 {
+        return Vec::new();
+    }
+    let (blocks, strips) = (x.len() / (rows * width), rows.div_ceil(STRIP_ROWS));
+    let mut parts = vec![Extent::EMPTY; blocks * strips * width];
+    for_parts(&mut parts, width, rows.min(STRIP_ROWS) * width, |first, parts| {
+        for (index, found) in parts.chunks_exact_mut(width).enumerate() {
+            let (block, strip) = ((first + index) / strips, (first + index) % strips);
+            let start = strip * STRIP_ROWS;
+            let height = STRIP_ROWS.min(rows - start);
+            columns(rows_of(x, width, block * rows + start, height), found);
+        }
+    });
+    if strips == 1 {
+        return parts;
+    }
+    let mut found = vec![Extent::EMPTY; blocks * width];
+    for (block, parts) in found.chunks_exact_mut(width).zip(parts.chunks_exact(strips * width)) {
+        for part in parts.chunks_exact(width) {
+            for (found, part) in block.iter_mut().zip(part) {
+                *found = found.merge(*part);
+            }
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plain(x: &[f32]) -> Extent {
+        x.iter().fold(Extent::EMPTY, |found, v| found.merge(Extent { low: *v, high: *v }))
+    }
+
+    fn values(count: usize) -> Vec<f32> {
+        (0..count).map(|i| ((i * 7919 + 13) % 1009) as f32 - 500.0).collect()
+    }
+
+    #[test]
+    fn odd_lengths_and_nan() {
+        for count in [1, 7, 31, 32, 33, 64, 100, 197] {
+            let mut x = values(count);
+            assert_eq!(extent(&x), plain(&x));
+            for at in [0, count / 2, count - 1] {
+                let kept = std::mem::replace(&mut x[at], f32::NAN);
+                let found = extent(&x);
+                assert!(found.low.is_nan() && found.high.is_nan(), "{count} {at}");
+                x[at] = f32::INFINITY;
+                assert_eq!(extent(&x).high, f32::INFINITY);
+                x[at] = kept;
+            }
+        }
+    }
+
+    #[test]
+    fn rows_and_columns() {
+        for (blocks, rows, width) in [(5, 41, 192), (3, 197, 33), (1, 64, 7), (2, 65, 64)] {
+            rows_and_columns_of(blocks, rows, width);
+        }
+    }
+
+    fn rows_and_columns_of(blocks: usize, rows: usize, width: usize) {
+        let mut x = values(blocks * rows * width);
+        x[width * 3 + 5] = f32::NAN;
+        let by_row = of_rows(&x, width);
+        for (row, found) in x.chunks(width).zip(&by_row) {
+            assert!(*found == plain(row) || found.low.is_nan() && plain(row).low.is_nan());
+        }
+        let by_column = of_columns(&x, rows, width);
+        for (index, found) in by_column.iter().enumerate() {
+            let (block, column) = (index / width, index % width);
+            let all: Vec<f32> =
+                (0..rows).map(|row| x[(block * rows + row) * width + column]).collect();
+            assert!(*found == plain(&all) || found.low.is_nan() && plain(&all).low.is_nan());
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! Fake quantization on the CPU in a pass or two over memory.
+//!
+//! Every pass does to each element what the tensor code of its quantizer does, operation by operation:
+//! the results are equal to the bit, NaN and infinities included, whatever the instruction set and the
+//! number of threads. Nothing is contracted to a fused multiply-add, and divisions stay divisions.
+
+pub mod affine;
+pub mod extent;
+pub mod groups;
+pub mod ranking;
+pub mod search;
+pub mod select;
+pub mod staircase;
+pub mod tokens;
+pub mod twin;
+
+use rayon::prelude::*;
+
+/// Elements from which on threads share the work; below, handing it out costs more than it saves.
+const PARALLEL_ELEMENTS: usize = 1 << 15;
+
+/// Elements of a piece of work: as much as fits the first-level cache beside its result.
+const PIECE_ELEMENTS: usize = 1 << 12;
+
+/// Compiles a function twice, for the baseline of the target and for AVX2, and calls what the machine
+/// has. The body must be arithmetic on its arguments: both versions give the same bits.
+macro_rules! vectorized {
+    ($(#[$attribute:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+        $(#[$attribute])*
+        $vis fn $name($($arg: $type),*) $(-> $result)? {
+            #[inline(always)]
+            fn body($($arg: $type),*) $(-> $result)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn wide($($arg: $type),*) $(-> $result)? {
+                    body($($arg),*)
+                }
+                if std::arch::is_x86_feature_detected!("avx2") {
+                    #[allow(unsafe_code, reason = "a function for instructions that were detected")]
+                    // SAFETY: the machine has AVX2, the only thing that `wide` asks for.
+                    return unsafe { wide($($arg),*) };
+                }
+            }
+            body($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorized;
+
+/// Calls `work` with every piece of `out`, whole rows of `width` elements, and its first row's number.
+pub(crate) fn for_rows<T: Send>(
+    out: &mut [T],
+    width: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    for_parts(out, width, width, work);
+}
+
+/// As [`for_rows`] where `out` has `per_row` elements a row, made from `width` elements each.
+pub(crate) fn for_parts<T: Send>(
+    out: &mut [T],
+    per_row: usize,
+    width: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    if out.is_empty() {
+        return;
+    }
+    let (per_row, width) = (per_row.max(1), width.max(1));
+    let rows = out.len() / per_row;
+    if rows * width < PARALLEL_ELEMENTS {
+        return work(0, out);
+    }
+    let rows = (PIECE_ELEMENTS / width).max(1);
+    out.par_chunks_mut(rows * per_row)
+        .enumerate()
+        .for_each(|(piece, part)| work(piece * rows, part));
+}
+
+/// The rows `first..` that belong to a piece of `len` elements.
+pub(crate) fn rows_of(x: &[f32], width: usize, first: usize, rows: usize) -> &[f32] {
+    &x[first * width..(first + rows) * width]
+}

@@ -1,0 +1,328 @@
+//! Functions of one value that rise or fall in few steps: thresholds, and what lies between them.
+//!
+//! Logarithms, tangents and codebooks all come down to it. The thresholds are found once, so that no
+//! element costs a logarithm.
+
+use super::{for_rows, rows_of, vectorized};
+
+/// Elements whose steps are counted together.
+const BLOCK: usize = 64;
+
+/// Thresholds up to which each is compared with every element; more are searched by halving.
+const COMPARED: usize = 32;
+
+/// Largest number of thresholds: a count fits a byte.
+pub const MAX_STEPS: usize = 255;
+
+/// One more than thresholds.
+const MAX_VALUES: usize = MAX_STEPS + 1;
+
+/// What a staircase gives for every number of steps passed.
+pub type Values = [f32; MAX_VALUES];
+
+/// The values of a staircase of as many steps, the last repeated.
+pub fn values_of(values: &[f32]) -> Values {
+    let last = values.last().copied().unwrap_or(0.0);
+    std::array::from_fn(|index| values.get(index).copied().unwrap_or(last))
+}
+
+/// Which steps a value has passed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Passed {
+    /// Thresholds t with x ≥ t; none for NaN.
+    AtLeast,
+    /// Thresholds t with not t > x; all for NaN.
+    NotBelow,
+    /// Thresholds t with not t ≥ x; all for NaN.
+    Above,
+}
+
+impl Passed {
+    #[inline(always)]
+    fn has(self, x: f32, threshold: f32) -> bool {
+        match self {
+            Self::AtLeast => x >= threshold,
+            Self::NotBelow => !(threshold > x),
+            Self::Above => !(threshold >= x),
+        }
+    }
+}
+
+/// Ascending thresholds, and a value for every number of steps passed.
+#[derive(Clone, Debug)]
+pub struct Staircase {
+    /// At most [`MAX_STEPS`], ascending.
+    thresholds: Vec<f32>,
+    /// The same with infinities behind them.
+    padded: Box<Values>,
+    passed: Passed,
+}
+
+impl Staircase {
+    /// Steps at the given thresholds; `None` if they do not ascend or are more than 255.
+    pub fn new(thresholds: Vec<f32>, passed: Passed) -> Option<Self> {
+        if thresholds.len() > MAX_STEPS || !thresholds.is_sorted() {
+            return None;
+        }
+        let mut padded = Box::new([f32::INFINITY; MAX_VALUES]);
+        padded[..thresholds.len()].copy_from_slice(&thresholds);
+        Some(Self { thresholds, padded, passed })
+    }
+
+    /// The thresholds, ascending.
+    pub fn thresholds(&self) -> &[f32] {
+        &self.thresholds
+    }
+
+    /// Number of steps.
+    pub fn len(&self) -> usize {
+        self.thresholds.len()
+    }
+
+    /// Whether there are no steps.
+    pub fn is_empty(&self) -> bool {
+        self.thresholds.is_empty()
+    }
+
+    /// Number of steps that each of `x` has passed.
+    pub fn count(&self, x: &[f32], out: &mut [u8]) {
+        let (thresholds, padded) = (&self.thresholds[..], &self.padded);
+        match (self.passed, thresholds.len() <= COMPARED) {
+            (Passed::AtLeast, true) => at_least::compare(x, thresholds, out),
+            (Passed::NotBelow, true) => not_below::compare(x, thresholds, out),
+            (Passed::Above, true) => above::compare(x, thresholds, out),
+            (Passed::AtLeast, false) => at_least::halve(x, padded, thresholds.len(), out),
+            (Passed::NotBelow, false) => not_below::halve(x, padded, thresholds.len(), out),
+            (Passed::Above, false) => above::halve(x, padded, thresholds.len(), out),
+        }
+    }
+
+    /// For every row: x over the row's largest, `values` of the steps passed, times the largest; 0
+    /// below the first step.
+    pub fn map_rows(&self, x: &[f32], rows: Rows<'_>, values: &Values, out: &mut [f32]) {
+        for_rows(out, rows.width, |first, part| {
+            let mut scratch = Scratch::new(rows.width);
+            for (row, out) in part.chunks_exact_mut(rows.width).enumerate() {
+                let row = first + row;
+                let x = rows_of(x, rows.width, row, 1);
+                ratios(x, rows.largest[row], rows.least_ratio, &mut scratch.ratios);
+                self.count(&scratch.ratios, &mut scratch.counts);
+                look_up_scaled(&scratch.counts, values, rows.largest[row], out);
+            }
+        });
+    }
+
+    /// As [`Staircase::map_rows`], the number of steps passed itself.
+    pub fn count_rows(&self, x: &[f32], rows: Rows<'_>) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, rows.width, |first, part| {
+            let mut scratch = Scratch::new(rows.width);
+            for (row, out) in part.chunks_exact_mut(rows.width).enumerate() {
+                let row = first + row;
+                let x = rows_of(x, rows.width, row, 1);
+                ratios(x, rows.largest[row], rows.least_ratio, &mut scratch.ratios);
+                self.count(&scratch.ratios, out);
+            }
+        });
+        counts
+    }
+
+    /// For every row of `width` elements: `values` of the steps passed by x times the row's factor.
+    pub fn map_multiples(
+        &self,
+        x: &[f32],
+        factors: &[f32],
+        values: &Values,
+        width: usize,
+        out: &mut [f32],
+    ) {
+        for_rows(out, width, |first, part| {
+            let mut scratch = Scratch::new(width);
+            for (row, out) in part.chunks_exact_mut(width).enumerate() {
+                let row = first + row;
+                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
+                self.count(&scratch.ratios, &mut scratch.counts);
+                look_up(&scratch.counts, values, out);
+            }
+        });
+    }
+
+    /// Number of steps passed by x times the row's factor, for every row of `width` elements.
+    pub fn count_multiples(&self, x: &[f32], factors: &[f32], width: usize) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, width, |first, part| {
+            let mut scratch = Scratch::new(width);
+            for (row, out) in part.chunks_exact_mut(width).enumerate() {
+                let row = first + row;
+                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
+                self.count(&scratch.ratios, out);
+            }
+        });
+        counts
+    }
+
+    /// Number of steps that each of `x` has passed.
+    pub fn count_all(&self, x: &[f32]) -> Vec<u8> {
+        let mut counts = vec![0; x.len()];
+        for_rows(&mut counts, 1, |first, part| self.count(&x[first..first + part.len()], part));
+        counts
+    }
+
+    /// `values` of the steps that each of `x` has passed.
+    pub fn map(&self, x: &[f32], values: &Values, out: &mut [f32]) {
+        for_rows(out, 1, |first, part| {
+            let mut counts = [0; BLOCK];
+            for (block, out) in part.chunks_mut(BLOCK).enumerate() {
+                let x = &x[first + block * BLOCK..][..out.len()];
+                let counts = &mut counts[..out.len()];
+                self.count(x, counts);
+                look_up(counts, values, out);
+            }
+        });
+    }
+}
+
+/// What a table gives for every count.
+pub fn translate(counts: &[u8], table: &[u8; MAX_VALUES]) -> Vec<u8> {
+    let mut codes = vec![0; counts.len()];
+    for_rows(&mut codes, 1, |first, part| {
+        for (code, count) in part.iter_mut().zip(&counts[first..]) {
+            *code = table[usize::from(*count)];
+        }
+    });
+    codes
+}
+
+/// Rows whose elements are seen relative to the row's largest.
+#[derive(Clone, Copy, Debug)]
+pub struct Rows<'a> {
+    /// Elements of a row.
+    pub width: usize,
+    /// Largest value of every row.
+    pub largest: &'a [f32],
+    /// Smallest ratio: lower ones count as this.
+    pub least_ratio: f32,
+}
+
+struct Scratch {
+    ratios: Vec<f32>,
+    counts: Vec<u8>,
+}
+
+impl Scratch {
+    fn new(width: usize) -> Self {
+        Self { ratios: vec![0.0; width], counts: vec![0; width] }
+    }
+}
+
+vectorized! {
+    fn ratios(x: &[f32], largest: f32, least: f32, out: &mut [f32]) {
+        for (ratio, x) in out.iter_mut().zip(x) {
+            *ratio = super::affine::at_least(x / largest, least);
+        }
+    }
+}
+
+vectorized! {
+    fn multiples(x: &[f32], factor: f32, out: &mut [f32]) {
+        for (multiple, x) in out.iter_mut().zip(x) {
+            *multiple = x * factor;
+        }
+    }
+}
+
+vectorized! {
+    fn look_up(counts: &[u8], values: &Values, out: &mut [f32]) {
+        for (value, count) in out.iter_mut().zip(counts) {
+            *value = values[usize::from(*count)];
+        }
+    }
+}
+
+vectorized! {
+    fn look_up_scaled(counts: &[u8], values: &Values, scale: f32, out: &mut [f32]) {
+        for (value, count) in out.iter_mut().zip(counts) {
+            let scaled = values[usize::from(*count)] * scale;
+            *value = if *count == 0 { 0.0 } else { scaled };
+        }
+    }
+}
+
+/// Both ways of counting, for one rule of what is passed.
+macro_rules! counting {
+    ($name:ident, $passed:expr) => {
+        mod $name {
+            use super::{BLOCK, Passed, Values, vectorized};
+
+            vectorized! {
+                pub(super) fn compare(x: &[f32], thresholds: &[f32], out: &mut [u8]) {
+                    let mut blocks = x.chunks_exact(BLOCK);
+                    let mut results = out.chunks_exact_mut(BLOCK);
+                    for (x, out) in (&mut blocks).zip(&mut results) {
+                        let mut counts = [0i32; BLOCK];
+                        for threshold in thresholds {
+                            for (count, x) in counts.iter_mut().zip(x) {
+                                *count += i32::from($passed.has(*x, *threshold));
+                            }
+                        }
+                        for (out, count) in out.iter_mut().zip(counts) {
+                            *out = count as u8;
+                        }
+                    }
+                    for (x, out) in blocks.remainder().iter().zip(results.into_remainder()) {
+                        let passed = thresholds.iter().filter(|t| $passed.has(*x, **t));
+                        *out = passed.count() as u8;
+                    }
+                }
+            }
+
+            vectorized! {
+                pub(super) fn halve(x: &[f32], padded: &Values, count: usize, out: &mut [u8]) {
+                    let table = (count + 1).next_power_of_two();
+                    for (x, out) in x.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
+                        let mut first = [0u32; BLOCK];
+                        let mut half = table as u32 / 2;
+                        while half > 0 {
+                            for (first, x) in first.iter_mut().zip(x) {
+                                let at = (*first + half - 1) as usize % padded.len();
+                                // Without a branch: nobody can foresee which half it is.
+                                *first += half * u32::from($passed.has(*x, padded[at]));
+                            }
+                            half /= 2;
+                        }
+                        for (out, first) in out.iter_mut().zip(first) {
+                            *out = first.min(count as u32) as u8;
+                        }
+                    }
+                }
+            }
+        }
+    };
+}
+counting!(at_least, Passed::AtLeast);
+counting!(not_below, Passed::NotBelow);
+counting!(above, Passed::Above);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_way_of_counting_gives_the_same() {
+        let mut x: Vec<f32> = (0..300).map(|i| (i as f32 * 0.37).sin() * 40.0).collect();
+        x.extend([f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 3.0]);
+        for steps in [0usize, 1, 2, 15, 16, 31, 32, 33, 63, 64, 100, 255] {
+            let thresholds: Vec<f32> =
+                (0..steps).map(|i| i as f32 * 60.0 / steps as f32 - 30.0).collect();
+            for passed in [Passed::AtLeast, Passed::NotBelow, Passed::Above] {
+                let stairs = Staircase::new(thresholds.clone(), passed).unwrap();
+                let mut counts = vec![0; x.len()];
+                stairs.count(&x, &mut counts);
+                for (x, count) in x.iter().zip(counts) {
+                    let expected = thresholds.iter().filter(|t| passed.has(*x, **t)).count();
+                    assert_eq!(usize::from(count), expected, "{x} {steps} {passed:?}");
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The left operand of one block of rows, laid out for the kernels.
+
+use std::ops::Range;
+
+use crate::kernels::aligned::AlignedBytes;
+use crate::kernels::{Codes, CodesTerm, PackedRhs};
+
+/// A block of rows of the left operand, tile by tile.
+#[derive(Debug, Default)]
+pub(super) struct Block {
+    pub(super) rows: usize,
+    /// The first `terms` of these are in use.
+    pub(super) terms: Vec<BlockTerm>,
+}
+
+/// One term. Parameters are laid out [tile, group, row of the tile].
+#[derive(Debug, Default)]
+pub(super) struct BlockTerm {
+    /// Padded or widened rows; unused where the operand's own rows will do.
+    pub(super) codes: AlignedBytes,
+    /// Zero points as far as they lie within the grid.
+    pub(super) zero_points: Vec<i32>,
+    /// Scales.
+    pub(super) scales: Vec<f32>,
+    /// −scale · (what a zero point lies outside the grid).
+    pub(super) outside: Vec<f32>,
+    /// Whether `outside` is other than zero anywhere.
+    pub(super) any_outside: bool,
+    /// scale · Σ (code − zero point), if the right operand needs it.
+    pub(super) centred: Vec<f32>,
+    /// Whether anything but zero is summed, [tile, group].
+    pub(super) active: Vec<bool>,
+}
+
+impl Block {
+    /// Lays out rows `range` of `lhs`.
+    pub(super) fn fill(&mut self, lhs: &Codes, range: Range<usize>, rhs: &PackedRhs) {
+        self.rows = range.len();
+        self.terms.resize_with(self.terms.len().max(lhs.terms.len()), BlockTerm::default);
+        for (to, from) in self.terms.iter_mut().zip(&lhs.terms) {
+            to.fill(lhs, from, range.clone(), rhs);
+        }
+    }
+}
+
+/// Whether the kernel can read the operand's own rows: a group is whole steps of single bytes.
+pub(super) fn reads_plain_rows(lhs: &Codes, rhs: &PackedRhs) -> bool {
+    rhs.kernel.step() == 4 && lhs.group_columns().is_multiple_of(4)
+}
+
+impl BlockTerm {
+    fn fill(&mut self, lhs: &Codes, term: &CodesTerm, range: Range<usize>, rhs: &PackedRhs) {
+        if !reads_plain_rows(lhs, rhs) {
+            self.copy_codes(lhs, term, range.clone(), rhs);
+        }
+        let height = rhs.kernel.tile_rows();
+        let tiles = range.len().div_ceil(height);
+        let needs_centred = rhs.terms.iter().any(|term| !term.residual.is_empty());
+        let parameters = tiles * lhs.groups * height;
+        self.zero_points.clear();
+        self.zero_points.resize(parameters, 0);
+        self.scales.clear();
+        self.scales.resize(parameters, 0.0);
+        self.outside.clear();
+        self.outside.resize(parameters, 0.0);
+        self.centred.clear();
+        self.centred.resize(if needs_centred { parameters } else { 0 }, 0.0);
+        self.any_outside = false;
+        self.active.clear();
+        // A single term is hardly ever zero throughout, and looking costs a pass.
+        self.active.resize(tiles * lhs.groups, lhs.terms.len() == 1);
+
+        let size = lhs.group_columns();
+        for (offset, row) in range.enumerate() {
+            for group in 0..lhs.groups {
+                let from = row * lhs.groups + group;
+                let at = offset / height * lhs.groups + group;
+                let to = at * height + offset % height;
+                let codes = &term.codes[row * lhs.columns + group * size..][..size];
+                let (zero_point, scale) = (term.zero_point[from], term.scale[from]);
+                if lhs.terms.len() > 1 {
+                    let inactive = u8::try_from(zero_point).is_ok_and(|zero| {
+                        codes.iter().fold(0, |any, code| any | (code ^ zero)) == 0
+                    });
+                    if inactive {
+                        continue;
+                    }
+                    self.active[at] = true;
+                }
+                let inside = zero_point.clamp(0, i32::from(term.max_code));
+                self.zero_points[to] = inside;
+                self.scales[to] = scale;
+                if inside != zero_point {
+                    let beyond = i64::from(zero_point) - i64::from(inside);
+                    self.outside[to] = -scale * beyond as f32;
+                    self.any_outside = true;
+                }
+                if needs_centred {
+                    let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
+                    let sum = i64::from(sum) - i64::from(zero_point) * size as i64;
+                    self.centred[to] = scale * sum as f32;
+                }
+            }
+        }
+    }
+
+    /// Copies codes so that every group is whole steps, 4 bytes each.
+    fn copy_codes(&mut self, lhs: &Codes, term: &CodesTerm, range: Range<usize>, rhs: &PackedRhs) {
+        let size = lhs.group_columns();
+        let padded = 4 * rhs.group_steps();
+        self.codes.resize(range.len() * lhs.groups * padded);
+        let from = &term.codes[range.start * lhs.columns..range.end * lhs.columns];
+        let groups = self.codes.as_mut_slice().chunks_exact_mut(padded.max(1));
+        for (to, from) in groups.zip(from.chunks_exact(size.max(1))) {
+            if rhs.kernel.step() == 4 {
+                to[..size].copy_from_slice(from);
+                to[size..].fill(0);
+            } else {
+                for (to, from) in to.chunks_exact_mut(2).zip(from) {
+                    to.copy_from_slice(&u16::from(*from).to_ne_bytes());
+                }
+                to[2 * size..].fill(0);
+            }
+        }
+    }
+}

@@ -1,0 +1,108 @@
+//! Shared laws of quantizers, used by the tests of every kind.
+
+use super::*;
+
+/// Deterministic values with outliers, shape as given.
+pub(crate) fn sample(shape: &[i64], seed: i64) -> Tensor {
+    let n: i64 = shape.iter().product();
+    let index = Tensor::arange(n, (Kind::Double, tch::Device::Cpu)) + (seed * 7919) as f64;
+    let noise = (&index * 12.9898).sin() * 43758.5453;
+    let uniform = &noise - noise.floor() - 0.5;
+    let spread = (&index * 0.37).cos().square() * 4.0 + 0.1;
+    (uniform * spread).to_kind(Kind::Float).view(shape)
+}
+
+/// `fake_quantize` equals the sum of the integer terms to float32 rounding.
+pub(crate) fn terms_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
+    let fake = quantizer.fake_quantize(x).unwrap();
+    let terms = quantizer.quantize(x).unwrap().expect("integer form");
+    let mut sum = Tensor::zeros_like(&fake);
+    for term in &terms {
+        assert_eq!(term.codes.size(), x.size());
+        sum += term.dequantize().unwrap();
+    }
+    let scale = fake.abs().max().double_value(&[]).max(1e-30);
+    let worst = (&sum - &fake).abs().max().double_value(&[]);
+    assert!(worst <= 1e-6 * scale, "terms differ from fake_quantize by {worst}");
+    let (found, expected) = (quantizer.encode(x), quantizer.encode_by_tensors(x));
+    assert!(found.unwrap() == expected.unwrap(), "codes differ from those of the terms");
+}
+
+/// Two images together give what they give apart, bit for bit.
+pub(crate) fn images_are_independent(quantizer: &dyn Quantizer, x: &Tensor, rows_per_image: i64) {
+    let together = quantizer.fake_quantize(x).unwrap();
+    let images = x.size()[0] / rows_per_image;
+    for image in 0..images {
+        let alone = x.narrow(0, image * rows_per_image, rows_per_image);
+        let alone = quantizer.fake_quantize(&alone).unwrap();
+        let part = together.narrow(0, image * rows_per_image, rows_per_image);
+        assert!(part.equal(&alone), "image {image} depends on its neighbours");
+    }
+}
+
+/// Values that arithmetic stumbles over, in tensors of that shape.
+pub(crate) fn awkward(shape: &[i64], seed: i64) -> Vec<Tensor> {
+    let plain = sample(shape, seed);
+    let with = |values: &[f32], every: usize| {
+        let mut all = crate::tensor::to_vec_f32(&plain).unwrap();
+        for (at, value) in values.iter().cycle().enumerate().take(all.len() / every + 1) {
+            let at = (at * every + seed as usize) % all.len();
+            all[at] = *value;
+        }
+        Tensor::from_slice(&all).view(shape)
+    };
+    let halves: Vec<f32> = (-40..40).map(|i| i as f32 * 0.05).collect();
+    vec![
+        plain.shallow_clone(),
+        &plain * 1e30,
+        &plain * 1e-39,
+        plain.zeros_like(),
+        -plain.zeros_like(),
+        plain.full_like(-3.7),
+        plain.abs(),
+        -plain.abs() - 0.5,
+        (&plain * 8.0).softmax(-1, Kind::Float),
+        plain.gelu("none"),
+        with(&[0.0, -0.0], 2),
+        with(&[1e-40, -1e-40, 1e-45, f32::MIN_POSITIVE, 1e-8, 3.0], 3),
+        with(&halves, 1),
+        with(&[f32::NAN], 61),
+        with(&[f32::INFINITY], 67),
+        with(&[f32::NEG_INFINITY], 71),
+        with(&[f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN], 53),
+        with(&[f32::MAX, f32::MIN], 43),
+    ]
+}
+
+/// A pass gives the bits of the definition (any NaN for a NaN), in either order of memory.
+pub(crate) fn pass_is_exact(
+    shape: &[i64],
+    pass: impl Fn(&Tensor) -> Result<Tensor>,
+    definition: impl Fn(&Tensor) -> Result<Tensor>,
+) {
+    let swapped = |x: &Tensor| x.transpose(-2, -1).contiguous().transpose(-2, -1);
+    for (index, x) in awkward(shape, 1).into_iter().enumerate() {
+        let expected = definition(&x).unwrap();
+        for x in [swapped(&x), x] {
+            let found = pass(&x).unwrap();
+            assert_eq!(found.size(), expected.size());
+            let values = |x: &Tensor| crate::tensor::to_vec_f32(x).unwrap();
+            let (found, expected) = (values(&found), values(&expected));
+            for (at, (a, b)) in found.iter().zip(&expected).enumerate() {
+                assert!(
+                    a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan(),
+                    "sample {index} of {shape:?}, element {at}: {a:e} for {b:e} of {:e}",
+                    values(&x)[at]
+                );
+            }
+        }
+    }
+}
+
+/// Storing and restoring changes nothing.
+pub(crate) fn state_round_trips(quantizer: &dyn Quantizer, x: &Tensor) {
+    let restored = crate::methods::restore(&quantizer.state()).unwrap();
+    let (before, after) = (quantizer.fake_quantize(x).unwrap(), restored.fake_quantize(x).unwrap());
+    assert!(before.equal(&after));
+    assert_eq!(restored.bits(), quantizer.bits());
+}
