@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 
 use tch::{Device, Kind, Tensor};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::cpu_slices::{filled, floats};
 use crate::kernels::passes::affine::{
     ColumnGrids, Grid, quantize_columns, quantize_rows, quantize_whole,
@@ -113,7 +113,8 @@ impl Dense {
     ) -> Result<Option<Tensor>> {
         let max_code = max_code as f32;
         let grid = |scale: f32, zero_point: f32| Grid { scale, zero_point, max_code };
-        if scale.requires_grad() || zero_point.requires_grad() {
+        let has_pass = |x: &Tensor| Ok::<bool, Error>(!x.requires_grad() && self.holds(x)?);
+        if !has_pass(scale)? || !has_pass(zero_point)? {
             return Ok(None);
         }
         if scale.numel() == 1 && zero_point.numel() == 1 {
@@ -144,7 +145,7 @@ impl Dense {
         scale: &Tensor,
         zero: &Tensor,
     ) -> Result<Option<(Parameters, Parameters)>> {
-        if scale.size() != zero.size() || scale.dim() > self.memory.dim() {
+        if scale.size() != zero.size() {
             return Ok(None);
         }
         let along = self.aligned(scale)?;
@@ -167,6 +168,15 @@ impl Dense {
             Ok(Parameters { along, values: to_vec_f32(&x.f_expand(&shape, false)?)? })
         };
         Ok(Some((values(scale)?, values(zero)?)))
+    }
+
+    /// Whether a parameter broadcasts to the original's shape, not the original to its.
+    fn holds(&self, x: &Tensor) -> Result<bool> {
+        if x.dim() > self.memory.dim() {
+            return Ok(false);
+        }
+        let (shape, memory) = (self.aligned(x)?.size(), self.memory.size());
+        Ok(shape.iter().zip(&memory).all(|(n, all)| *n == 1 || n == all))
     }
 
     /// A broadcastable parameter with memory's axes.

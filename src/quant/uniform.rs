@@ -247,6 +247,10 @@ mod tests {
                 &[5, 7, 37],
             );
             check(&grid(range), &[37, 41]);
+            // Several grids tried on one operand at once.
+            let both = Tensor::from_slice(&[0.1f32, 0.2]).view([2, 1, 1]);
+            let q = Uniform::new(bits, both.shallow_clone(), both.zeros_like()).unwrap();
+            assert_eq!(q.fake_quantize(&x.narrow(0, 0, 1)).unwrap().size(), [2, 7, 37]);
             let high = x.narrow(0, 0, 1).abs().amax([-1i64].as_slice(), true); // [1, 7, 1]
             check(&grid(Range { low: -&high, high }), &[5, 7, 37]);
         }

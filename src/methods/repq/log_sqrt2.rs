@@ -252,7 +252,10 @@ mod tests {
         for zero_code in BOTH {
             for (bits, largest) in [(3, 1.0), (4, f64::from(0.7f32)), (6, 0.031_25), (8, 0.9375)] {
                 let q = grid(bits, zero_code, largest);
-                let Some((stairs, _)) = q.stairs() else { panic!("no steps at {bits} bits") };
+                let Some((stairs, _)) = q.stairs() else {
+                    assert_eq!(q.last_exponent(), 255.0, "one step too many for a byte");
+                    continue;
+                };
                 let steps: Vec<f32> = stairs.thresholds().to_vec();
                 let near = steps.iter().flat_map(|t| {
                     (0..512u32).map(|i| f32::from_bits((t.to_bits() + i).saturating_sub(256)))
