@@ -1,6 +1,7 @@
 //! The vector kernels, chosen at run time. All `unsafe` code of the products is below this module.
 
 #![allow(unsafe_code, reason = "vector instructions and their loads")]
+#![allow(clippy::needless_range_loop, reason = "rows and columns of a tile are plainer by index")]
 
 mod job;
 mod peak;
