@@ -49,6 +49,10 @@ impl Codes {
         assert!(self.group_columns() <= MAX_GROUP_COLUMNS, "sums of a group leave 32 bits");
         for term in &self.terms {
             assert_eq!(term.codes.len(), self.rows * self.columns, "number of codes");
+            debug_assert!(
+                term.codes.iter().all(|&code| code <= term.max_code),
+                "code off its grid"
+            );
             assert_eq!(term.scale.len(), self.rows * self.groups, "number of scales");
             assert_eq!(term.zero_point.len(), self.rows * self.groups, "number of zero points");
         }

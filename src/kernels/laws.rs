@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use crate::kernels::packed::Operand;
+use crate::kernels::pack::{Operand, Uses};
 use crate::kernels::{
     Codes, CodesTerm, InstructionSet, PackedRhs, Workers, batch_with, product_on, reference,
 };
@@ -120,13 +120,21 @@ impl Case {
 }
 
 fn available() -> impl Iterator<Item = InstructionSet> {
-    InstructionSet::ALL.into_iter().filter(|set| set.is_available())
+    let all = InstructionSet::ALL.into_iter().chain([InstructionSet::Like512]);
+    all.filter(|set| set.is_available())
 }
 
 fn pack(lhs: &Codes, rhs: &Codes, set: InstructionSet) -> PackedRhs {
     let (lhs_groups, lhs_max_code) = (lhs.groups, lhs.max_code());
     PackedRhs::pack_rows(
-        &Operand { codes: rhs, first: 0, rows: rhs.rows, lhs_groups, lhs_max_code },
+        &Operand {
+            codes: rhs,
+            first: 0,
+            rows: rhs.rows,
+            lhs_groups,
+            lhs_max_code,
+            uses: Uses::Many,
+        },
         set,
     )
 }
@@ -317,6 +325,7 @@ fn empty_products_are_empty_or_the_bias() {
     for (m, n, k) in [(0, 5, 8), (5, 0, 8), (5, 3, 0), (0, 0, 0)] {
         let case = plain(m, n, k);
         check(&case);
+        check(&Case { rhs: Grid { bits: 4, ..PLAIN }, ..case.clone() });
         let Operands { lhs, rhs, .. } = case.operands();
         for set in available() {
             let mut out = vec![f32::NAN; m * n];

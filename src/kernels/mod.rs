@@ -11,6 +11,7 @@ pub mod cpu_elementwise;
 pub mod cpu_slices;
 #[cfg(test)]
 mod laws;
+mod pack;
 mod packed;
 pub mod passes;
 mod prepare;
@@ -23,7 +24,7 @@ pub use packed::PackedRhs;
 pub use workers::Workers;
 
 use cpu::{Job, Scratch};
-use packed::Operand;
+use pack::{Operand, Uses};
 
 /// Codes of the left operand that are laid out at once, at most.
 const BLOCK_BYTES: usize = 1 << 20;
@@ -145,7 +146,8 @@ fn batch_with(
     }
     let (lhs_groups, lhs_max_code) = (lhs.groups, lhs.max_code());
     let work = |(index, out): (usize, &mut [f32]), scratch: &mut Scratch| {
-        let operand = Operand { codes: rhs, first: index * n, rows: n, lhs_groups, lhs_max_code };
+        let (first, uses) = (index * n, Uses::Once);
+        let operand = Operand { codes: rhs, first, rows: n, lhs_groups, lhs_max_code, uses };
         let rhs = PackedRhs::pack_rows(&operand, set);
         let rows = index * m..(index + 1) * m;
         let job = Job { lhs, rows, rhs: &rhs, panels: 0..rhs.panels(), bias: None };

@@ -1,13 +1,15 @@
 //! The right operand, packed once for many products.
 
-use std::ops::Range;
-
+use crate::kernels::Codes;
 use crate::kernels::aligned::AlignedBytes;
 use crate::kernels::cpu::{InstructionSet, Kernel};
-use crate::kernels::{Codes, CodesTerm};
+use crate::kernels::pack::{Operand, Uses};
 
 /// Largest code of which two share a byte.
-const MAX_NIBBLE: u8 = 15;
+pub(super) const MAX_NIBBLE: u8 = 15;
+
+/// Bytes of a step of the widest panel.
+pub(super) const MAX_STEP: usize = 128;
 
 /// Short runs of 16-bit sums cost more than they save.
 const MIN_NARROW_STEPS: usize = 3;
@@ -34,8 +36,8 @@ pub struct PackedRhs {
 /// One term of a packed operand.
 #[derive(Debug)]
 pub(super) struct PackedTerm {
-    codes: AlignedBytes,
-    nibbles: bool,
+    pub(super) codes: AlignedBytes,
+    pub(super) nibbles: bool,
     /// What is taken off each code to make it an `i8`, a row each; padded to whole panels.
     pub(super) centre: Vec<u8>,
     /// Padded to whole panels.
@@ -53,7 +55,14 @@ impl PackedRhs {
     /// [`MAX_GROUP_COLUMNS`](crate::kernels::MAX_GROUP_COLUMNS) columns.
     pub fn pack(codes: &Codes, lhs_groups: usize, lhs_max_code: u8) -> Self {
         codes.check();
-        let operand = Operand { codes, first: 0, rows: codes.rows, lhs_groups, lhs_max_code };
+        let operand = Operand {
+            codes,
+            first: 0,
+            rows: codes.rows,
+            lhs_groups,
+            lhs_max_code,
+            uses: Uses::Many,
+        };
         Self::pack_rows(&operand, InstructionSet::best())
     }
 
@@ -120,6 +129,13 @@ impl PackedRhs {
 }
 
 impl PackedTerm {
+    /// A panel's `bytes` codes, if they are packed as the kernel reads them.
+    #[inline(always)]
+    pub(super) fn unpacked(&self, panel: usize, kernel: Kernel, bytes: usize) -> Option<&[u8]> {
+        let plain = !self.nibbles && kernel.step() == 4;
+        plain.then(|| &self.codes.as_slice()[panel * bytes..(panel + 1) * bytes])
+    }
+
     /// Writes a panel's codes to `out` as the kernel reads them: centred, one per byte (or per two
     /// bytes where a step is two codes).
     #[inline(always)]
@@ -130,8 +146,7 @@ impl PackedTerm {
         if !self.nibbles {
             let from = &bytes[panel * codes..(panel + 1) * codes];
             if step == 4 {
-                out.copy_from_slice(from);
-                return;
+                return out.copy_from_slice(from);
             }
             for (to, from) in out.chunks_exact_mut(2).zip(from) {
                 to.copy_from_slice(&i16::from(from.cast_signed()).to_ne_bytes());
@@ -139,7 +154,7 @@ impl PackedTerm {
             return;
         }
         let from = &bytes[panel * codes / 2..(panel + 1) * codes / 2];
-        let (mut low, mut high) = ([0; MAX_HALF], [0; MAX_HALF]);
+        let (mut low, mut high) = ([0; MAX_STEP], [0; MAX_STEP]);
         let half = width * step / 2; // bytes of a packed step
         for (i, (low, high)) in low.iter_mut().zip(&mut high).enumerate().take(half) {
             *low = self.centre[panel * width + i / step];
@@ -167,136 +182,4 @@ impl PackedTerm {
             }
         }
     }
-}
-
-/// Bytes of a packed step of the widest panel.
-const MAX_HALF: usize = 64;
-
-/// Rows `first..first + rows` of a right operand.
-pub(super) struct Operand<'a> {
-    pub(super) codes: &'a Codes,
-    pub(super) first: usize,
-    pub(super) rows: usize,
-    pub(super) lhs_groups: usize,
-    pub(super) lhs_max_code: u8,
-}
-
-impl Operand<'_> {
-    fn group_steps(&self, kernel: Kernel) -> usize {
-        (self.codes.columns / self.lhs_groups).div_ceil(kernel.step())
-    }
-
-    fn range(&self) -> Range<usize> {
-        self.first..self.first + self.rows
-    }
-
-    /// How many steps 16-bit sums can take, whatever the left operand holds.
-    ///
-    /// A lane sums `(x − z) · w` over two codes a step, with x and z in 0..=max. With P and N the sums
-    /// of its positive and its negative weights, that lies within ±max · larger(P, N), and so does
-    /// every pair of products, which `vpmaddubsw` would saturate otherwise. (Sums on the way may
-    /// leave 16 bits: they are taken modulo 2^16.)
-    fn narrow_run_steps(&self, kernel: Kernel) -> usize {
-        let group_steps = self.group_steps(kernel);
-        let limit = usize::from(i16::MAX.unsigned_abs()) / usize::from(self.lhs_max_code.max(1));
-        let largest = |term: &CodesTerm| {
-            let centre = |row| centre(term.zero_point[row], term.max_code);
-            self.range()
-                .map(|row| centre(row).max(term.max_code - centre(row).min(term.max_code)))
-                .max()
-                .map_or(0, usize::from)
-        };
-        let largest = self.codes.terms.iter().map(largest).max().unwrap_or(0);
-        (limit / (2 * largest).max(1)).min(group_steps)
-    }
-
-    fn pack(&self, term: &CodesTerm, kernel: Kernel) -> PackedTerm {
-        let (width, step) = (kernel.panel_columns(), kernel.step());
-        let padded = self.rows.next_multiple_of(width);
-        let group_columns = self.codes.columns / self.lhs_groups;
-        let group_steps = self.group_steps(kernel);
-        let panel_steps = group_steps * self.lhs_groups;
-
-        let mut centre: Vec<u8> =
-            self.range().map(|row| centre(term.zero_point[row], term.max_code)).collect();
-        let mut residual: Vec<f32> = self
-            .range()
-            .zip(&centre)
-            .map(|(row, &centre)| (i64::from(term.zero_point[row]) - i64::from(centre)) as f32)
-            .collect();
-        if residual.iter().all(|&residual| residual == 0.0) {
-            residual.clear();
-        } else {
-            residual.resize(padded, 0.0);
-        }
-        centre.resize(padded, 0);
-        let mut scale = term.scale[self.range()].to_vec();
-        scale.resize(padded, 0.0);
-
-        let nibbles = term.max_code <= MAX_NIBBLE;
-        let panel_bytes = panel_steps * width * step;
-        let mut packed =
-            AlignedBytes::zeroed(padded * panel_steps * step / (1 + usize::from(nibbles)));
-        let mut panel = vec![0u8; panel_bytes];
-        for (index, to) in packed
-            .as_mut_slice()
-            .chunks_exact_mut(panel_bytes.max(1) / (1 + usize::from(nibbles)))
-            .enumerate()
-        {
-            panel.fill(0);
-            for lane in 0..width.min(self.rows - index * width) {
-                let row = index * width + lane;
-                let codes =
-                    &term.codes[(self.first + row) * self.codes.columns..][..self.codes.columns];
-                for (group, codes) in codes.chunks_exact(group_columns.max(1)).enumerate() {
-                    let start = group * group_steps * width * step + lane * step;
-                    let to = &mut panel[start..];
-                    match step {
-                        4 => interleave::<4>(codes, width * step, centre[row], to),
-                        _ => interleave::<2>(codes, width * step, centre[row], to),
-                    }
-                }
-            }
-            let centre = &centre[index * width..][..width];
-            if nibbles {
-                let half = width * step / 2;
-                for (to, from) in to.chunks_exact_mut(half).zip(panel.chunks_exact(2 * half)) {
-                    for i in 0..half {
-                        to[i] = from[i] | from[half + i] << 4;
-                    }
-                }
-            } else {
-                let centre: Vec<u8> = (0..width * step).map(|i| centre[i / step]).collect();
-                for (to, from) in
-                    to.chunks_exact_mut(width * step).zip(panel.chunks_exact(width * step))
-                {
-                    for i in 0..width * step {
-                        to[i] = from[i].wrapping_sub(centre[i]);
-                    }
-                }
-            }
-        }
-        PackedTerm { codes: packed, nibbles, centre, scale, residual }
-    }
-}
-
-/// Writes `codes`, `STEP` at a time, to every `stride` bytes of `to`; the last ones padded.
-fn interleave<const STEP: usize>(codes: &[u8], stride: usize, padding: u8, to: &mut [u8]) {
-    let (whole, rest) = codes.as_chunks::<STEP>();
-    for (from, to) in whole.iter().zip(to.chunks_mut(stride)) {
-        to[..STEP].copy_from_slice(from);
-    }
-    if !rest.is_empty() {
-        let to = &mut to[whole.len() * stride..][..STEP];
-        to.fill(padding);
-        to[..rest.len()].copy_from_slice(rest);
-    }
-}
-
-/// The number nearest to the zero point that makes every code up to `max_code` an `i8`, and neither
-/// larger nor smaller than the grid.
-fn centre(zero_point: i32, max_code: u8) -> u8 {
-    let largest = i32::from(max_code).min(128);
-    let smallest = (i32::from(max_code) - 127).max(0);
-    u8::try_from(zero_point.clamp(smallest, largest)).unwrap_or(0)
 }

@@ -1,7 +1,9 @@
 //! The vector kernels, chosen at run time. All `unsafe` code of the products is below this module.
 
 #![allow(unsafe_code, reason = "vector instructions and their loads")]
+#![allow(clippy::needless_range_loop, reason = "rows and columns of a tile are plainer by index")]
 
+mod job;
 mod peak;
 mod portable;
 mod tile;
@@ -11,8 +13,8 @@ mod x86;
 
 use std::sync::OnceLock;
 
+pub(super) use job::{Job, Scratch};
 use portable::Portable;
-pub(super) use tile::{Job, Scratch};
 
 /// What a processor may be able to do, slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -25,6 +27,9 @@ pub enum InstructionSet {
     AvxVnni,
     /// AVX-512 with the 512-bit `vpdpbusd`.
     Avx512Vnni,
+    /// Plain code in the shape of AVX-512's kernel, whose blocking is so tested without it.
+    #[cfg(test)]
+    Like512,
 }
 
 impl InstructionSet {
@@ -38,6 +43,8 @@ impl InstructionSet {
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             match self {
                 Self::Portable => true,
+                #[cfg(test)]
+                Self::Like512 => true,
                 Self::Avx2 => avx2,
                 Self::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
                 Self::Avx512Vnni => {
@@ -48,7 +55,7 @@ impl InstructionSet {
         }
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         {
-            self == Self::Portable
+            !matches!(self, Self::Avx2 | Self::AvxVnni | Self::Avx512Vnni)
         }
     }
 
@@ -68,6 +75,8 @@ impl InstructionSet {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avx_vnni",
             Self::Avx512Vnni => "avx512_vnni",
+            #[cfg(test)]
+            Self::Like512 => "like_512",
         }
     }
 
@@ -83,6 +92,8 @@ impl InstructionSet {
             Self::Avx2 => Kernel::Avx2Wide,
             Self::AvxVnni => Kernel::AvxVnni,
             Self::Avx512Vnni => Kernel::Avx512Vnni,
+            #[cfg(test)]
+            Self::Like512 => Kernel::Like512,
         }
     }
 }
@@ -95,6 +106,8 @@ pub(super) enum Kernel {
     Avx2Wide,
     AvxVnni,
     Avx512Vnni,
+    #[cfg(test)]
+    Like512,
 }
 
 impl Kernel {
@@ -104,6 +117,8 @@ impl Kernel {
             Self::Portable => 2,
             Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni => 6,
             Self::Avx512Vnni => 12,
+            #[cfg(test)]
+            Self::Like512 => 12,
         }
     }
 
@@ -112,6 +127,8 @@ impl Kernel {
         match self {
             Self::Portable | Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni => 16,
             Self::Avx512Vnni => 32,
+            #[cfg(test)]
+            Self::Like512 => 32,
         }
     }
 
@@ -120,6 +137,8 @@ impl Kernel {
         match self {
             Self::Avx2Wide => 2,
             Self::Portable | Self::Avx2Narrow | Self::AvxVnni | Self::Avx512Vnni => 4,
+            #[cfg(test)]
+            Self::Like512 => 4,
         }
     }
 
@@ -130,7 +149,9 @@ impl Kernel {
         // that are.
         unsafe {
             match self {
-                Self::Portable => tile::run::<Portable, 2, 2>(job, out, scratch),
+                Self::Portable => job::run::<Portable<8>, 2, 2>(job, out, scratch),
+                #[cfg(test)]
+                Self::Like512 => job::run::<Portable<16>, 12, 2>(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx2Narrow => x86::run_avx2_narrow(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
@@ -153,7 +174,9 @@ impl Kernel {
         // SAFETY: it is.
         unsafe {
             match self {
-                Self::Portable => peak::spin::<Portable, 2, 2>(steps, std::hint::black_box),
+                Self::Portable => peak::spin::<Portable<8>, 2, 2>(steps, std::hint::black_box),
+                #[cfg(test)]
+                Self::Like512 => peak::spin::<Portable<16>, 12, 2>(steps, std::hint::black_box),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx2Narrow => x86::spin_avx2_narrow(steps),
                 #[cfg(target_arch = "x86_64")]
@@ -177,6 +200,8 @@ impl Kernel {
             Self::Avx2Narrow | Self::Avx2Wide => InstructionSet::Avx2,
             Self::AvxVnni => InstructionSet::AvxVnni,
             Self::Avx512Vnni => InstructionSet::Avx512Vnni,
+            #[cfg(test)]
+            Self::Like512 => InstructionSet::Like512,
         }
     }
 }

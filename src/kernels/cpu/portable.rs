@@ -2,13 +2,11 @@
 
 use super::vector::Vector;
 
-const LANES: usize = 8;
+/// Lanes of plain integers.
+pub(super) struct Portable<const LANES: usize>;
 
-/// Eight lanes of plain integers.
-pub(super) struct Portable;
-
-impl Vector for Portable {
-    type Codes = [u8; 4 * LANES];
+impl<const LANES: usize> Vector for Portable<LANES> {
+    type Codes = [[u8; 4]; LANES];
     type Sums = [i32; LANES];
     type Reals = [f32; LANES];
 
@@ -24,8 +22,7 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn row(from: *const u8) -> Self::Codes {
         // SAFETY: the caller's pointer is valid for 4 bytes.
-        let step = unsafe { from.cast::<[u8; 4]>().read() };
-        std::array::from_fn(|i| step[i % 4])
+        [unsafe { from.cast::<[u8; 4]>().read() }; LANES]
     }
 
     #[inline(always)]
@@ -36,9 +33,7 @@ impl Vector for Portable {
     #[inline(always)]
     unsafe fn dot(sums: Self::Sums, row: Self::Codes, columns: Self::Codes) -> Self::Sums {
         std::array::from_fn(|lane| {
-            let at = |i: usize| {
-                i32::from(row[4 * lane + i]) * i32::from(columns[4 * lane + i].cast_signed())
-            };
+            let at = |i: usize| i32::from(row[lane][i]) * i32::from(columns[lane][i].cast_signed());
             sums[lane] + at(0) + at(1) + at(2) + at(3)
         })
     }
@@ -79,6 +74,9 @@ impl Vector for Portable {
         // SAFETY: the caller's pointer is valid for LANES numbers.
         unsafe { to.cast::<Self::Reals>().write_unaligned(reals) }
     }
+
+    #[inline(always)]
+    unsafe fn prefetch(_to: *const f32) {}
 
     #[inline(always)]
     unsafe fn multiply_add(a: Self::Reals, b: Self::Reals, c: Self::Reals) -> Self::Reals {

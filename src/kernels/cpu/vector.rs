@@ -42,6 +42,8 @@ pub(super) trait Vector {
     unsafe fn load(from: *const f32) -> Self::Reals;
     /// Stores `LANES` numbers.
     unsafe fn store(to: *mut f32, reals: Self::Reals);
+    /// Says that what is at `to` will be written soon. Any address will do.
+    unsafe fn prefetch(to: *const f32);
     /// `a · b + c`, rounded once.
     unsafe fn multiply_add(a: Self::Reals, b: Self::Reals, c: Self::Reals) -> Self::Reals;
 }

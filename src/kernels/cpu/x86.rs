@@ -6,8 +6,8 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
+use super::job::{self, Job, Scratch};
 use super::peak;
-use super::tile::{self, Job, Scratch};
 use super::vector::Vector;
 
 /// AVX2, 16-bit partial sums (`vpmaddubsw`): the caller keeps runs so short that none overflows.
@@ -19,14 +19,14 @@ pub(super) struct AvxVnni;
 /// 512-bit VNNI (`vpdpbusd`, EVEX).
 pub(super) struct Avx512Vnni;
 
-/// [`tile::run`] and [`peak::spin`] of one kernel.
+/// [`job::run`] and [`peak::spin`] of one kernel.
 macro_rules! entry_points {
     ($vector:ident, $rows:literal, $width:literal, $features:literal, $register:ident,
      $run:ident, $spin:ident) => {
         #[target_feature(enable = $features)]
         pub(super) fn $run(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
             // SAFETY: this function enables the instruction set.
-            unsafe { tile::run::<$vector, $rows, $width>(job, out, scratch) }
+            unsafe { job::run::<$vector, $rows, $width>(job, out, scratch) }
         }
 
         #[target_feature(enable = $features)]
@@ -112,6 +112,12 @@ macro_rules! vector_256 {
         unsafe fn store(to: *mut f32, reals: __m256) {
             // SAFETY: the caller's pointer is valid for 8 numbers; the store is unaligned.
             unsafe { _mm256_storeu_ps(to, reals) } // vmovups
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(to: *const f32) {
+            // SAFETY: a hint, without effect on memory.
+            unsafe { _mm_prefetch::<_MM_HINT_ET0>(to.cast()) } // prefetchw
         }
 
         #[inline(always)]
@@ -248,6 +254,12 @@ impl Vector for Avx512Vnni {
     unsafe fn store(to: *mut f32, reals: __m512) {
         // SAFETY: the caller's pointer is valid for 16 numbers; the store is unaligned.
         unsafe { _mm512_storeu_ps(to, reals) } // vmovups
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(to: *const f32) {
+        // SAFETY: a hint, without effect on memory.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(to.cast()) } // prefetchw
     }
 
     #[inline(always)]

@@ -1,0 +1,191 @@
+//! A block of rows times a range of panels: the loops around the tiles.
+
+use std::ops::Range;
+
+use super::tile::{Extent, Left, Right, Tile, store};
+use super::vector::Vector;
+use crate::kernels::PackedRhs;
+use crate::kernels::aligned::AlignedBytes;
+use crate::kernels::codes::Codes;
+use crate::kernels::prepare::{Block, reads_plain_rows};
+
+/// Unpacked codes that stay in the second-level cache. A tile's rows, which stay in the first, are
+/// multiplied with all of them before the next tile, so that results are written in order.
+const PANEL_BYTES: usize = 128 << 10;
+
+/// What one call computes: rows of the left operand times panels of the right one.
+pub(in crate::kernels) struct Job<'a> {
+    /// The left operand.
+    pub(in crate::kernels) lhs: &'a Codes,
+    /// Its rows.
+    pub(in crate::kernels) rows: Range<usize>,
+    /// The right operand.
+    pub(in crate::kernels) rhs: &'a PackedRhs,
+    /// Its panels.
+    pub(in crate::kernels) panels: Range<usize>,
+    /// One number per row of the whole right operand.
+    pub(in crate::kernels) bias: Option<&'a [f32]>,
+}
+
+/// Memory that a thread reuses from call to call.
+#[derive(Debug, Default)]
+pub(in crate::kernels) struct Scratch {
+    block: Block,
+    panels: Vec<Panel>,
+    /// Padded to whole panels.
+    bias: Vec<f32>,
+}
+
+/// A panel of one right term as the kernel reads it.
+#[derive(Debug, Default)]
+struct Panel {
+    /// Unused where the packed operand has them in that form.
+    codes: AlignedBytes,
+    /// −Σ w of each run, in the kernel's own partial sums.
+    sums: AlignedBytes,
+    /// Σ w of each group, [group, column].
+    group_sums: Vec<f32>,
+}
+
+/// Runs a job. `out` holds each row's part of the result: the columns of the job's panels.
+///
+/// # Safety
+/// The instruction set of `V` must be available.
+#[inline(always)]
+pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    job: &Job<'_>,
+    out: &mut [&mut [f32]],
+    scratch: &mut Scratch,
+) {
+    let columns = WIDTH * V::LANES;
+    let (lhs, rhs) = (job.lhs, job.rhs);
+    assert!(rhs.kernel.tile_rows() == ROWS && rhs.kernel.panel_columns() == columns);
+    assert!(rhs.kernel.step() == V::STEP && out.len() == job.rows.len());
+    let group_steps = rhs.group_steps();
+    let extent = Extent {
+        groups: lhs.groups,
+        group_steps,
+        run_steps: rhs.run_steps,
+        runs: group_steps.div_ceil(rhs.run_steps),
+    };
+    let Scratch { block, panels, bias } = scratch;
+    block.fill(lhs, job.rows.clone(), rhs);
+    bias.clear();
+    if let Some(all) = job.bias {
+        bias.extend(&all[job.panels.start * columns..all.len().min(job.panels.end * columns)]);
+    }
+    bias.resize(job.panels.len() * columns, 0.0);
+
+    // Rows and panels are as long as the tiles will read them: `Tile` relies on it.
+    let row_bytes = 4 * group_steps * lhs.groups;
+    let left = |term: usize| {
+        let codes = if reads_plain_rows(lhs, rhs) {
+            &lhs.terms[term].codes[job.rows.start * row_bytes..][..block.rows * row_bytes]
+        } else {
+            &block.terms[term].codes.as_slice()[..block.rows * row_bytes]
+        };
+        Left { codes, term: &block.terms[term] }
+    };
+    let left: Vec<Left<'_>> = (0..lhs.terms.len()).map(left).collect();
+
+    let terms = rhs.terms.len();
+    let together = (PANEL_BYTES / (row_bytes * columns * terms).max(1)).clamp(1, job.panels.len());
+    panels.resize_with(panels.len().max(together * terms), Panel::default);
+    for first_panel in job.panels.clone().step_by(together) {
+        let last_panel = (first_panel + together).min(job.panels.end);
+        let count = (last_panel - first_panel) * terms;
+        let mut right = Vec::with_capacity(count);
+        for (index, panel) in panels.iter_mut().enumerate().take(count) {
+            let (at, term) = (first_panel + index / terms, &rhs.terms[index % terms]);
+            let codes = match term.unpacked(at, rhs.kernel, columns * row_bytes) {
+                Some(codes) => codes,
+                None => {
+                    panel.codes.resize(columns * row_bytes);
+                    term.unpack(at, rhs.kernel, panel.codes.as_mut_slice());
+                    panel.codes.as_slice()
+                }
+            };
+            let (sums, group_sums) = (&mut panel.sums, &mut panel.group_sums);
+            sums.resize(extent.groups * extent.runs * WIDTH * size_of::<V::Sums>());
+            group_sums.resize(extent.groups * columns, 0.0);
+            // SAFETY: the instruction set is available.
+            unsafe { sum_columns::<V, WIDTH>(codes, sums.as_mut_slice(), group_sums, extent) };
+            let range = at * columns..(at + 1) * columns;
+            right.push(Right {
+                codes,
+                sums: sums.as_slice(),
+                group_sums,
+                scale: &term.scale[range.clone()],
+                residual: if term.residual.is_empty() { &[] } else { &term.residual[range] },
+            });
+        }
+        for (index, out) in out.chunks_mut(ROWS).enumerate() {
+            let tile = Tile { left: &left, extent, row_bytes, last_row: block.rows - 1, index };
+            for panel in first_panel..last_panel {
+                let right = &right[(panel - first_panel) * terms..][..terms];
+                let start = (panel - job.panels.start) * columns;
+                let bias = &bias[start..start + columns];
+                for out in out.iter() {
+                    // SAFETY: a hint about an address within the row.
+                    unsafe { V::prefetch(out[start..].as_ptr()) };
+                }
+                // SAFETY: operands are as long as said above; the instruction set is available.
+                unsafe {
+                    let result = tile.multiply::<V, ROWS, WIDTH>(right, bias);
+                    for (out, numbers) in out.iter_mut().zip(&result) {
+                        let end = out.len().min(start + columns);
+                        store::<V, WIDTH>(numbers, &mut out[start..end]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sums up the columns' codes: −Σ w of every run in the kernel's own partial sums, Σ w of every
+/// group as numbers.
+#[inline(always)]
+unsafe fn sum_columns<V: Vector, const WIDTH: usize>(
+    codes: &[u8],
+    run_sums: &mut [u8],
+    group_sums: &mut [f32],
+    extent: Extent,
+) {
+    let columns = WIDTH * V::LANES;
+    let size = WIDTH * size_of::<V::Sums>();
+    assert!(codes.len() == 4 * columns * extent.groups * extent.group_steps);
+    assert!(run_sums.len() == extent.groups * extent.runs * size);
+    assert!(group_sums.len() == extent.groups * columns);
+    // A one for every code of a step.
+    let one: [u8; 4] = if V::STEP == 4 { [1; 4] } else { (1u32 | 1 << 16).to_le_bytes() };
+    for group in 0..extent.groups {
+        // SAFETY: the steps below lie within the group, and the lengths are checked above. The
+        // instruction set is available.
+        unsafe {
+            let mut whole = [V::no_sums(); WIDTH];
+            for index in 0..extent.runs {
+                let start = index * extent.run_steps;
+                let steps = extent.run_steps.min(extent.group_steps - start);
+                let first = group * extent.group_steps + start;
+                let codes = codes.as_ptr().add(4 * columns * first);
+                let mut sums = [V::no_sums(); WIDTH];
+                for step in 0..steps {
+                    for v in 0..WIDTH {
+                        let columns = V::columns(codes.add(4 * V::LANES * (step * WIDTH + v)));
+                        sums[v] = V::dot(sums[v], V::row(one.as_ptr()), columns);
+                    }
+                }
+                let to = run_sums.as_mut_ptr().add((group * extent.runs + index) * size);
+                let to = to.cast::<V::Sums>();
+                for v in 0..WIDTH {
+                    to.add(v).write_unaligned(V::times(-1, sums[v]));
+                    whole[v] = V::add(whole[v], V::widen(sums[v]));
+                }
+            }
+            let to = group_sums.as_mut_ptr().add(group * columns);
+            for v in 0..WIDTH {
+                V::store(to.add(v * V::LANES), V::reals(whole[v]));
+            }
+        }
+    }
+}
