@@ -12,7 +12,7 @@ use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::data::{Dataset, DecodeLimits, Sample, load_pixels};
 use vitq::engine::QuantizedModel;
 use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
-use vitq::exec::{Backend, SiteCounts};
+use vitq::exec::Backend;
 use vitq::model::Checkpoint;
 use vitq::quant::BitWidth;
 use vitq::tensor::to_vec_f64;

@@ -260,7 +260,10 @@ mod tests {
                 bias: floats(&bias).unwrap(),
                 eps: 1e-6,
             };
-            let found = by_rows(&x, |row| layer_norm(&row.to_vec(), norm, row));
+            let found = by_rows(&x, |row| {
+                let x = row.to_vec();
+                layer_norm(&x, norm, row);
+            });
             let double = |t: &Tensor| t.to_kind(Kind::Double);
             let (weight, bias) = (double(&weight), double(&bias));
             let expected = double(&x).layer_norm([width], Some(&weight), Some(&bias), 1e-6, false);

@@ -65,6 +65,10 @@ mod device {
     pub(crate) use vitq::device::name;
 }
 
+mod exec {
+    pub(crate) use vitq::exec::SiteCounts;
+}
+
 /// Counts nothing here.
 mod telemetry {
     pub(crate) mod metrics {

@@ -209,7 +209,7 @@ fn token_codes(x: &[f32], layout: &Layout, extents: &[Extent], rules: &Rules) ->
 /// Ranges for the ranking, the first of an image enlarged.
 fn ranges(extents: &[Extent], tokens: usize, rules: &Rules) -> Vec<f32> {
     let enlarge = |index: usize, range: f32| {
-        if index % tokens == 0 { range * rules.first_factor } else { range }
+        if index.is_multiple_of(tokens) { range * rules.first_factor } else { range }
     };
     let range = |(index, extent): (usize, &Extent)| enlarge(index, extent.high - extent.low);
     extents.iter().enumerate().map(range).collect()

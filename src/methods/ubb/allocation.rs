@@ -174,7 +174,7 @@ impl Allocation {
 
 /// The window of a density count; none for β = 0.
 pub(super) fn density(scalars: &Scalars, features: usize) -> Option<Density> {
-    (scalars.beta != 0.0).then(|| Density {
+    (scalars.beta != 0.0).then_some(Density {
         centre: scalars.mu as f32,
         radius: (scalars.kappa * scalars.beta) as f32,
         floor: (DENSITY_FLOOR * features as f64) as f32,
