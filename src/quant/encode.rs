@@ -8,7 +8,7 @@ use crate::kernels::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 use crate::quant::IntTerm;
 
 /// Fewest columns of a group whose sum is worth a rescaling of its own.
-pub(super) const MIN_GROUP: i64 = 8;
+pub(super) const MIN_GROUP: i64 = 4;
 /// What the high byte of a wider code counts.
 pub(super) const BYTE: f64 = 256.0;
 
@@ -145,7 +145,7 @@ mod tests {
     #[test]
     fn scales_of_single_channels_have_no_codes() {
         let codes = Tensor::zeros([2, 3, 16], (Kind::Int, Device::Cpu));
-        for width in [16, 4, 8] {
+        for width in [16, 8, 5] {
             let scale = Tensor::ones([1, 1, width], (Kind::Float, Device::Cpu));
             assert!(codes_of(&[term(&codes, &scale, 0)], 4).unwrap().is_none());
         }
