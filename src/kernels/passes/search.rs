@@ -34,9 +34,9 @@ pub struct Questions<'a> {
 pub struct Answers {
     /// Ranges for the ranking.
     pub ranges: Vec<f32>,
-    /// Σ|x − x̂| at n + 1, n and n − 1 bits: [token][shift].
+    /// Σ|x − x̂| at n + 1, n and n − 1 bits: by token and shift.
     pub errors: Vec<[f64; 3]>,
-    /// Values in the window: [token][density].
+    /// Values in the window: by token and density.
     pub counts: Vec<u32>,
 }
 
