@@ -116,19 +116,6 @@ impl DynamicToken {
     }
 }
 
-impl DynamicToken {
-    fn encode_in_a_pass(self, x: &Tensor) -> Result<Option<Codes>> {
-        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let (x, width) = (dense.values()?, dense.width());
-        let grids = dynamic_grids(x, self.bits.max_code() as f32, width);
-        let mut codes = vec![0; x.len()];
-        encode_rows(x, &grids, width, &mut codes);
-        planes.push_grids(codes, &grids);
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for DynamicToken {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -142,11 +129,15 @@ impl Quantizer for DynamicToken {
         self.fake_quantize_by_tensors(x)
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (x, width) = (dense.values()?, dense.width());
+        let grids = dynamic_grids(x, self.bits.max_code() as f32, width);
+        let mut codes = vec![0; x.len()];
+        encode_rows(x, &grids, width, &mut codes);
+        planes.push_grids(codes, &grids);
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

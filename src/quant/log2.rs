@@ -135,7 +135,28 @@ fn exponent_of(ratio: &Tensor) -> Result<Tensor> {
 }
 
 impl Log2Row {
-    /// Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].
+    /// Δ of every row in memory.
+    fn row_maxima(&self, x: &Tensor, dense: &Dense) -> Result<Vec<f32>> {
+        let layout = self.layout.in_memory(x, dense)?;
+        let tokens = layout.extents(dense.values()?);
+        let rows = 0..layout.rows * layout.sets.len();
+        Ok(rows.map(|row| tokens[layout.token(row)].high).collect())
+    }
+}
+
+impl Quantizer for Log2Row {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(x_hat) = self.fake_quantize_in_a_pass(x)? {
+            return Ok(x_hat);
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
+    // Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
         let Some(dense) = Dense::rows(x)? else { return Ok(None) };
         let Some((stairs, _)) = self.stairs() else { return Ok(None) };
@@ -159,34 +180,6 @@ impl Log2Row {
             planes.push_steps(&counts, |steps| inside(steps).map_or(0, |power| 1 << power), scale);
         }
         Ok(Some(planes.finish()))
-    }
-
-    /// Δ of every row in memory.
-    fn row_maxima(&self, x: &Tensor, dense: &Dense) -> Result<Vec<f32>> {
-        let layout = self.layout.in_memory(x, dense)?;
-        let tokens = layout.extents(dense.values()?);
-        let rows = 0..layout.rows * layout.sets.len();
-        Ok(rows.map(|row| tokens[layout.token(row)].high).collect())
-    }
-}
-
-impl Quantizer for Log2Row {
-    fn bits(&self) -> BitWidth {
-        self.bits
-    }
-
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(x_hat) = self.fake_quantize_in_a_pass(x)? {
-            return Ok(x_hat);
-        }
-        self.fake_quantize_by_tensors(x)
-    }
-
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -40,7 +40,18 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// As [`Quantizer::fake_quantize`].
     fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        self.encode_by_tensors(x)
+        match self.encode_in_a_pass(x)? {
+            Some(codes) => Ok(Some(codes)),
+            None => self.encode_by_tensors(x),
+        }
+    }
+
+    /// The same codes without integer terms on the way; `None` where there is no such way.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn encode_in_a_pass(&self, _x: &Tensor) -> Result<Option<Codes>> {
+        Ok(None)
     }
 
     /// The definition of [`Quantizer::encode`].

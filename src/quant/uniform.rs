@@ -122,25 +122,6 @@ impl Uniform {
     }
 }
 
-impl Uniform {
-    /// Bytes on one grid for the whole; `None` for other grids.
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
-            return Ok(None);
-        }
-        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
-        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
-        let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
-        let x = dense.values()?;
-        let mut codes = vec![0; x.len()];
-        encode_whole(x, grid, &mut codes);
-        planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for Uniform {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -156,11 +137,21 @@ impl Quantizer for Uniform {
         self.fake_quantize_by_tensors(x)
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
+    // Bytes on one grid for the whole; `None` for other grids.
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
+            return Ok(None);
         }
+        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
+        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
+        let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
+        let x = dense.values()?;
+        let mut codes = vec![0; x.len()];
+        encode_whole(x, grid, &mut codes);
+        planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -153,25 +153,6 @@ fn logarithms(x: &Tensor, shift: f64) -> Result<Tensor> {
     Ok(x.f_add_scalar(shift)?.f_log()?.f_div_scalar(LN_2)?)
 }
 
-impl ShiftUniformLog2 {
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let (least, largest) = self.exponent_range();
-        if self.constant().is_some() || largest - least >= TERM_EXPONENTS {
-            return Ok(None);
-        }
-        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
-            return Ok(None);
-        };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let counts = stairs.count_all(dense.values()?);
-        let code = |steps: u8| if steps == 0 { 0 } else { 1 << (u32::from(steps - 1)).min(31) };
-        planes.push_steps(&counts, code, planes.repeated(least.exp2() as f32));
-        let shift = planes.repeated(self.shift as f32);
-        planes.push_constant(shift);
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for ShiftUniformLog2 {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -189,11 +170,21 @@ impl Quantizer for ShiftUniformLog2 {
         }
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (least, largest) = self.exponent_range();
+        if self.constant().is_some() || largest - least >= TERM_EXPONENTS {
+            return Ok(None);
         }
+        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let counts = stairs.count_all(dense.values()?);
+        let code = |steps: u8| if steps == 0 { 0 } else { 1 << (u32::from(steps - 1)).min(31) };
+        planes.push_steps(&counts, code, planes.repeated(least.exp2() as f32));
+        let shift = planes.repeated(self.shift as f32);
+        planes.push_constant(shift);
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -84,17 +84,6 @@ impl TwinGelu {
     }
 }
 
-impl TwinGelu {
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.signs()?) else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let [positive, negative] = encode_signs(dense.values()?, grid);
-        planes.push(positive, planes.repeated(grid.positive), planes.repeated(0));
-        planes.push(negative, planes.repeated(grid.negative), planes.repeated(grid.half as i32));
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for TwinGelu {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -107,11 +96,13 @@ impl Quantizer for TwinGelu {
         }
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.signs()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [positive, negative] = encode_signs(dense.values()?, grid);
+        planes.push(positive, planes.repeated(grid.positive), planes.repeated(0));
+        planes.push(negative, planes.repeated(grid.negative), planes.repeated(grid.half as i32));
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

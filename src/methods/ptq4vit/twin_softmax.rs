@@ -110,17 +110,6 @@ impl TwinSoftmax {
     }
 }
 
-impl TwinSoftmax {
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.sizes()?) else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let [small, large] = encode_sizes(dense.values()?, grid);
-        planes.push(small, planes.repeated(grid.small), planes.repeated(0));
-        planes.push(large, planes.repeated(grid.large), planes.repeated(0));
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for TwinSoftmax {
     fn bits(&self) -> BitWidth {
         self.bits
@@ -133,11 +122,13 @@ impl Quantizer for TwinSoftmax {
         }
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some(grid)) = (Dense::rows(x)?, self.sizes()?) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let [small, large] = encode_sizes(dense.values()?, grid);
+        planes.push(small, planes.repeated(grid.small), planes.repeated(0));
+        planes.push(large, planes.repeated(grid.large), planes.repeated(0));
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -134,7 +134,18 @@ impl LogSqrt2 {
     }
 }
 
-impl LogSqrt2 {
+impl Quantizer for LogSqrt2 {
+    fn bits(&self) -> BitWidth {
+        self.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
+            return dense.map(|x, out| stairs.map(x, values, out));
+        }
+        self.fake_quantize_by_tensors(x)
+    }
+
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
         let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
             return Ok(None);
@@ -162,26 +173,6 @@ impl LogSqrt2 {
             }
         }
         Ok(Some(planes.finish()))
-    }
-}
-
-impl Quantizer for LogSqrt2 {
-    fn bits(&self) -> BitWidth {
-        self.bits
-    }
-
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
-            return dense.map(|x, out| stairs.map(x, values, out));
-        }
-        self.fake_quantize_by_tensors(x)
-    }
-
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

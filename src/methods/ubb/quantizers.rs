@@ -167,7 +167,18 @@ impl UbbLinear {
     }
 }
 
-impl UbbLinear {
+impl Quantizer for UbbLinear {
+    fn bits(&self) -> BitWidth {
+        self.allocation.bits
+    }
+
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        match self.pass(x)? {
+            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
+            None => self.fake_quantize_by_tensors(x),
+        }
+    }
+
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
         let bits = self.code_bits();
         let Some((dense, grids)) = self.pass(x)?.filter(|_| bits <= u8::BITS) else {
@@ -189,26 +200,6 @@ impl UbbLinear {
         let scale = grids.grids.iter().zip(stretches).map(|(grid, s)| grid.scale / s).collect();
         planes.push(negative, scale, zeros(1));
         Ok(Some(planes.finish()))
-    }
-}
-
-impl Quantizer for UbbLinear {
-    fn bits(&self) -> BitWidth {
-        self.allocation.bits
-    }
-
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        match self.pass(x)? {
-            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
-            None => self.fake_quantize_by_tensors(x),
-        }
-    }
-
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -299,22 +290,6 @@ impl UbbAttention {
     }
 }
 
-impl UbbAttention {
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let bits = self.code_bits();
-        let Some(dense) = Dense::rows(x)?.filter(|_| bits <= u8::BITS) else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, bits)? else { return Ok(None) };
-        let layout = self.layout.in_memory(x, &dense)?;
-        let rules = self.allocation.rules(&self.scalars, layout.features());
-        let x = dense.values()?;
-        let grids = TokenGrids::new(x, &layout, &rules, self.constants.into());
-        let mut codes = vec![0; x.len()];
-        grids.encode(x, &mut codes);
-        planes.push_grids(codes, &grids.row_grids());
-        Ok(Some(planes.finish()))
-    }
-}
-
 impl Quantizer for UbbAttention {
     fn bits(&self) -> BitWidth {
         self.allocation.bits
@@ -328,11 +303,18 @@ impl Quantizer for UbbAttention {
         dense.map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let bits = self.code_bits();
+        let Some(dense) = Dense::rows(x)?.filter(|_| bits <= u8::BITS) else { return Ok(None) };
+        let Some(mut planes) = Planes::of(&dense, 1, bits)? else { return Ok(None) };
+        let layout = self.layout.in_memory(x, &dense)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let x = dense.values()?;
+        let grids = TokenGrids::new(x, &layout, &rules, self.constants.into());
+        let mut codes = vec![0; x.len()];
+        grids.encode(x, &mut codes);
+        planes.push_grids(codes, &grids.row_grids());
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

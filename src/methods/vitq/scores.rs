@@ -146,31 +146,6 @@ impl ScoreCodebook {
     }
 }
 
-impl ScoreCodebook {
-    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let (Some(dense), Some((stairs, levels))) = (Dense::rows(x)?, self.stairs()) else {
-            return Ok(None);
-        };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let (x, width) = (dense.values()?, dense.width());
-        let (largest, factors) = row_factors(x, width);
-        let counts = stairs.count_multiples(x, &factors, width);
-        let scale = match self.row_scale {
-            RowScale::Largest => largest_scales(&largest),
-            RowScale::LeastSquares => {
-                let codes = dense.map(|_, out| {
-                    for (code, count) in out.iter_mut().zip(&counts) {
-                        *code = levels[usize::from(*count)];
-                    }
-                })?;
-                to_vec_f32(&least_squares(dense.memory(), &codes)?)?
-            }
-        };
-        planes.push_steps(&counts, |steps| levels[usize::from(steps)] as u32, scale);
-        Ok(Some(planes.finish()))
-    }
-}
-
 /// Σx·code / Σcode² of every row.
 fn least_squares(x: &Tensor, codes: &Tensor) -> Result<Tensor> {
     let sum = |t: &Tensor| t.f_sum_dim_intlist([-1i64].as_slice(), true, Kind::Float);
@@ -203,11 +178,27 @@ impl Quantizer for ScoreCodebook {
         self.fake_quantize_by_tensors(x)
     }
 
-    fn encode(&self, x: &Tensor) -> Result<Option<Codes>> {
-        match self.encode_in_a_pass(x)? {
-            Some(codes) => Ok(Some(codes)),
-            None => self.encode_by_tensors(x),
-        }
+    fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
+        let (Some(dense), Some((stairs, levels))) = (Dense::rows(x)?, self.stairs()) else {
+            return Ok(None);
+        };
+        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
+        let (x, width) = (dense.values()?, dense.width());
+        let (largest, factors) = row_factors(x, width);
+        let counts = stairs.count_multiples(x, &factors, width);
+        let scale = match self.row_scale {
+            RowScale::Largest => largest_scales(&largest),
+            RowScale::LeastSquares => {
+                let codes = dense.map(|_, out| {
+                    for (code, count) in out.iter_mut().zip(&counts) {
+                        *code = levels[usize::from(*count)];
+                    }
+                })?;
+                to_vec_f32(&least_squares(dense.memory(), &codes)?)?
+            }
+        };
+        planes.push_steps(&counts, |steps| levels[usize::from(steps)] as u32, scale);
+        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
