@@ -4,8 +4,6 @@
 //! Only float32 on the CPU without a gradient does. Everything else takes the quantizers' tensor code,
 //! which is the definition: passes give the same bits.
 
-use std::sync::{Arc, OnceLock};
-
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
@@ -198,22 +196,4 @@ enum Along {
 struct Parameters {
     along: Along,
     values: Vec<f32>,
-}
-
-/// What a quantizer derives from its state at first use; shared by its clones.
-#[derive(Clone, Debug)]
-pub(crate) struct Derived<T>(Arc<OnceLock<Option<T>>>);
-
-impl<T> Default for Derived<T> {
-    fn default() -> Self {
-        Self(Arc::default())
-    }
-}
-
-impl<T> Derived<T> {
-    /// The value, made at the first call; `None` where there is none.
-    pub(crate) fn get(&self, make: impl FnOnce() -> Result<Option<T>>) -> Option<&T> {
-        // A failure is no result either: the tensor code reports it.
-        self.0.get_or_init(|| make().ok().flatten()).as_ref()
-    }
 }

@@ -8,7 +8,7 @@ use crate::kernels::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 use crate::quant::IntTerm;
 
 /// Fewest columns of a group whose sum is worth a rescaling of its own.
-pub(super) const MIN_GROUP: i64 = 4;
+const MIN_GROUP: usize = 4;
 /// What the high byte of a wider code counts.
 pub(super) const BYTE: f64 = 256.0;
 
@@ -23,24 +23,29 @@ pub(super) fn codes_of(terms: &[IntTerm], code_bits: u32) -> Result<Option<Codes
     let Some((columns, outer)) = shape.split_last() else { return Ok(None) };
     let widths = terms.iter().flat_map(|t| [last_axis(&t.scale), last_axis(&t.zero_point)]);
     let groups = widths.max().unwrap_or(1);
-    let width = columns / groups;
-    let fits = width * groups == *columns
-        && (groups == 1 || width >= MIN_GROUP)
-        && usize::try_from(width).is_ok_and(|width| width <= MAX_GROUP_COLUMNS);
-    if !fits || code_bits > 2 * u8::BITS {
+    let size = |n: i64| usize::try_from(n).unwrap_or(0);
+    if !is_taken(size(*columns), size(groups), code_bits) {
         return Ok(None);
     }
     let mut layout = Layout { shape: [outer, &[groups]].concat(), code_bits, terms: Vec::new() };
     for term in terms {
         layout.push(term)?;
     }
-    let size = |n: i64| usize::try_from(n).unwrap_or(0);
     Ok(Some(Codes {
         rows: size(outer.iter().product()),
         columns: size(*columns),
         groups: size(groups),
         terms: layout.terms,
     }))
+}
+
+/// Whether kernels take codes of that many bits, in rows of `columns` with that many groups.
+pub(super) fn is_taken(columns: usize, groups: usize, code_bits: u32) -> bool {
+    let width = columns / groups.max(1);
+    width * groups == columns
+        && (groups == 1 || width >= MIN_GROUP)
+        && width <= MAX_GROUP_COLUMNS
+        && code_bits <= 2 * u8::BITS
 }
 
 fn last_axis(x: &Tensor) -> i64 {

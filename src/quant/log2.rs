@@ -8,8 +8,9 @@ use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
+use crate::quant::once::Once;
 use crate::quant::planes::Planes;
-use crate::quant::steps::{SharedThresholds, thresholds};
+use crate::quant::steps::thresholds;
 use crate::quant::tokens::TokenLayout;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
@@ -24,7 +25,7 @@ const MIN_RATIO: f64 = 1e-8;
 const LARGEST_EXPONENT: f64 = 27.0;
 
 /// Ratios from which on the exponent is [`LARGEST_EXPONENT`], one less, …, 0.
-static RATIOS: SharedThresholds = SharedThresholds::new();
+static RATIOS: Once<Vec<f32>> = Once::new();
 
 /// Exponents covered by one integer term: 2^0..2^14 fit 15 bits, so products stay within 32.
 const TERM_EXPONENTS: i64 = 15;

@@ -7,6 +7,7 @@ pub mod dynamic;
 mod encode;
 pub mod granularity;
 pub mod log2;
+pub(crate) mod once;
 pub mod plan;
 pub(crate) mod planes;
 pub mod quantizer;

@@ -4,9 +4,9 @@
 use crate::error::Result;
 use crate::kernels::passes::affine::Grid;
 use crate::kernels::passes::staircase::translate;
-use crate::kernels::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
+use crate::kernels::{Codes, CodesTerm};
 use crate::quant::dense::Dense;
-use crate::quant::encode::{BYTE, MIN_GROUP, max_code};
+use crate::quant::encode::{BYTE, is_taken, max_code};
 
 /// Codes under construction.
 pub(crate) struct Planes {
@@ -21,11 +21,7 @@ impl Planes {
     /// As [`Dense::values`].
     pub(crate) fn of(dense: &Dense, groups: usize, code_bits: u32) -> Result<Option<Self>> {
         let columns = dense.width();
-        let width = columns / groups.max(1);
-        let fits = width * groups == columns
-            && (groups == 1 || width >= MIN_GROUP as usize)
-            && width <= MAX_GROUP_COLUMNS
-            && code_bits <= 2 * u8::BITS;
+        let fits = is_taken(columns, groups, code_bits);
         let rows = dense.values()?.len() / columns.max(1);
         let codes = Codes { rows, columns, groups, terms: Vec::new() };
         Ok((fits && columns > 0).then_some(Self { codes, code_bits }))

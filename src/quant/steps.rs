@@ -4,8 +4,6 @@
 //! logarithm, on this machine, has them; so they are searched for in it, float by float, and a
 //! comparison with them gives what the logarithm would.
 
-use std::sync::OnceLock;
-
 use tch::Tensor;
 
 use crate::error::Result;
@@ -66,22 +64,6 @@ fn key_of(value: f32) -> i64 {
 fn float_of(key: i64) -> f32 {
     let bits = if key < 0 { (-1 - key) | 0x8000_0000 } else { key };
     f32::from_bits(bits as u32)
-}
-
-/// Thresholds that do not depend on a quantizer, found once.
-#[derive(Debug, Default)]
-pub(crate) struct SharedThresholds(OnceLock<Option<Vec<f32>>>);
-
-impl SharedThresholds {
-    /// Not yet known.
-    pub(crate) const fn new() -> Self {
-        Self(OnceLock::new())
-    }
-
-    /// The thresholds; `None` where there are none.
-    pub(crate) fn get(&self, find: impl FnOnce() -> Result<Option<Vec<f32>>>) -> Option<&[f32]> {
-        self.0.get_or_init(|| find().ok().flatten()).as_deref()
-    }
 }
 
 #[cfg(test)]

@@ -7,13 +7,16 @@
 //! dense near 0 and s (near s only, if one-sided). Values are coded by comparison with 2^b − 1
 //! thresholds and decoded from a table of 2^b levels, so no tangent is computed at run time.
 
+use std::sync::Arc;
+
 use std::f64::consts::FRAC_PI_2;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
-use crate::quant::dense::{Dense, Derived};
+use crate::quant::dense::Dense;
+use crate::quant::once::Once;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{Tails, to_vec_f32};
 
@@ -47,7 +50,7 @@ pub(super) struct Tangent {
     levels: Tensor,
     /// 2^b − 1 thresholds, ascending, float32; a value at a threshold belongs above it.
     thresholds: Tensor,
-    stairs: Derived<(Staircase, Values)>,
+    stairs: Arc<Once<(Staircase, Values)>>,
 }
 
 /// The smooth map between scores and codes.
@@ -129,7 +132,7 @@ impl Tangent {
             curve,
             levels: float(&levels)?,
             thresholds: float(&thresholds)?,
-            stairs: Derived::default(),
+            stairs: Arc::default(),
         })
     }
 
@@ -153,7 +156,7 @@ impl Tangent {
         if !usable {
             return Err(Error::corrupt("artifact", format!("a tangent grid of {curve:?}")));
         }
-        Ok(Self { bits, curve, levels, thresholds, stairs: Derived::default() })
+        Ok(Self { bits, curve, levels, thresholds, stairs: Arc::default() })
     }
 }
 

@@ -4,6 +4,8 @@
 //! Codes are uniform in the logarithm, and each decodes to an integer exponent, so x̂ is a power of
 //! two less a constant. Some codes share an exponent.
 
+use std::sync::Arc;
+
 use std::f64::consts::LN_2;
 
 use tch::{Kind, Tensor};
@@ -12,7 +14,8 @@ use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{MAX_STEPS, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
-use crate::quant::dense::{Dense, Derived};
+use crate::quant::dense::Dense;
+use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::steps::thresholds;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -50,7 +53,7 @@ pub(super) struct ShiftUniformLog2 {
     low: f64,
     /// Largest log2(x + η) of the calibration, a float32 value.
     high: f64,
-    stairs: Derived<(Staircase, Values)>,
+    stairs: Arc<Once<(Staircase, Values)>>,
 }
 
 impl ShiftUniformLog2 {
@@ -62,7 +65,7 @@ impl ShiftUniformLog2 {
             let logarithms = logarithms(x, shift)?;
             let (low, high) = (logarithms.f_min()?, logarithms.f_max()?);
             let (low, high) = (low.f_double_value(&[])?, high.f_double_value(&[])?);
-            let stairs = Derived::default();
+            let stairs = Arc::default();
             let candidate = Self { bits, levels: Levels::Corrected, shift, low, high, stairs };
             let difference = candidate.fake_quantize(x)?.f_sub(x)?;
             let error = difference.f_square()?.f_mean(Kind::Double)?.f_double_value(&[])?;
@@ -71,7 +74,7 @@ impl ShiftUniformLog2 {
             }
         }
         let best = best.ok_or_else(|| Error::invalid("calibration", "scores are not finite"))?;
-        Ok(Self { levels, stairs: Derived::default(), ..best })
+        Ok(Self { levels, stairs: Arc::default(), ..best })
     }
 
     /// Restores a stored quantizer.
@@ -87,7 +90,7 @@ impl ShiftUniformLog2 {
             let reason = format!("a log2 grid from {low} to {high} with shift {shift}");
             return Err(Error::corrupt("artifact", reason));
         }
-        let stairs = Derived::default();
+        let stairs = Arc::default();
         Ok(Self { bits: state.read_bits()?, levels, shift, low, high, stairs })
     }
 
@@ -327,7 +330,7 @@ mod tests {
             shift: 0.01,
             low: -5.0,
             high: -0.5,
-            stairs: Derived::default(),
+            stairs: Arc::default(),
         };
         let x = Tensor::from_slice(&[0.001f64, 0.03, 0.1, 0.35, 0.6, 0.99]).set_requires_grad(true);
         let y = grid.fake_quantize(&x).unwrap();

@@ -4,6 +4,8 @@
 //! With j = ⌈e/2⌉, x̂ = Δ·2^(−j)·(√2 if e is odd): powers of two with one of two scales, so even and
 //! odd exponents are two integer terms.
 
+use std::sync::Arc;
+
 use std::f64::consts::SQRT_2;
 
 use tch::{Kind, Tensor};
@@ -12,8 +14,9 @@ use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
-use crate::quant::dense::{Dense, Derived};
+use crate::quant::dense::Dense;
 use crate::quant::log2::ZeroCode;
+use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::search::{MIN_SCALE, percentile_range};
 use crate::quant::steps::thresholds;
@@ -38,12 +41,12 @@ pub(super) struct LogSqrt2 {
     zero_code: ZeroCode,
     /// Δ, a float32 value.
     largest: f64,
-    stairs: Derived<(Staircase, Values)>,
+    stairs: Arc<Once<(Staircase, Values)>>,
 }
 
 impl LogSqrt2 {
     fn new(bits: BitWidth, zero_code: ZeroCode, largest: f64) -> Self {
-        Self { bits, zero_code, largest, stairs: Derived::default() }
+        Self { bits, zero_code, largest, stairs: Arc::default() }
     }
 
     /// Searches Δ among the percentiles of `x`.

@@ -11,8 +11,9 @@ use crate::kernels::passes::tokens::TokenGrids;
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
 use crate::quant::dense::Dense;
 use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::once::Once;
 use crate::quant::planes::Planes;
-use crate::quant::steps::{SharedThresholds, thresholds};
+use crate::quant::steps::thresholds;
 use crate::quant::tokens::TokenLayout;
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
@@ -88,14 +89,14 @@ pub(super) fn shift_exponent(range: &Range, tau: f64) -> Result<Tensor> {
 }
 
 /// Ratios from which on the capped exponent is 1, 2, …, [`MAX_SHIFT`].
-static RATIOS: SharedThresholds = SharedThresholds::new();
+static RATIOS: Once<Vec<f32>> = Once::new();
 
 /// The ratios at which the shift exponent changes; `None` where there is no telling.
 pub(super) fn shift_steps() -> Option<&'static [f32]> {
     let passed = |ratio: &Tensor| -> Result<Tensor> {
         Ok(ratio.f_log2()?.f_round()?.f_clamp(0.0, MAX_SHIFT)?)
     };
-    RATIOS.get(|| thresholds(1.0, MAX_SHIFT as usize, passed))
+    RATIOS.get(|| thresholds(1.0, MAX_SHIFT as usize, passed)).map(Vec::as_slice)
 }
 
 /// Dynamic per token × channel group, with token-wise bits n−1, n, n+1.

@@ -5,6 +5,8 @@
 //! found exactly, by dynamic programming over a histogram. Codes are chosen relative to the row's
 //! largest score; the scale of the row is then the one of least squared error for these codes.
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor};
 
 use super::levels::{BINS_PER_LEVEL, TOP, best_levels};
@@ -14,7 +16,8 @@ use crate::kernels::passes::affine::scale_rows;
 use crate::kernels::passes::extent::of_rows;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements, rows};
-use crate::quant::dense::{Dense, Derived};
+use crate::quant::dense::Dense;
+use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::{to_vec_f32, to_vec_f64};
@@ -40,7 +43,7 @@ pub(super) struct ScoreCodebook {
     levels: Tensor,
     /// Midpoints between levels, float32 [2^bits − 1].
     borders: Tensor,
-    stairs: Derived<(Staircase, Values)>,
+    stairs: Arc<Once<(Staircase, Values)>>,
 }
 
 impl ScoreCodebook {
@@ -70,7 +73,7 @@ impl ScoreCodebook {
             .f_narrow(0, 0, count - 1)?
             .f_add(&levels.f_narrow(0, 1, count - 1)?)?
             .f_mul_scalar(0.5)?;
-        let stairs = Derived::default();
+        let stairs = Arc::default();
         Ok(Self { bits, row_scale, levels: levels.shallow_clone(), borders, stairs })
     }
 
