@@ -4,25 +4,22 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured figures are shown with --nocapture")]
 
+mod digits;
+
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
 
 use tch::{Device, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
-use vitq::data::{Dataset, DecodeLimits, Sample, load_pixels};
+use vitq::calib::{QuantizeSpec, StemHeadPolicy};
 use vitq::engine::evaluator::Metrics;
-use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
+use vitq::engine::pipeline::{CalibrationImages, quantize};
 use vitq::engine::{FloatModel, QuantizedModel};
 use vitq::exec::Backend;
 use vitq::model::Checkpoint;
-use vitq::quant::BitWidth;
 use vitq::tensor::to_vec_f32;
 
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
+use digits::Digits;
 
 /// A demo model, calibration images, and every fourth validation image.
 struct Subject {
@@ -34,36 +31,14 @@ struct Subject {
 }
 
 fn subject(name: &str) -> Subject {
-    let checkpoint = Checkpoint::open(&root("demo/checkpoints").join(name)).unwrap();
-    let how = checkpoint.spec.preprocessing.clone();
-    let pixels = |samples: &[Sample]| load_pixels(samples, &how, &DecodeLimits::default()).unwrap();
-    let dataset =
-        |part: &str| Dataset::open(&root("demo/datasets/digits").join(part), "dataset").unwrap();
-    let calibration = dataset("calib").subset(16, 0, "calib_images").unwrap();
-    let samples: Vec<Sample> = dataset("val").samples.into_iter().step_by(4).collect();
-    let images = image_batch(&pixels(&samples)).unwrap();
+    let Digits { checkpoint, calibration, images, labels } = Digits::open(name, 16, 4);
     let float = FloatModel::load(&checkpoint, Device::Cpu).unwrap();
-    Subject {
-        float_logits: float.forward(&images).unwrap(),
-        calibration: CalibrationImages::from_pixels(&pixels(&calibration)).unwrap(),
-        labels: samples.iter().map(|sample| sample.class).collect(),
-        images,
-        checkpoint,
-    }
+    let float_logits = float.forward(&images).unwrap();
+    Subject { checkpoint, calibration, images, labels, float_logits }
 }
 
 fn request(method: &str, options: &[(&str, &str)]) -> QuantizeSpec {
-    let bits = BitWidth::new(4, "bits").unwrap();
-    let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    QuantizeSpec {
-        method: method.to_owned(),
-        options: options.collect(),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Float,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    }
+    digits::request(method, options, 4, StemHeadPolicy::Float)
 }
 
 impl Subject {

@@ -3,34 +3,24 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 #![allow(clippy::print_stdout, reason = "the measured figures are shown with --nocapture")]
 
-use std::path::{Path, PathBuf};
+mod digits;
+mod methods;
 
 use tch::{Device, Tensor};
 use vitq::Result;
 use vitq::artifact::Artifact;
+use vitq::calib::StemHeadPolicy;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
-use vitq::data::{Dataset, DecodeLimits, Sample, load_pixels};
 use vitq::engine::QuantizedModel;
-use vitq::engine::pipeline::{CalibrationImages, image_batch, quantize};
+use vitq::engine::pipeline::{CalibrationImages, quantize};
 use vitq::exec::{Backend, Executor, Integer, Packer, Simulated, WeightSource};
 use vitq::model::Checkpoint;
 use vitq::model::generated::{GeneratedOptions, generate, images};
 use vitq::nn::{Linear, Site};
-use vitq::quant::BitWidth;
 use vitq::tensor::to_vec_f64;
 
-/// Every method that quantizes, with options that keep its calibration quick.
-const METHODS: [(&str, &[(&str, &str)]); 8] = [
-    ("minmax", &[]),
-    ("ubb", &[]),
-    ("ptq4vit", &[]),
-    ("repq", &[]),
-    ("igq", &[("allocation", "false")]),
-    ("ias", &[("iterations", "1")]),
-    ("dopq", &[("learning", "off")]),
-    ("vitq", &[]),
-];
+use digits::{Digits, request};
+use methods::METHODS;
 
 /// Every so many validation images.
 const STEP: usize = 9;
@@ -44,45 +34,12 @@ const PRODUCT_BOUND: f64 = 3e-6;
 /// grid. Largest seen: 0.09 (`ias` at 4 bits).
 const LOGIT_BOUND: f64 = 0.15;
 
-fn root(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
-}
-
-/// A demo model, calibration images, validation images.
-struct Subject {
-    checkpoint: Checkpoint,
-    calibration: CalibrationImages,
-    images: Tensor,
-}
-
-fn subject(name: &str) -> Subject {
-    let checkpoint = Checkpoint::open(&root("demo/checkpoints").join(name)).unwrap();
-    let how = checkpoint.spec.preprocessing.clone();
-    let pixels = |samples: &[Sample]| load_pixels(samples, &how, &DecodeLimits::default()).unwrap();
-    let dataset =
-        |part: &str| Dataset::open(&root("demo/datasets/digits").join(part), "dataset").unwrap();
-    let calibration = dataset("calib").subset(4, 0, "calib_images").unwrap();
-    let samples: Vec<Sample> = dataset("val").samples.into_iter().step_by(STEP).collect();
-    Subject {
-        calibration: CalibrationImages::from_pixels(&pixels(&calibration)).unwrap(),
-        images: image_batch(&pixels(&samples)).unwrap(),
-        checkpoint,
-    }
-}
-
-fn artifact(subject: &Subject, method: &str, options: &[(&str, &str)], bits: u32) -> Artifact {
-    let bits = BitWidth::new(bits, "bits").unwrap();
-    let options = options.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
-    let request = QuantizeSpec {
-        method: method.to_owned(),
-        options: options.collect(),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Int8,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    };
-    let Subject { checkpoint, calibration, .. } = subject;
+fn artifact(
+    (checkpoint, calibration): (&Checkpoint, &CalibrationImages),
+    (method, options): (&str, &[(&str, &str)]),
+    bits: u32,
+) -> Artifact {
+    let request = request(method, options, bits, StemHeadPolicy::Int8);
     quantize(checkpoint, calibration, &request, Device::Cpu, &Unwatched).unwrap().artifact
 }
 
@@ -175,11 +132,11 @@ fn check(name: &str, artifact: &Artifact, images: &Tensor) {
 }
 
 fn check_methods(model: &str, bits: u32) {
-    let subject = subject(model);
+    let Digits { checkpoint, calibration, images, .. } = Digits::open(model, 4, STEP);
     for (method, options) in METHODS {
-        let artifact = artifact(&subject, method, options, bits);
+        let artifact = artifact((&checkpoint, &calibration), (method, options), bits);
         let name = format!("{model} {method} {bits}");
-        check(&name, &artifact, &subject.images);
+        check(&name, &artifact, &images);
         let integer = QuantizedModel::load(&artifact, Device::Cpu, Backend::Integer).unwrap();
         let counts = integer.site_counts();
         assert_eq!(counts.simulated, simulated_sites(model, method), "{name}: {counts}");
@@ -209,8 +166,7 @@ fn packed_weights_take_the_memory_of_their_bits() {
     let checkpoint = generate("deit_small", options).unwrap();
     let images = images(2, 32, 0).unwrap();
     let calibration = CalibrationImages { images, digest: String::new() };
-    let subject = Subject { checkpoint, images: Tensor::new(), calibration };
-    let artifact = artifact(&subject, "minmax", &[], 4);
+    let artifact = artifact((&checkpoint, &calibration), ("minmax", &[]), 4);
     let bytes = |backend| {
         QuantizedModel::load(&artifact, Device::Cpu, backend).unwrap().resident_bytes() as f64
     };

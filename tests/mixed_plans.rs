@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod methods;
+
 use serde_json::json;
 use tch::{Device, Tensor};
 use vitq::artifact::Artifact;
@@ -17,17 +19,7 @@ use vitq::nn::{Operand, Site};
 use vitq::quant::Precision;
 use vitq::tensor::sqnr_db;
 
-/// Every method that quantizes, with options that keep it quick.
-const METHODS: [(&str, &[(&str, &str)]); 8] = [
-    ("minmax", &[]),
-    ("ubb", &[]),
-    ("ptq4vit", &[]),
-    ("repq", &[]),
-    ("igq", &[("allocation", "false")]),
-    ("ias", &[("iterations", "1")]),
-    ("dopq", &[("learning", "off")]),
-    ("vitq", &[]),
-];
+use methods::METHODS;
 
 /// A plan: weight bits, activation bits, exceptions.
 type Plan = (u32, u32, &'static [&'static str]);
