@@ -2,7 +2,7 @@
 # Makes the machine ready to build: compiler, CMake, Rust, and libtorch from PyPI in .venv. Instant when
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
 # libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
-# what only the tests need: the programs of a PostgreSQL server, which they start by themselves, and
+# what only the tests need: NVRTC, the programs of a PostgreSQL server, which they start by themselves, and
 # Python clients, and what checks deploy/, in .venv-clients.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,6 +10,8 @@ cd "$(dirname "$0")/.."
 torch=2.11.0 # the version that the tch crate of Cargo.toml is made for
 # What libtorch_cpu.so of that version needs to load, even without a GPU.
 cpu_packages=("torch==$torch" nvidia-cuda-runtime==13.0.96 nvidia-cuda-cupti==13.0.85)
+# Compiles the GPU kernels, with or without a GPU; comes with torch's CUDA libraries.
+nvrtc=nvidia-cuda-nvrtc==13.0.88
 libtorch=.venv/torch/lib/libtorch_cpu.so
 stamp=.venv/vitq-setup     # written last: names what is installed
 # What the tests use of Python: tritonclient; what our client in clients/python is built with, needs
@@ -49,6 +51,13 @@ check_postgresql() {
     echo "create_main_cluster = false" | "${sudo[@]}" tee "$settings" >/dev/null
   fi
   packages postgresql
+}
+
+install_nvrtc() {
+  if compgen -G '.venv/lib/python3*/site-packages/nvidia/cu13/lib/libnvrtc.so.13' >/dev/null; then return; fi
+  say "installing $nvrtc into .venv"
+  .venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps "$nvrtc" ||
+    die "pip could not install $nvrtc: see above"
 }
 
 install_clients() {
@@ -193,4 +202,7 @@ if ! installed; then
 else
   check_system
 fi
-if [ "${1:-}" = test ]; then install_clients; fi
+if [ "${1:-}" = test ]; then
+  install_nvrtc
+  install_clients
+fi

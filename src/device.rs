@@ -56,15 +56,24 @@ pub fn open_cuda_libraries() -> CudaLibraries {
     }
 }
 
+/// Opens a library of NVIDIA's for the life of the process, if it is there.
+pub(crate) fn open_for_good(path: &Path) {
+    match open(path) {
+        Ok(library) => mem::forget(library),
+        Err(error) => tracing::debug!(%error, "a library is not there"),
+    }
+}
+
 #[allow(unsafe_code, reason = "loading a library runs its initialisers")]
 fn open(path: &Path) -> Result<Library, libloading::Error> {
     // SAFETY: the file is the sibling, from the same build, of the libtorch that is already
-    // loaded; its initialisers only register backends with that one and expect to run this way.
+    // loaded, or belongs to NVIDIA's packages that it needs; initialisers of the former only register
+    // backends with that one and expect to run this way, the latter have none of consequence.
     unsafe { Library::open(Some(path), RTLD_LAZY | RTLD_GLOBAL) }
 }
 
 /// Where the loaded libtorch lies.
-fn libtorch_folder() -> Option<PathBuf> {
+pub(crate) fn libtorch_folder() -> Option<PathBuf> {
     folder_of(CPU_LIBRARY, &fs::read_to_string("/proc/self/maps").ok()?)
 }
 

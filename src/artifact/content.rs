@@ -36,7 +36,8 @@ impl Artifact {
     /// `Internal` when a weight quantizer has no single integer term; `Device` when libtorch refuses.
     pub fn build(source: &Source<'_>) -> Result<Self> {
         let Source { checkpoint, request, calibration_digest, quantization } = source;
-        let weights = checkpoint.weights.with(&quantization.edits);
+        // Codes are made on the CPU, wherever the method ran: models are restored from them there.
+        let weights = checkpoint.weights.with(&quantization.edits).to_device(Device::Cpu)?;
         let model = Model::build(&checkpoint.spec, &weights)?;
         let mut tensors = BTreeMap::new();
         for (name, tensor) in weights.iter() {
@@ -47,7 +48,9 @@ impl Artifact {
         for (id, operand, quantizer) in quantization.plan.iter() {
             let site = model.site(id)?;
             let name = site.operand_name(operand);
-            let QuantizerState { kind, bits, scalars, tensors: state } = quantizer.state();
+            let state = quantizer.state().to_device(Device::Cpu)?;
+            let quantizer = methods::restore(&state)?;
+            let QuantizerState { kind, bits, scalars, tensors: state } = state;
             for (key, tensor) in &state {
                 tensors.insert(state_name(site, operand, key), float_tensor(tensor)?);
             }
@@ -58,7 +61,7 @@ impl Artifact {
                 let weight = weights
                     .find(&name)
                     .ok_or_else(|| Error::internal(format!("{name} is missing")))?;
-                let (tensor, shape) = pack_weight(weight, quantizer)?;
+                let (tensor, shape) = pack_weight(weight, quantizer.as_ref())?;
                 tensors.insert(name.clone(), tensor);
                 packed.insert(name, shape);
             }
@@ -111,11 +114,9 @@ impl Artifact {
         let mut plan = QuantPlan::default();
         for site in &model.sites {
             for operand in [Operand::Lhs, Operand::Rhs] {
-                if let Some(mut state) = self.state(site, operand)? {
-                    for tensor in state.tensors.values_mut() {
-                        *tensor = tensor.f_to_device(device)?;
-                    }
-                    plan.insert(site.id, operand, methods::restore(&state)?);
+                if let Some(state) = self.state(site, operand)? {
+                    let quantizer = methods::restore(&state.to_device(device)?)?;
+                    plan.insert(site.id, operand, quantizer);
                 }
             }
         }
@@ -212,9 +213,7 @@ fn pack_weight(weight: &Tensor, quantizer: &dyn Quantizer) -> Result<(RawTensor,
         return Err(Error::internal("a weight quantizer must have exactly one integer term"));
     };
     let bits = quantizer.bits().get();
-    let codes = Vec::<u8>::try_from(
-        &term.codes.f_to_kind(Kind::Uint8)?.f_to_device(Device::Cpu)?.f_flatten(0, -1)?,
-    )?;
+    let codes = Vec::<u8>::try_from(&term.codes.f_to_kind(Kind::Uint8)?.f_flatten(0, -1)?)?;
     let data = pack(&codes, row, bits)?;
     let stored = vec![rows, packed_row_bytes(row, bits)];
     Ok((RawTensor { dtype: Dtype::U8, shape: stored, data }, PackedShape { bits, shape }))
@@ -222,7 +221,7 @@ fn pack_weight(weight: &Tensor, quantizer: &dyn Quantizer) -> Result<(RawTensor,
 
 fn float_tensor(tensor: &Tensor) -> Result<RawTensor> {
     let shape = tensor.size().iter().map(|n| *n as usize).collect();
-    let values = to_vec_f32(&tensor.f_to_device(Device::Cpu)?)?;
+    let values = to_vec_f32(tensor)?;
     let data = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     Ok(RawTensor { dtype: Dtype::F32, shape, data })
 }

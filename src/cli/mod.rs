@@ -40,6 +40,7 @@ use failure::Failure;
 use output::Output;
 
 use crate::config::{self, Parsed, Settings};
+use crate::telemetry;
 
 /// Quantizes vision transformers after training, and serves them over gRPC.
 #[derive(Debug, Parser)]
@@ -117,6 +118,9 @@ fn parse() -> Result<(Cli, Settings), clap::Error> {
 
 impl Command {
     fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
+        if matches!(self, Self::Bench(_) | Self::Predict(_)) {
+            telemetry::log_warnings();
+        }
         match self {
             Self::Serve(args) => args.run(settings, output),
             Self::Worker(args) => args.run(settings),

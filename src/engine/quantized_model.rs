@@ -9,8 +9,10 @@ use crate::artifact::Artifact;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::exec::{
-    Backend, Float, Integer, IntegerSites, Packer, Simulated, SiteCounts, WeightSource,
+    Backend, Cpu, Cuda, Float, Integer, IntegerOnGpu, IntegerSites, Kernels, Packer, Simulated,
+    SiteCounts, WeightSource,
 };
+use crate::kernels::cuda::Gpu;
 use crate::model::{Checkpoint, Model, ModelSpec};
 use crate::nn::{Operand, WeightEdits, Weights};
 use crate::quant::QuantPlan;
@@ -31,14 +33,17 @@ enum Arithmetic {
     Float,
     Simulated,
     /// The model has no float weights where these are packed.
-    Integer(IntegerSites),
+    Integer(IntegerSites<Cpu>),
+    /// The same on a GPU.
+    IntegerOnGpu(&'static Gpu, IntegerSites<Cuda>),
 }
 
 impl QuantizedModel {
     /// Builds the model of an artifact on a device.
     ///
     /// `Backend::Float` runs the stored weights with float activations ("weights only").
-    /// `Backend::Integer` needs the CPU; elsewhere the model is simulated, with a warning.
+    /// `Backend::Integer` needs kernels for the device; without them the model is simulated, with a
+    /// warning.
     ///
     /// # Errors
     /// `CorruptArtifact` when the artifact contradicts itself; `Device` when memory is short.
@@ -51,27 +56,40 @@ impl QuantizedModel {
         let plan = artifact.plan(&model, device)?;
         let arithmetic = match backend {
             Backend::Float => Arithmetic::Float,
-            Backend::Integer if device == Device::Cpu => return Self::pack(model, plan, weights),
-            Backend::Integer => {
-                let device = device::name(device);
-                tracing::warn!(%device, "no integer kernels for this device: models are simulated");
-                Arithmetic::Simulated
-            }
+            Backend::Integer => match (device, Gpu::on(device)) {
+                (Device::Cpu, _) => {
+                    return Self::pack(model, (plan, weights), device, Arithmetic::Integer);
+                }
+                (_, Some(gpu)) => {
+                    let arithmetic = |sites| Arithmetic::IntegerOnGpu(gpu, sites);
+                    return Self::pack(model, (plan, weights), device, arithmetic);
+                }
+                (_, None) => {
+                    let device = device::name(device);
+                    tracing::warn!(%device, "no integer kernels for this device: models are simulated");
+                    Arithmetic::Simulated
+                }
+            },
             Backend::Simulated => Arithmetic::Simulated,
         };
         Ok(Self { model, plan, arithmetic, device, resident_bytes: bytes_of(&weights) })
     }
 
     /// Packs the weights of `model` and builds it anew without their float values.
-    fn pack(model: Model, plan: QuantPlan, weights: Weights) -> Result<Self> {
+    fn pack<K: Kernels>(
+        model: Model,
+        (plan, weights): (QuantPlan, Weights),
+        device: Device,
+        arithmetic: impl FnOnce(IntegerSites<K>) -> Arithmetic,
+    ) -> Result<Self> {
         let _guard = tch::no_grad_guard();
         let side = model.spec.preprocessing.image_size;
         // Only which forms there are is looked at, which no pixel changes.
-        let image = Tensor::f_zeros([1, 3, side, side], (Kind::Float, Device::Cpu))?;
-        let mut packer = Packer::new(&plan);
+        let image = Tensor::f_zeros([1, 3, side, side], (Kind::Float, device))?;
+        let mut packer = Packer::<K>::new(&plan);
         let _logits = model.forward(&mut packer, &image)?;
         let sites = packer.finish();
-        let absent = Tensor::f_full([1], f64::NAN, (Kind::Float, Device::Cpu))?;
+        let absent = Tensor::f_full([1], f64::NAN, (Kind::Float, device))?;
         let mut edits = WeightEdits::new();
         for site in model.sites.iter().filter(|site| sites.is_packed(site)) {
             let name = format!("{}.weight", site.path);
@@ -87,8 +105,7 @@ impl QuantizedModel {
             .sum();
         let model = Model::build(&model.spec, &weights.with(&edits))?;
         let resident_bytes = kept + sites.packed_bytes();
-        let arithmetic = Arithmetic::Integer(sites);
-        Ok(Self { model, plan, arithmetic, device: Device::Cpu, resident_bytes })
+        Ok(Self { model, plan, arithmetic: arithmetic(sites), device, resident_bytes })
     }
 
     /// Logits float32 [n, classes] of normalised images float32 [n, 3, h, w] (any device).
@@ -106,13 +123,18 @@ impl QuantizedModel {
             Arithmetic::Integer(sites) => {
                 self.model.forward(&mut Integer::new(&self.plan, sites), &images)
             }
+            Arithmetic::IntegerOnGpu(gpu, sites) => {
+                self.model.forward(&mut IntegerOnGpu::new(gpu, &self.plan, sites), &images)
+            }
         }
     }
 
     /// How many products are computed in which arithmetic.
     pub fn site_counts(&self) -> SiteCounts {
-        if let Arithmetic::Integer(sites) = &self.arithmetic {
-            return sites.counts();
+        match &self.arithmetic {
+            Arithmetic::Integer(sites) => return sites.counts(),
+            Arithmetic::IntegerOnGpu(_, sites) => return sites.counts(),
+            Arithmetic::Float | Arithmetic::Simulated => {}
         }
         let mut counts = SiteCounts::default();
         for site in &self.model.sites {
@@ -120,7 +142,7 @@ impl QuantizedModel {
             let rounded = match self.arithmetic {
                 // Stored weights are rounded, activations are not.
                 Arithmetic::Float => !site.role.is_matmul() && quantized(Operand::Rhs),
-                Arithmetic::Simulated | Arithmetic::Integer(_) => {
+                Arithmetic::Simulated | Arithmetic::Integer(_) | Arithmetic::IntegerOnGpu(..) => {
                     quantized(Operand::Lhs) || quantized(Operand::Rhs)
                 }
             };

@@ -1,8 +1,9 @@
 //! Plain tensor code between the products of an attention: what executors do unless they know better.
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::Result;
+use crate::kernels::cuda::Gpu;
 
 /// What becomes of the scores q·kᵀ before their softmax.
 #[derive(Clone, Copy, Debug, Default)]
@@ -17,6 +18,10 @@ pub struct ScoreTerms<'a> {
 
 /// Softmax over the last axis of scores [b, heads, t, t] with their terms.
 pub(super) fn softmax(scores: &Tensor, terms: &ScoreTerms<'_>) -> Result<Tensor> {
+    if let Some(gpu) = Gpu::of(scores).filter(|_| !scores.requires_grad()) {
+        let scale = terms.scale.map_or(1.0, |scale| scale as f32);
+        return gpu.softmax(scores, scale, [terms.bias, terms.mask]);
+    }
     let mut scores = scores.shallow_clone();
     if let Some(scale) = terms.scale {
         scores = scores.f_mul_scalar(scale)?;
@@ -33,14 +38,12 @@ pub(super) fn softmax(scores: &Tensor, terms: &ScoreTerms<'_>) -> Result<Tensor>
     Ok(scores.f_softmax(-1, None)?)
 }
 
-/// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d] and contiguous: a view's strides depend on b,
-/// and with them could the order in which a product is summed.
+/// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d]. On the CPU they are contiguous: a view's strides
+/// depend on b, and with them could the order in which a product is summed. GPUs read them in place.
 pub(super) fn split_heads(qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
     let (b, t, width) = qkv.size3()?;
-    let parts = qkv
-        .f_reshape([b, t, 3, heads, width / (3 * heads)])?
-        .f_permute([2, 0, 3, 1, 4])?
-        .f_contiguous()?; // [3, b, heads, t, d]
+    let parts = qkv.f_reshape([b, t, 3, heads, width / (3 * heads)])?.f_permute([2, 0, 3, 1, 4])?; // [3, b, heads, t, d]
+    let parts = if qkv.device() == Device::Cpu { parts.f_contiguous()? } else { parts };
     Ok([parts.f_select(0, 0)?, parts.f_select(0, 1)?, parts.f_select(0, 2)?])
 }
 

@@ -67,6 +67,8 @@ fn sum_in_order(
             })?;
         }
         result
+    } else if x.device() != Device::Cpu {
+        rows.f_linear(weight, bias)?
     } else {
         let product = rows.f_matmul(&weight.f_tr()?)?;
         match bias {

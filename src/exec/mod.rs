@@ -17,7 +17,7 @@ use crate::nn::{LayerNorm, Linear, Site, gelu};
 
 pub use attention::ScoreTerms;
 pub use float::Float;
-pub use integer::{Integer, IntegerSites, Packer, SiteCounts};
+pub use integer::{Cpu, Cuda, Integer, IntegerOnGpu, IntegerSites, Kernels, Packer, SiteCounts};
 pub use simulated::{Simulated, WeightSource};
 pub use tap::{Tap, TapSink};
 
@@ -60,7 +60,7 @@ pub trait Executor {
         Ok(residual.f_add(&self.linear(op, x)?)?)
     }
 
-    /// q, k and v of `qkv` [b, t, 3·heads·d], each [b, heads, t, d] and contiguous.
+    /// q, k and v of `qkv` [b, t, 3·heads·d], each [b, heads, t, d]; contiguous on the CPU.
     ///
     /// # Errors
     /// As [`Executor::linear`].

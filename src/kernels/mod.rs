@@ -9,6 +9,7 @@ mod codes;
 mod cpu;
 pub mod cpu_elementwise;
 pub mod cpu_slices;
+pub mod cuda;
 #[cfg(test)]
 mod laws;
 mod pack;

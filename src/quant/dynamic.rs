@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::kernels::Codes;
+use crate::kernels::cuda::{self, Rounded, Tokens};
 use crate::kernels::passes::affine::{Constants, dynamic_grids, encode_rows, quantize_dynamic};
 use crate::quant::cost::{OperandCost, RANGE_BITS, elements, rows};
 use crate::quant::dense::Dense;
@@ -102,12 +103,6 @@ impl DynamicToken {
         Ok(Self { bits: state.read_bits()? })
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(self, x: &Tensor) -> Result<Tensor> {
-        let (affine, codes) = self.affine(x)?;
-        affine.decode(&codes)
-    }
-
     fn affine(self, x: &Tensor) -> Result<(Affine, Tensor)> {
         let max_code = Tensor::f_full([1], self.bits.max_code(), (Kind::Float, x.device()))?;
         let affine = Affine::from_range(&Range::per_row(x)?, &max_code, ConstantRows::Exact)?;
@@ -121,12 +116,27 @@ impl Quantizer for DynamicToken {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(dense) = Dense::in_order(x)? {
-            let (max_code, width) = (self.bits.max_code() as f32, dense.width());
-            return dense.map(|x, out| quantize_dynamic(x, max_code, width, out));
-        }
-        self.fake_quantize_by_tensors(x)
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let Some(dense) = Dense::in_order(x)? else { return Ok(None) };
+        let (max_code, width) = (self.bits.max_code() as f32, dense.width());
+        dense.map(|x, out| quantize_dynamic(x, max_code, width, out)).map(Some)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (affine, codes) = self.affine(x)?;
+        affine.decode(&codes)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let grids = cuda::Affine {
+            tokens: Tokens::rows_of(x)?,
+            groups: 1,
+            max_code: self.bits.max_code() as f32,
+            rules: None,
+            exact_constants: true,
+            stretch: None,
+        };
+        Rounded::affine(x, &grids)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::kernels::Codes;
+use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
@@ -93,26 +94,6 @@ impl Log2Row {
         Ok((delta, exponent_of(&ratio)?))
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (delta, exponent) = self.exponents(x)?;
-        let value =
-            exponent.f_clamp(0.0, self.last_exponent())?.f_neg()?.f_exp2()?.f_mul(&delta)?;
-        let kept = exponent.f_le(self.last_exponent())?;
-        let value = value.f_where_self(&kept, &value.f_zeros_like()?)?;
-        self.layout.from_tokens(&value, x)
-    }
-
-    /// The same by comparison with the ratios at which the exponent changes.
-    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        let Some(dense) = Dense::in_order(x)? else { return Ok(None) };
-        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
-        let largest = self.row_maxima(x, &dense)?;
-        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
-        let rows = Rows { width, largest: &largest, least_ratio };
-        Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, &values, out))?))
-    }
-
     /// Powers of two by the number of exponents that a ratio has left behind.
     fn stairs(&self) -> Option<(Staircase, Values)> {
         let thresholds = RATIOS.get(|| {
@@ -150,11 +131,36 @@ impl Quantizer for Log2Row {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(x_hat) = self.fake_quantize_in_a_pass(x)? {
-            return Ok(x_hat);
-        }
-        self.fake_quantize_by_tensors(x)
+    // By comparison with the ratios at which the exponent changes.
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let Some(dense) = Dense::in_order(x)? else { return Ok(None) };
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
+        let largest = self.row_maxima(x, &dense)?;
+        let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
+        let rows = Rows { width, largest: &largest, least_ratio };
+        Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, &values, out))?))
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (delta, exponent) = self.exponents(x)?;
+        let value =
+            exponent.f_clamp(0.0, self.last_exponent())?.f_neg()?.f_exp2()?.f_mul(&delta)?;
+        let kept = exponent.f_le(self.last_exponent())?;
+        let value = value.f_where_self(&kept, &value.f_zeros_like()?)?;
+        self.layout.from_tokens(&value, x)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
+        let beyond = stairs.len() as i64; // the exponent of no step
+        let exponent = |steps: u8| (steps > 0).then_some(beyond - i64::from(steps));
+        let described = Stairs {
+            stairs: &stairs,
+            values: &values,
+            relative: Some((self.layout.on_gpu(x)?, MIN_RATIO as f32)),
+            planes: Plane::powers(beyond - 1, 1.0, exponent),
+        };
+        Rounded::stairs(x, &described)
     }
 
     // Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].

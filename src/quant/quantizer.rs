@@ -4,10 +4,11 @@ use std::collections::BTreeMap;
 use std::fmt::Debug;
 
 use serde::{Deserialize, Serialize};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::cuda::{GpuCodes, Rounded};
 use crate::quant::BitWidth;
 use crate::quant::cost::OperandCost;
 use crate::quant::dynamic::{self, DynamicToken};
@@ -25,7 +26,29 @@ pub trait Quantizer: Debug + Send {
     ///
     /// # Errors
     /// `Device` when libtorch refuses; `InvalidArgument` when the shape does not fit the state.
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor>;
+    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(rounded) = self.on_gpu(x)? {
+            return rounded.values();
+        }
+        match self.fake_quantize_in_a_pass(x)? {
+            Some(x_hat) => Ok(x_hat),
+            None => self.fake_quantize_by_tensors(x),
+        }
+    }
+
+    /// The same bits in a pass or two over memory on the CPU; `None` where there is no such way.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn fake_quantize_in_a_pass(&self, _x: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// The definition of [`Quantizer::fake_quantize`], differentiable.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor>;
 
     /// The integer form of `x`: `x̂ = Σ scale·(codes − zero_point)`; `None` if there is none.
     ///
@@ -52,6 +75,31 @@ pub trait Quantizer: Debug + Send {
     /// As [`Quantizer::fake_quantize`].
     fn encode_in_a_pass(&self, _x: &Tensor) -> Result<Option<Codes>> {
         Ok(None)
+    }
+
+    /// `x` on its grids, for the kernels of its GPU; `None` where there are none, or none of these
+    /// grids.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn on_gpu(&self, _x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        Ok(None)
+    }
+
+    /// [`Quantizer::encode`] on a GPU.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn encode_on_gpu(&self, x: &Tensor) -> Result<Option<GpuCodes>> {
+        if let Some(rounded) = self.on_gpu(x)?
+            && let Some(codes) = rounded.codes()?
+        {
+            return Ok(Some(codes));
+        }
+        match self.quantize(x)? {
+            Some(terms) => GpuCodes::of_terms(&terms, self.code_bits()),
+            None => Ok(None),
+        }
     }
 
     /// The definition of [`Quantizer::encode`].
@@ -162,6 +210,17 @@ impl QuantizerState {
     pub fn tensor(mut self, name: &str, value: &Tensor) -> Self {
         self.tensors.insert(name.to_owned(), value.shallow_clone());
         self
+    }
+
+    /// The same state with its tensors on `device`.
+    ///
+    /// # Errors
+    /// `Device` when memory is short.
+    pub fn to_device(mut self, device: Device) -> Result<Self> {
+        for tensor in self.tensors.values_mut() {
+            *tensor = tensor.f_to_device(device)?;
+        }
+        Ok(self)
     }
 
     /// Reads a scalar back.

@@ -9,6 +9,7 @@
 use tch::Tensor;
 
 use crate::error::{Error, Result};
+use crate::kernels::cuda::Tokens;
 use crate::kernels::passes::tokens::{Along, Layout};
 use crate::quant::QuantizerState;
 use crate::quant::dense::Dense;
@@ -143,6 +144,47 @@ impl TokenLayout {
             (free, reduce, Along::Rows)
         };
         Ok(Layout { width, rows: height, sets, set_count, tokens_per_image, along })
+    }
+
+    /// The same for kernels on a GPU.
+    ///
+    /// # Errors
+    /// `Internal` for another number of axes.
+    pub(crate) fn on_gpu(self, x: &Tensor) -> Result<Tokens> {
+        let [_, heads, free, reduce] = shape4(x)?;
+        match (self.heads, self.windows) {
+            (Heads::Apart, _) => Tokens::new(free, reduce, 1, 0),
+            (Heads::Merged, 1) => Tokens::new(free, reduce, heads, 0),
+            (Heads::Merged, windows) => Tokens::new(free, reduce, heads, side_of(windows) / 2),
+        }
+    }
+
+    /// Tokens of an operand's image that are ranked together.
+    ///
+    /// # Errors
+    /// `Internal` for another number of axes.
+    pub(crate) fn tokens_per_image(self, x: &Tensor) -> Result<i64> {
+        let [_, heads, free, _] = shape4(x)?;
+        Ok(match (self.heads, self.windows) {
+            (Heads::Apart, _) => heads * free,
+            (Heads::Merged, 1) => free,
+            (Heads::Merged, _) => 4 * free,
+        })
+    }
+
+    /// Values of a token.
+    ///
+    /// # Errors
+    /// `Internal` for another number of axes.
+    pub(crate) fn features(self, x: &Tensor) -> Result<usize> {
+        let [_, heads, _, reduce] = shape4(x)?;
+        let windows = side_of(self.windows) / 2;
+        let features = match (self.heads, self.windows) {
+            (Heads::Apart, _) => reduce,
+            (Heads::Merged, 1) => heads * reduce,
+            (Heads::Merged, _) => windows * windows * heads * reduce,
+        };
+        Ok(usize::try_from(features).unwrap_or(0))
     }
 
     /// Tokens of one image's operand of that shape.

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::cuda::Rounded;
 use crate::kernels::passes::affine::{Grid, encode_whole};
 use crate::quant::dense::Dense;
 use crate::quant::planes::Planes;
@@ -110,11 +111,6 @@ impl Uniform {
         &self.zero_point
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
-    }
-
     /// float32 codes 0..2^bits − 1.
     fn codes(&self, x: &Tensor) -> Result<Tensor> {
         let grid = round_straight_through(&x.f_div(&self.scale)?)?.f_add(&self.zero_point)?;
@@ -127,14 +123,20 @@ impl Quantizer for Uniform {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(dense) = Dense::of(x)? {
-            let parameters = (&self.scale, &self.zero_point);
-            if let Some(x_hat) = dense.quantize(parameters, self.bits.max_code())? {
-                return Ok(x_hat);
-            }
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match Dense::of(x)? {
+            Some(dense) => dense.quantize((&self.scale, &self.zero_point), self.bits.max_code()),
+            None => Ok(None),
         }
-        self.fake_quantize_by_tensors(x)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let (parameters, max_code) = ((&self.scale, &self.zero_point), self.bits.max_code());
+        Rounded::fixed(x, parameters, max_code as f32, self.integral)
     }
 
     // Bytes on one grid for the whole; `None` for other grids.

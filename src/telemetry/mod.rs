@@ -10,6 +10,7 @@ use std::io::{self, IsTerminal as _};
 
 use clap::{Args, ValueEnum};
 use tracing::Span;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::JsonFields;
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::util::SubscriberInitExt as _;
@@ -103,6 +104,16 @@ pub fn start(config: &LogConfig) -> Result<Telemetry> {
     let started = subscriber.try_init();
     started.map_err(|error| Error::FailedPrecondition { reason: error.to_string() })?;
     Ok(telemetry)
+}
+
+/// Logs warnings: for commands that compute in this process but are no server.
+pub fn log_warnings() {
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(io::stderr().is_terminal())
+        .with_writer(io::stderr)
+        .with_filter(LevelFilter::WARN);
+    // Whoever started logging before has chosen what is logged.
+    let _started = tracing_subscriber::registry().with(lines).try_init();
 }
 
 /// Makes a span part of the trace that its caller is in, or the root of a new one. The ids become its

@@ -6,6 +6,7 @@
 //! so that an image does not depend on its batch.
 
 mod between;
+mod gpu;
 mod sites;
 
 use tch::Tensor;
@@ -18,19 +19,20 @@ use crate::quant::QuantPlan;
 
 use sites::Form;
 
-pub use sites::{IntegerSites, Packer, SiteCounts};
+pub use gpu::IntegerOnGpu;
+pub use sites::{Cpu, Cuda, IntegerSites, Kernels, Packer, SiteCounts};
 
 /// Executes sites that have an integer form in integers, and the others as [`Simulated`] does.
 #[derive(Debug)]
 pub struct Integer<'a> {
     plan: &'a QuantPlan,
-    sites: &'a IntegerSites,
+    sites: &'a IntegerSites<Cpu>,
     simulated: Simulated<'a>,
 }
 
 impl<'a> Integer<'a> {
     /// An executor of `plan` with the forms and weights that a [`Packer`] found.
-    pub fn new(plan: &'a QuantPlan, sites: &'a IntegerSites) -> Self {
+    pub fn new(plan: &'a QuantPlan, sites: &'a IntegerSites<Cpu>) -> Self {
         Self { plan, sites, simulated: Simulated::new(plan, WeightSource::Decoded) }
     }
 

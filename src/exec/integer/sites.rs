@@ -8,15 +8,92 @@ use tch::Tensor;
 
 use crate::error::Result;
 use crate::exec::{Executor, Simulated, WeightSource};
-use crate::kernels::PackedRhs;
+use crate::kernels::cuda::{GpuCodes, GpuWeight};
+use crate::kernels::{Codes, PackedRhs};
 use crate::nn::{Linear, Operand, Site, SiteId};
-use crate::quant::QuantPlan;
+use crate::quant::{QuantPlan, Quantizer};
+
+/// Kernels, seen as what they hold of operands.
+pub trait Kernels: fmt::Debug {
+    /// Codes of an activation, or of a weight before it is packed.
+    type Codes;
+    /// A packed weight.
+    type Weight: fmt::Debug;
+
+    /// The codes of an operand, if it has an integer form.
+    ///
+    /// # Errors
+    /// As [`Quantizer::encode`].
+    fn encode(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<Self::Codes>>;
+
+    /// Whether products take such a right operand of a matmul.
+    fn is_right(codes: &Self::Codes) -> bool;
+
+    /// A weight for left operands like `left`, if products take it.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    fn pack(weight: &Self::Codes, left: &Self::Codes) -> Result<Option<Self::Weight>>;
+
+    /// Bytes of a packed weight.
+    fn resident_bytes(weight: &Self::Weight) -> u64;
+}
+
+/// The kernels of `kernels::cpu`.
+#[derive(Debug)]
+pub struct Cpu;
+
+impl Kernels for Cpu {
+    type Codes = Codes;
+    type Weight = PackedRhs;
+
+    fn encode(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<Codes>> {
+        quantizer.encode(x)
+    }
+
+    fn is_right(codes: &Codes) -> bool {
+        codes.groups == 1
+    }
+
+    fn pack(weight: &Codes, left: &Codes) -> Result<Option<PackedRhs>> {
+        Ok(Self::is_right(weight).then(|| PackedRhs::pack(weight, left.groups, left.max_code())))
+    }
+
+    fn resident_bytes(weight: &PackedRhs) -> u64 {
+        weight.resident_bytes()
+    }
+}
+
+/// The kernels of `kernels::cuda`.
+#[derive(Debug)]
+pub struct Cuda;
+
+impl Kernels for Cuda {
+    type Codes = GpuCodes;
+    type Weight = GpuWeight;
+
+    fn encode(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<GpuCodes>> {
+        quantizer.encode_on_gpu(x)
+    }
+
+    fn is_right(codes: &GpuCodes) -> bool {
+        codes.groups() == 1
+    }
+
+    fn pack(weight: &GpuCodes, left: &GpuCodes) -> Result<Option<GpuWeight>> {
+        GpuWeight::pack(weight, left.groups())
+    }
+
+    fn resident_bytes(weight: &GpuWeight) -> u64 {
+        weight.resident_bytes()
+    }
+}
 
 /// How a site is computed.
 #[derive(Debug)]
-pub(super) enum Form {
+pub(super) enum Form<W> {
     /// An integer product with this weight.
-    Linear(PackedRhs),
+    Linear(W),
     /// An integer product of two activations.
     Matmul,
     /// Rounded operands in a float product: one of them has no integer form, or stays float.
@@ -44,13 +121,13 @@ impl fmt::Display for SiteCounts {
 }
 
 /// The form of every site of a model. Made by running a [`Packer`] over one image.
-#[derive(Debug, Default)]
-pub struct IntegerSites {
-    forms: BTreeMap<SiteId, Form>,
+#[derive(Debug)]
+pub struct IntegerSites<K: Kernels> {
+    forms: BTreeMap<SiteId, Form<K::Weight>>,
 }
 
-impl IntegerSites {
-    pub(super) fn form(&self, site: &Site) -> &Form {
+impl<K: Kernels> IntegerSites<K> {
+    pub(super) fn form(&self, site: &Site) -> &Form<K::Weight> {
         self.forms.get(&site.id).unwrap_or(&Form::Simulated)
     }
 
@@ -74,8 +151,8 @@ impl IntegerSites {
 
     /// Bytes of all packed weights.
     pub fn packed_bytes(&self) -> u64 {
-        let bytes = |form: &Form| match form {
-            Form::Linear(weight) => weight.resident_bytes(),
+        let bytes = |form: &Form<K::Weight>| match form {
+            Form::Linear(weight) => K::resident_bytes(weight),
             Form::Matmul | Form::Simulated | Form::Float => 0,
         };
         self.forms.values().map(bytes).sum()
@@ -85,25 +162,25 @@ impl IntegerSites {
 /// Computes as [`Simulated`] does, and meanwhile packs the weight of every site whose operands have
 /// an integer form, which shows in the codes of what passes.
 #[derive(Debug)]
-pub struct Packer<'a> {
+pub struct Packer<'a, K: Kernels> {
     plan: &'a QuantPlan,
     simulated: Simulated<'a>,
-    sites: IntegerSites,
+    sites: IntegerSites<K>,
 }
 
-impl<'a> Packer<'a> {
+impl<'a, K: Kernels> Packer<'a, K> {
     /// A packer of a model with decoded weights.
     pub fn new(plan: &'a QuantPlan) -> Self {
         let simulated = Simulated::new(plan, WeightSource::Decoded);
-        Self { plan, simulated, sites: IntegerSites::default() }
+        Self { plan, simulated, sites: IntegerSites { forms: BTreeMap::new() } }
     }
 
     /// What was found.
-    pub fn finish(self) -> IntegerSites {
+    pub fn finish(self) -> IntegerSites<K> {
         self.sites
     }
 
-    fn form(&self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Form> {
+    fn form(&self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Form<K::Weight>> {
         let quantizers =
             [Operand::Lhs, Operand::Rhs].map(|operand| self.plan.get(site.id, operand));
         let (left, right) = match quantizers {
@@ -111,20 +188,17 @@ impl<'a> Packer<'a> {
             [Some(left), Some(right)] => (left, right),
             [Some(_), None] | [None, Some(_)] => return Ok(Form::Simulated),
         };
-        let (Some(left), Some(right)) = (left.encode(lhs)?, right.encode(rhs)?) else {
+        let (Some(left), Some(right)) = (K::encode(left, lhs)?, K::encode(right, rhs)?) else {
             return Ok(Form::Simulated);
         };
-        if right.groups != 1 {
-            return Ok(Form::Simulated);
-        }
         if site.role.is_matmul() {
-            return Ok(Form::Matmul);
+            return Ok(if K::is_right(&right) { Form::Matmul } else { Form::Simulated });
         }
-        Ok(Form::Linear(PackedRhs::pack(&right, left.groups, left.max_code())))
+        Ok(K::pack(&right, &left)?.map_or(Form::Simulated, Form::Linear))
     }
 }
 
-impl Executor for Packer<'_> {
+impl<K: Kernels> Executor for Packer<'_, K> {
     fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
         let form = self.form(&op.site, x, &op.weight)?;
         self.sites.forms.insert(op.site.id, form);

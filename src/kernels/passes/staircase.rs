@@ -75,6 +75,11 @@ impl Staircase {
         &self.thresholds
     }
 
+    /// Which steps a value has passed.
+    pub fn passed(&self) -> Passed {
+        self.passed
+    }
+
     /// Number of steps.
     pub fn len(&self) -> usize {
         self.thresholds.len()

@@ -14,6 +14,7 @@ use std::f64::consts::FRAC_PI_2;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Error, Result};
+use crate::kernels::cuda::{Rounded, Stairs};
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::dense::Dense;
 use crate::quant::once::Once;
@@ -161,21 +162,6 @@ impl Tangent {
 }
 
 impl Tangent {
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let source = x.f_detach()?.f_contiguous()?;
-        let codes = source.f_bucketize(&self.thresholds, true, true)?.f_view([-1])?;
-        let value = self.levels.f_index_select(0, &codes)?.f_view_as(&source)?;
-        if !x.requires_grad() {
-            return Ok(value);
-        }
-        // Straight-through at the rounding: the slope of the inverse at x̂ times that at x.
-        let slope = self.curve.flatness(&value)?.f_div(&self.curve.flatness(&source)?)?;
-        let inside = source.f_ge(0.0)?.f_logical_and(&source.f_le(self.curve.clip)?)?;
-        let linear = x.f_mul(&slope.f_where_self(&inside, &slope.f_zeros_like()?)?)?;
-        Ok(value.f_add(&linear.f_sub(&linear.f_detach()?)?)?)
-    }
-
     /// The tables for a pass.
     fn stairs(&self) -> Option<&(Staircase, Values)> {
         self.stairs.get(|| {
@@ -191,11 +177,32 @@ impl Quantizer for Tangent {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
-            return dense.map(|x, out| stairs.map(x, values, out));
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match (Dense::of(x)?, self.stairs()) {
+            (Some(dense), Some((stairs, values))) => {
+                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
+            }
+            _ => Ok(None),
         }
-        self.fake_quantize_by_tensors(x)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let source = x.f_detach()?.f_contiguous()?;
+        let codes = source.f_bucketize(&self.thresholds, true, true)?.f_view([-1])?;
+        let value = self.levels.f_index_select(0, &codes)?.f_view_as(&source)?;
+        if !x.requires_grad() {
+            return Ok(value);
+        }
+        // Straight-through at the rounding: the slope of the inverse at x̂ times that at x.
+        let slope = self.curve.flatness(&value)?.f_div(&self.curve.flatness(&source)?)?;
+        let inside = source.f_ge(0.0)?.f_logical_and(&source.f_le(self.curve.clip)?)?;
+        let linear = x.f_mul(&slope.f_where_self(&inside, &slope.f_zeros_like()?)?)?;
+        Ok(value.f_add(&linear.f_sub(&linear.f_detach()?)?)?)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
+        Rounded::stairs(x, &Stairs { stairs, values, relative: None, planes: Vec::new() })
     }
 
     /// None: the levels lie on no common integer grid.

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::cuda::{Rounded, Stairs};
 use crate::kernels::passes::staircase::{MAX_STEPS, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
@@ -120,11 +121,6 @@ impl ShiftUniformLog2 {
         round_straight_through(&codes.f_mul_scalar(self.step())?.f_add_scalar(self.low)?)
     }
 
-    /// The definition of [`Quantizer::fake_quantize`] for a grid with extent, differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        Ok(self.exponents(x)?.f_exp2()?.f_sub_scalar(self.shift)?)
-    }
-
     /// The values at which E rises by one, and what they decode to; below −η there is no logarithm.
     fn stairs(&self) -> Option<&(Staircase, Values)> {
         self.stairs.get(|| {
@@ -161,16 +157,27 @@ impl Quantizer for ShiftUniformLog2 {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        match self.constant() {
-            Some(value) => Ok(x.f_full_like(value)?),
-            None => match (Dense::of(x)?, self.stairs()) {
-                (Some(dense), Some((stairs, values))) => {
-                    dense.map(|x, out| stairs.map(x, values, out))
-                }
-                _ => self.fake_quantize_by_tensors(x),
-            },
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match (self.constant(), Dense::of(x)?, self.stairs()) {
+            (None, Some(dense), Some((stairs, values))) => {
+                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
+            }
+            _ => Ok(None),
         }
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(value) = self.constant() {
+            return Ok(x.f_full_like(value)?);
+        }
+        Ok(self.exponents(x)?.f_exp2()?.f_sub_scalar(self.shift)?)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let Some((stairs, values)) = self.stairs().filter(|_| self.constant().is_none()) else {
+            return Ok(None);
+        };
+        Rounded::stairs(x, &Stairs { stairs, values, relative: None, planes: Vec::new() })
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

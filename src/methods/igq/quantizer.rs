@@ -246,11 +246,6 @@ impl Grouped {
         Ok(high.f_add(&low)?.f_argmin(-1, false)?)
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    pub(super) fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        self.layout.fake_quantize(x, &self.grid(x)?)
-    }
-
     fn grid(&self, x: &Tensor) -> Result<AssignedGrid> {
         let x = self.layout.by_image(x)?;
         let affine = self.affine(&self.layout.range(&x)?)?;
@@ -277,12 +272,12 @@ impl Quantizer for Grouped {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let affine = |range: &Range| self.affine(range);
-        match self.layout.fake_quantize_in_passes(x, self.bits, affine)? {
-            Some(x_hat) => Ok(x_hat),
-            None => self.fake_quantize_by_tensors(x),
-        }
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.layout.fake_quantize_in_passes(x, self.bits, |range: &Range| self.affine(range))
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        self.layout.fake_quantize(x, &self.grid(x)?)
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
@@ -325,11 +320,6 @@ impl OwnRange {
         Ok(Self { bits: state.read_bits()?, layout: Layout::restore(state)? })
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    pub(super) fn fake_quantize_by_tensors(self, x: &Tensor) -> Result<Tensor> {
-        self.layout.fake_quantize(x, &self.grid(x)?)
-    }
-
     fn grid(self, x: &Tensor) -> Result<AssignedGrid> {
         let x = self.layout.by_image(x)?;
         let affine = affine(&self.layout.range(&x)?, self.bits)?;
@@ -342,12 +332,12 @@ impl Quantizer for OwnRange {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let affine = |range: &Range| affine(range, self.bits);
-        match self.layout.fake_quantize_in_passes(x, self.bits, affine)? {
-            Some(x_hat) => Ok(x_hat),
-            None => self.fake_quantize_by_tensors(x),
-        }
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        self.layout.fake_quantize_in_passes(x, self.bits, |range: &Range| affine(range, self.bits))
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        self.layout.fake_quantize(x, &self.grid(x)?)
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

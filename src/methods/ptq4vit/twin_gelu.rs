@@ -52,13 +52,6 @@ impl TwinGelu {
         Ok(Self { bits: state.read_bits()?, scale })
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (positive, negative) = self.codes(x)?;
-        let negative = negative.f_mul_scalar(negative_scale(self.bits))?;
-        Ok(positive.f_mul(&self.scale)?.f_add(&negative)?)
-    }
-
     /// The grids for a pass, unless there are several Δ⁺ (or one that learns).
     fn signs(&self) -> Result<Option<Signs>> {
         if self.scale.numel() != 1 || self.scale.requires_grad() {
@@ -89,11 +82,17 @@ impl Quantizer for TwinGelu {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
         match (Dense::of(x)?, self.signs()?) {
-            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_signs(x, grid, out)),
-            _ => self.fake_quantize_by_tensors(x),
+            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_signs(x, grid, out)).map(Some),
+            _ => Ok(None),
         }
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (positive, negative) = self.codes(x)?;
+        let negative = negative.f_mul_scalar(negative_scale(self.bits))?;
+        Ok(positive.f_mul(&self.scale)?.f_add(&negative)?)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

@@ -68,12 +68,6 @@ impl TwinSoftmax {
         Ok(self.split.f_div_scalar(self.largest())?)
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (small, large) = self.codes(x)?;
-        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
-    }
-
     /// The grids for a pass, unless there are several split points (or one that learns).
     fn sizes(&self) -> Result<Option<Sizes>> {
         if self.split.numel() != 1 || self.split.requires_grad() {
@@ -115,11 +109,16 @@ impl Quantizer for TwinSoftmax {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
         match (Dense::of(x)?, self.sizes()?) {
-            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_sizes(x, grid, out)),
-            _ => self.fake_quantize_by_tensors(x),
+            (Some(dense), Some(grid)) => dense.map(|x, out| quantize_sizes(x, grid, out)).map(Some),
+            _ => Ok(None),
         }
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (small, large) = self.codes(x)?;
+        Ok(small.f_mul(&self.small_scale()?)?.f_add(&large.f_mul_scalar(1.0 / self.largest())?)?)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
@@ -92,20 +93,6 @@ impl LogSqrt2 {
 }
 
 impl LogSqrt2 {
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let exponent = self.exponents(x)?;
-        let kept = exponent.f_le(self.last_exponent())?;
-        let exponent = exponent.f_clamp(0.0, self.last_exponent())?;
-        let mut value = self.power(&exponent)?;
-        if x.requires_grad() {
-            // The slope of Δ·2^(−e/2), which has no steps.
-            let smooth = exponent.f_mul_scalar(-0.5)?.f_exp2()?.f_mul_scalar(self.largest)?;
-            value = value.f_detach()?.f_add(&smooth.f_sub(&smooth.f_detach()?)?)?;
-        }
-        Ok(value.f_where_self(&kept, &value.f_zeros_like()?)?)
-    }
-
     /// Δ·2^(−e/2) of exponents 0, 1, ….
     fn power(&self, exponent: &Tensor) -> Result<Tensor> {
         // 2^(−j) is exact; 2^(−e/2) would not be, nor the same in every lane of a vector register.
@@ -142,11 +129,39 @@ impl Quantizer for LogSqrt2 {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let (Some(dense), Some((stairs, values))) = (Dense::of(x)?, self.stairs()) {
-            return dense.map(|x, out| stairs.map(x, values, out));
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match (Dense::of(x)?, self.stairs()) {
+            (Some(dense), Some((stairs, values))) => {
+                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
+            }
+            _ => Ok(None),
         }
-        self.fake_quantize_by_tensors(x)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let exponent = self.exponents(x)?;
+        let kept = exponent.f_le(self.last_exponent())?;
+        let exponent = exponent.f_clamp(0.0, self.last_exponent())?;
+        let mut value = self.power(&exponent)?;
+        if x.requires_grad() {
+            // The slope of Δ·2^(−e/2), which has no steps.
+            let smooth = exponent.f_mul_scalar(-0.5)?.f_exp2()?.f_mul_scalar(self.largest)?;
+            value = value.f_detach()?.f_add(&smooth.f_sub(&smooth.f_detach()?)?)?;
+        }
+        Ok(value.f_where_self(&kept, &value.f_zeros_like()?)?)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
+        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
+        let planes = [(0, 1.0), (1, SQRT_2)].into_iter().flat_map(|(parity, factor)| {
+            Plane::powers(beyond / 2, self.largest * factor, move |steps| {
+                let exponent = beyond - i64::from(steps);
+                (steps > 0 && exponent % 2 == parity).then_some((exponent + 1) / 2) // j
+            })
+        });
+        let described = Stairs { stairs, values, relative: None, planes: planes.collect() };
+        Rounded::stairs(x, &described)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

@@ -6,6 +6,7 @@ use tch::{Kind, Tensor};
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::cuda::{self, Rounded, Tokens};
 use crate::kernels::passes::groups::{self as passes, GroupGrids, zero_points};
 use crate::kernels::passes::tokens::TokenGrids;
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
@@ -120,12 +121,6 @@ impl UbbLinear {
         Ok(x.f_reshape([images, tokens, groups, channels / groups])?)
     }
 
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, grouped) = self.grid(x)?;
-        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
-    }
-
     /// Grids in two visits of memory; `None` where tensor code has to find them.
     fn pass(&self, x: &Tensor) -> Result<Option<(Dense, GroupGrids)>> {
         let Some(dense) = Dense::in_order(x)?.filter(|_| x.dim() == 3) else { return Ok(None) };
@@ -173,11 +168,38 @@ impl Quantizer for UbbLinear {
         self.allocation.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
         match self.pass(x)? {
-            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)),
-            None => self.fake_quantize_by_tensors(x),
+            Some((dense, grids)) => dense.map(|x, out| grids.quantize(x, out)).map(Some),
+            None => Ok(None),
         }
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, grouped) = self.grid(x)?;
+        Ok(grid.fake_quantize(&grouped)?.f_reshape(x.size())?)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let &[_, tokens, channels] = x.size().as_slice() else { return Ok(None) };
+        if self.groups < 1 || channels % self.groups != 0 {
+            return Ok(None);
+        }
+        let stretch = match (self.rules.tau, shift_steps()) {
+            (None, _) => None,
+            (Some(tau), Some(steps)) => Some(cuda::Stretch { factor: -tau as f32, steps }),
+            (Some(_), None) => return Ok(None),
+        };
+        let rules = self.allocation.rules(&self.scalars, usize::try_from(channels).unwrap_or(0));
+        let grids = cuda::Affine {
+            tokens: Tokens::new(tokens, channels, 1, 0)?,
+            groups: self.groups,
+            max_code: self.bits().max_code() as f32,
+            rules: Some((&rules, tokens)),
+            exact_constants: self.rules.constants == ConstantRows::Exact,
+            stretch,
+        };
+        Rounded::affine(x, &grids)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
@@ -268,12 +290,6 @@ pub(in crate::methods) struct UbbAttention {
 }
 
 impl UbbAttention {
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (grid, tokens) = self.grid(x)?;
-        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
-    }
-
     /// The grid and the operand as [images, tokens, 1, features].
     fn grid(&self, x: &Tensor) -> Result<(GroupGrid, Tensor)> {
         let tokens = self.layout.to_tokens(x)?;
@@ -296,12 +312,34 @@ impl Quantizer for UbbAttention {
         self.allocation.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(dense) = Dense::of(x)? else { return self.fake_quantize_by_tensors(x) };
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        let Some(dense) = Dense::of(x)? else { return Ok(None) };
         let layout = self.layout.in_memory(x, &dense)?;
         let rules = self.allocation.rules(&self.scalars, layout.features());
         let constants = self.constants.into();
-        dense.map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
+        dense
+            .map(|x, out| TokenGrids::new(x, &layout, &rules, constants).quantize(x, out))
+            .map(Some)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (grid, tokens) = self.grid(x)?;
+        self.layout.from_tokens(&grid.fake_quantize(&tokens)?, x)
+    }
+
+    fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        let tokens = self.layout.on_gpu(x)?;
+        let per_image = self.layout.tokens_per_image(x)?;
+        let rules = self.allocation.rules(&self.scalars, self.layout.features(x)?);
+        let grids = cuda::Affine {
+            tokens,
+            groups: 1,
+            max_code: self.bits().max_code() as f32,
+            rules: Some((&rules, per_image)),
+            exact_constants: self.constants == ConstantRows::Exact,
+            stretch: None,
+        };
+        Rounded::affine(x, &grids)
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

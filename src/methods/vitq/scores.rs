@@ -112,14 +112,6 @@ impl ScoreCodebook {
 }
 
 impl ScoreCodebook {
-    /// The definition of [`Quantizer::fake_quantize`], differentiable.
-    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
-        let (codes, scale) = self.codes(&x.f_detach()?)?;
-        let value = codes.f_mul(&scale)?;
-        // Straight through: the codebook has no slope of its own.
-        if x.requires_grad() { Ok(value.f_sub(x)?.f_detach()?.f_add(x)?) } else { Ok(value) }
-    }
-
     /// Levels by comparison with the borders, in one visit; libtorch adds up what fixes the scales, in
     /// an order of its own.
     fn fake_quantize_in_passes(&self, dense: &Dense) -> Result<Option<Tensor>> {
@@ -172,13 +164,18 @@ impl Quantizer for ScoreCodebook {
         self.bits
     }
 
-    fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
-        if let Some(dense) = Dense::in_order(x)?
-            && let Some(x_hat) = self.fake_quantize_in_passes(&dense)?
-        {
-            return Ok(x_hat);
+    fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
+        match Dense::in_order(x)? {
+            Some(dense) => self.fake_quantize_in_passes(&dense),
+            None => Ok(None),
         }
-        self.fake_quantize_by_tensors(x)
+    }
+
+    fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
+        let (codes, scale) = self.codes(&x.f_detach()?)?;
+        let value = codes.f_mul(&scale)?;
+        // Straight through: the codebook has no slope of its own.
+        if x.requires_grad() { Ok(value.f_sub(x)?.f_detach()?.f_add(x)?) } else { Ok(value) }
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

@@ -118,6 +118,11 @@ pub fn model_loaded<T>(result: &Result<T>, time: Duration) {
     histogram!(table::LOAD_DURATION.name, "result" => outcome(result)).record(time);
 }
 
+/// Notes that a GPU's kernels cannot be used.
+pub fn gpu_fallback(device: String) {
+    counter!(table::GPU_FALLBACKS.name, "device" => device).increment(1);
+}
+
 /// Notes an operation on the artifact store. What is not there is no failure of the store.
 pub fn store_operation<T>(op: &'static str, result: &Result<T>) {
     let result = match result {

@@ -1,0 +1,173 @@
+//! A GPU with its compiled kernels.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+};
+use tch::{Device, Tensor};
+
+use super::check;
+use super::compile::{Source, is_installed};
+use super::quantize;
+use crate::device;
+use crate::error::{Error, Result};
+use crate::telemetry::metrics;
+
+/// GPUs of one process, at most.
+const MAX_GPUS: usize = 64;
+
+/// The first compute capability with asynchronous copies and integer products as the kernels use them.
+const MIN_CAPABILITY: (i32, i32) = (8, 0);
+
+/// Shared memory that a block may use without asking.
+const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+
+/// A GPU whose kernels compile and compute what they should.
+pub struct Gpu {
+    device: Device,
+    stream: Arc<CudaStream>,
+    capability: (i32, i32),
+    functions: Mutex<HashMap<String, CudaFunction>>,
+    constants: Mutex<HashMap<Vec<u32>, Tensor>>,
+}
+
+/// Where and how a kernel runs.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Launch {
+    /// Blocks.
+    pub(super) grid: (u32, u32, u32),
+    /// Threads of a block.
+    pub(super) threads: u32,
+    /// Shared memory of a block in bytes.
+    pub(super) shared: u32,
+}
+
+impl Gpu {
+    /// The kernels of the device where `x` is; `None` on the CPU, and where there are none.
+    pub fn of(x: &Tensor) -> Option<&'static Self> {
+        Self::on(x.device())
+    }
+
+    /// The kernels of a device, compiled and checked at the first call.
+    pub fn on(device: Device) -> Option<&'static Self> {
+        static GPUS: [OnceLock<Option<Gpu>>; MAX_GPUS] = [const { OnceLock::new() }; MAX_GPUS];
+        let Device::Cuda(index) = device else { return None };
+        let slot = GPUS.get(index)?;
+        slot.get_or_init(|| {
+            Self::open(index)
+                .inspect_err(|reason| {
+                    let device = device::name(device);
+                    tracing::warn!(%device, %reason, "no kernels for this GPU: libtorch computes");
+                    metrics::gpu_fallback(device);
+                })
+                .ok()
+        })
+        .as_ref()
+    }
+
+    fn open(index: usize) -> Result<Self, String> {
+        #[allow(unsafe_code, reason = "loading a library runs its initialisers")]
+        // SAFETY: the driver's library is open already where libtorch sees a GPU.
+        let has_driver = unsafe { cudarc::driver::sys::is_culib_present() };
+        if !has_driver {
+            return Err("the CUDA driver is not installed".to_owned());
+        }
+        if !is_installed() {
+            return Err("NVRTC is not installed".to_owned());
+        }
+        let failed = |error: DriverError| error.to_string();
+        let context = CudaContext::new(index).map_err(failed)?;
+        let capability = context.compute_capability().map_err(failed)?;
+        if capability < MIN_CAPABILITY {
+            let ((major, minor), (least, _)) = (capability, MIN_CAPABILITY);
+            return Err(format!("its compute capability is {major}.{minor}, {least}.0 is needed"));
+        }
+        let gpu = Self {
+            device: Device::Cuda(index),
+            stream: context.default_stream(),
+            capability,
+            functions: Mutex::default(),
+            constants: Mutex::default(),
+        };
+        check::run(&gpu).map_err(|error| error.to_string())?;
+        Ok(gpu)
+    }
+
+    /// Where it is.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// A function of a program that is compiled when it is first asked for; its blocks may use `shared`
+    /// bytes of memory.
+    pub(super) fn function(
+        &self,
+        source: &Source,
+        name: &str,
+        shared: u32,
+    ) -> Result<CudaFunction> {
+        let key = format!("{}.{name} {:?}", source.name, source.definitions);
+        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = functions.get(&key) {
+            return Ok(function.clone());
+        }
+        let failed = |reason: String| Error::internal(format!("kernel {key}: {reason}"));
+        let program = source.compile(self.capability).map_err(failed)?;
+        let load = || -> Result<CudaFunction, DriverError> {
+            let function = self.stream.context().load_module(program)?.load_function(name)?;
+            if shared > PLAIN_SHARED_BYTES {
+                let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                function.set_attribute(attribute, i32::try_from(shared).unwrap_or(i32::MAX))?;
+            }
+            Ok(function)
+        };
+        let function = load().map_err(|error| failed(error.to_string()))?;
+        functions.insert(key, function.clone());
+        Ok(function)
+    }
+
+    /// Runs a kernel behind whatever libtorch has queued.
+    ///
+    /// # Safety
+    /// `arguments` must be what the kernel takes, its pointers those of live tensors on this GPU of the
+    /// sizes that it expects.
+    #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
+    pub(super) unsafe fn launch<A: DeviceRepr>(
+        &self,
+        function: &CudaFunction,
+        launch: Launch,
+        arguments: &A,
+    ) -> Result<()> {
+        let Launch { grid, threads, shared } = launch;
+        let config =
+            LaunchConfig { grid_dim: grid, block_dim: (threads, 1, 1), shared_mem_bytes: shared };
+        // SAFETY: the caller's promise. Memory that libtorch frees meanwhile is only given to work that
+        // comes later on the same stream.
+        unsafe { self.stream.launch_builder(function).arg(arguments).launch(config) }
+            .map_err(|error| Error::internal(format!("a kernel did not start: {error}")))?;
+        Ok(())
+    }
+
+    /// Values that many calls need, kept on the GPU.
+    pub(super) fn constant<T: quantize::Constant>(&self, values: &[T]) -> Result<Tensor> {
+        let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
+        let kind = std::iter::once(T::WIDTH);
+        let key: Vec<u32> = kind.chain(values.iter().map(T::bits)).collect();
+        if let Some(tensor) = constants.get(&key) {
+            return Ok(tensor.shallow_clone());
+        }
+        let tensor = Tensor::f_from_slice(values)?.f_to_device(self.device)?;
+        constants.insert(key, tensor.shallow_clone());
+        Ok(tensor)
+    }
+}
+
+impl fmt::Debug for Gpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Gpu").field("device", &self.device).finish_non_exhaustive()
+    }
+}
