@@ -51,8 +51,8 @@ devices=$device
 if [ "$device" != cpu ]; then devices=$device,cpu; fi
 timeout 120 "$vitq" bench --checkpoint demo/checkpoints/digits-vit \
   --checkpoint demo/checkpoints/digits-swin --calib demo/datasets/digits/calib \
-  --val demo/datasets/digits/val --methods float,minmax,ubb --bits "${BITS:-4,6}" \
-  --device "$devices" ${LIMIT:+--limit "$LIMIT"} --out "$out/accuracy" --json >/dev/null
+  --val demo/datasets/digits/val --methods "float,${METHODS:-minmax,ubb}" --bits "${BITS:-4,6}" \
+  --executor simulated,integer --device "$devices" ${LIMIT:+--limit "$LIMIT"} --out "$out/accuracy" --json >/dev/null
 
 say "forward and calibration of $models with generated weights"
 checkpoints=()
@@ -61,8 +61,8 @@ for model in ${models//,/ }; do
   checkpoints+=(--checkpoint "$work/$model")
 done
 timeout 180 "$vitq" bench "${checkpoints[@]}" --calib demo/datasets/digits/calib \
-  --val demo/datasets/digits/val --limit "$images" --methods float,ubb --bits 4 \
-  --batch-size "$batches" --device "$device" --out "$out/forward" --json >/dev/null
+  --val demo/datasets/digits/val --limit "$images" --methods float,minmax,ubb --bits 4 \
+  --executor simulated,integer --batch-size "$batches" --device "$device" --out "$out/forward" --json >/dev/null
 
 say "the same forwards in PyTorch"
 timeout 150 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" \

@@ -21,13 +21,13 @@ def peak_memory(path):
 
 
 def accuracy_table(rows):
-    print("| model | method | bits | device | top-1 | agreement | SQNR dB | calibration s |")
-    print("| --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
+    print("| model | method | bits | executor | device | top-1 | agreement | SQNR dB | calibration s |")
+    print("| --- | --- | --- | --- | --- | ---: | ---: | ---: | ---: |")
     for row in rows:
         sqnr = "–" if row["sqnr_db"] is None else f"{row['sqnr_db']:.2f}"
         print(
             f"| {row['checkpoint']} | {row['method']} | {row['weight_bits']}/{row['activation_bits']}"
-            f" | {row['device']} | {row['top1']:.2f} | {row['agreement']:.2f} | {sqnr}"
+            f" | {row['executor']} | {row['device']} | {row['top1']:.2f} | {row['agreement']:.2f} | {sqnr}"
             f" | {row['calibration_seconds']:.2f} |"
         )
 
