@@ -44,9 +44,11 @@ impl Source {
             name: Some(format!("{}.cu", self.name)),
             ..CompileOptions::default()
         };
-        compile_ptx_with_opts(self.text, options).map_err(|error| match error {
-            CompileError::CompileError { log, .. } => log.to_string_lossy().into_owned(),
-            other => other.to_string(),
+        compile_ptx_with_opts(self.text, options).map_err(|error| {
+            if let CompileError::CompileError { log, .. } = &error {
+                return log.to_string_lossy().into_owned();
+            }
+            error.to_string()
         })
     }
 }
