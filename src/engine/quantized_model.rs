@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::exec::{
     Backend, Float, Integer, IntegerSites, Packer, Simulated, SiteCounts, WeightSource,
 };
+use crate::kernels::SingleThreaded;
 use crate::model::{Checkpoint, Model, ModelSpec};
 use crate::nn::{Operand, WeightEdits, Weights};
 use crate::quant::QuantPlan;
@@ -104,6 +105,8 @@ impl QuantizedModel {
                 self.model.forward(&mut Simulated::new(&self.plan, WeightSource::Decoded), &images)
             }
             Arithmetic::Integer(sites) => {
+                // What is left to libtorch is little, and its idle threads would be in the way.
+                let _libtorch = SingleThreaded::begin();
                 self.model.forward(&mut Integer::new(&self.plan, sites), &images)
             }
         }
