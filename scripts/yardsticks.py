@@ -146,6 +146,14 @@ def report(result):
     return "\n".join(lines).rstrip() + "\n"
 
 
+def save(result, path):
+    """Writes what is known so far: PATH.json and PATH.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(result, indent=1) + "\n"
+    path.with_name(path.name + ".json").write_text(text, encoding="utf-8")
+    path.with_name(path.name + ".md").write_text(report(result), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="deit_small,swin_tiny", help="generated architectures")
@@ -196,14 +204,9 @@ def main():
             "calibration_seconds": ours.about["calibration_seconds"],
             "rows": rows,
         })
-    result["load_average"].append(os.getloadavg()[0])
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = args.name or f"cpu-{date}"
-    markdown = report(result)
-    (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (args.out / f"{name}.md").write_text(markdown, encoding="utf-8")
-    print(markdown)
-    print(f"{args.out}/{name}.json and {name}.md are written")
+        result["load_average"].append(os.getloadavg()[0])
+        save(result, args.out / (args.name or f"cpu-{date}"))
+    print(report(result))
 
 
 if __name__ == "__main__":
