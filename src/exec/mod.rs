@@ -60,7 +60,8 @@ pub trait Executor {
         Ok(residual.f_add(&self.linear(op, x)?)?)
     }
 
-    /// q, k and v of `qkv` [b, t, 3·heads·d], each [b, heads, t, d]; contiguous on the CPU.
+    /// q, k and v of `qkv` [b, t, 3·heads·d], each [b, heads, t, d], in memory as the products take
+    /// them.
     ///
     /// # Errors
     /// As [`Executor::linear`].

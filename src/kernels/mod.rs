@@ -17,11 +17,13 @@ mod packed;
 pub mod passes;
 mod prepare;
 pub mod reference;
+mod single_threaded;
 mod workers;
 
 pub use codes::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 pub use cpu::InstructionSet;
 pub use packed::PackedRhs;
+pub use single_threaded::SingleThreaded;
 pub use workers::Workers;
 
 use cpu::{Job, Scratch};

@@ -1,4 +1,4 @@
-//! Threads for products, apart from libtorch's pool.
+//! Threads for products and passes, apart from libtorch's.
 
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread;
@@ -7,8 +7,8 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::kernels::cpu::Scratch;
 
-/// A fixed number of threads that share the work of a product. The caller's thread is one of them,
-/// so a product never waits for a thread that is busy elsewhere before it begins.
+/// A fixed number of threads that share the work of a kernel. The caller's thread is one of them,
+/// so a kernel never waits for a thread that is busy elsewhere before it begins.
 #[derive(Debug)]
 pub struct Workers {
     /// The others; none if there is one thread.
@@ -17,14 +17,14 @@ pub struct Workers {
     spare: Mutex<Vec<Scratch>>,
 }
 
-/// The threads of [`product`](crate::kernels::product), once they are known.
+/// The threads of all kernels, once they are known.
 static SHARED: OnceLock<Workers> = OnceLock::new();
 
 impl Workers {
     /// `threads` threads, at least one. Fewer if the system refuses to start them.
     pub fn new(threads: usize) -> Self {
         let others = threads.saturating_sub(1);
-        let name = |index| format!("product-{index}");
+        let name = |index| format!("kernel-{index}");
         let pool = (others > 0)
             .then(|| ThreadPoolBuilder::new().num_threads(others).thread_name(name).build().ok())
             .flatten();

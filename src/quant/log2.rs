@@ -6,7 +6,7 @@ use tch::{Kind, Tensor};
 use crate::error::Result;
 use crate::kernels::Codes;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
-use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, values_of};
+use crate::kernels::passes::staircase::{Occurring, Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
 use crate::quant::once::Once;
@@ -171,6 +171,7 @@ impl Quantizer for Log2Row {
         let (values, largest) = (dense.values()?, self.row_maxima(x, &dense)?);
         let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
         let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
+        let occurring = Occurring::among(&counts);
         let beyond = stairs.len() as i64; // the exponent of no step
         let last = self.last_exponent() as i64;
         for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
@@ -179,7 +180,7 @@ impl Quantizer for Log2Row {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+            if first > 0 && !occurring.any(|steps| inside(steps).is_some()) {
                 continue;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;

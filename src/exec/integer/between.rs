@@ -59,34 +59,87 @@ fn in_runs(values: &mut [f32], operation: impl Fn(usize, &mut [f32]) + Sync) {
     operation(whole, rest);
 }
 
-/// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d].
+/// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d]; v is a view of vᵀ, which its product takes.
 pub(super) fn split_heads(qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
     let (b, t, width) = qkv.size3()?;
     let qkv = qkv.f_contiguous()?;
-    let values = floats(&qkv)?;
     let d = width / (3 * heads);
-    let size = |n: i64| usize::try_from(n).unwrap_or(0);
-    let (tokens, columns, head_width) = (size(t), size(width), size(d));
-    let part = |index: usize| {
-        filled(&[b, heads, t, d], |out| {
-            // A row is one head of one image.
-            for_rows(out, tokens * head_width, |first, part| {
-                let matrices = part.chunks_exact_mut(tokens * head_width).enumerate();
-                for (offset, matrix) in matrices {
-                    let (image, head) =
-                        ((first + offset) / size(heads), (first + offset) % size(heads));
-                    let column = index * columns / 3 + head * head_width;
-                    let image = &values[image * tokens * columns..];
-                    for (row, out) in matrix.chunks_exact_mut(head_width).enumerate() {
-                        let at = row * columns + column;
-                        out.copy_from_slice(&image[at..at + head_width]);
-                    }
-                }
-            });
+    let matrices = |index, shape: [i64; 4], copy: CopyHead| {
+        let part = HeadsPart::new(&qkv, (heads, d), index)?;
+        filled(&shape, |out| {
+            part.each(out, copy);
             Ok(())
         })
     };
-    Ok([part(0)?, part(1)?, part(2)?])
+    let q = matrices(0, [b, heads, t, d], copy_rows)?;
+    let k = matrices(1, [b, heads, t, d], copy_rows)?;
+    let v = matrices(2, [b, heads, d, t], copy_transposed)?;
+    Ok([q, k, v.f_transpose(-2, -1)?])
+}
+
+/// Copies a head, whose first value comes first, to its matrix.
+type CopyHead = fn(&[f32], HeadsPart<'_>, &mut [f32]);
+
+/// q, k or v within qkv.
+#[derive(Clone, Copy)]
+struct HeadsPart<'a> {
+    values: &'a [f32], // [b, t, columns]
+    columns: usize,
+    tokens: usize,
+    heads: usize,
+    head_width: usize,
+    first_column: usize,
+}
+
+impl<'a> HeadsPart<'a> {
+    /// The part number `index` of a dense [b, t, 3·heads·d].
+    fn new(qkv: &'a Tensor, (heads, d): (i64, i64), index: i64) -> Result<Self> {
+        let (_, t, width) = qkv.size3()?;
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        Ok(Self {
+            values: floats(qkv)?,
+            columns: size(width),
+            tokens: size(t),
+            heads: size(heads),
+            head_width: size(d),
+            first_column: size(index * heads * d),
+        })
+    }
+
+    /// Makes the matrix of every head of every image.
+    fn each(self, out: &mut [f32], copy: CopyHead) {
+        let size = self.tokens * self.head_width;
+        for_rows(out, size, |first, part| {
+            for (offset, matrix) in part.chunks_exact_mut(size).enumerate() {
+                let (image, head) = ((first + offset) / self.heads, (first + offset) % self.heads);
+                let at = image * self.tokens * self.columns;
+                let column = self.first_column + head * self.head_width;
+                copy(&self.values[at + column..], self, matrix);
+            }
+        });
+    }
+}
+
+/// Rows as they are, one below the other.
+fn copy_rows(head: &[f32], part: HeadsPart<'_>, matrix: &mut [f32]) {
+    let HeadsPart { columns, head_width, .. } = part;
+    for (row, out) in matrix.chunks_exact_mut(head_width).enumerate() {
+        out.copy_from_slice(&head[row * columns..][..head_width]);
+    }
+}
+
+/// Rows as columns, as many at a time as floats fill a line of the cache.
+fn copy_transposed(head: &[f32], part: HeadsPart<'_>, matrix: &mut [f32]) {
+    const TOKENS: usize = 16;
+    let HeadsPart { columns, tokens, .. } = part;
+    for first in (0..tokens).step_by(TOKENS) {
+        let end = (first + TOKENS).min(tokens);
+        for (column, out) in matrix.chunks_exact_mut(tokens).enumerate() {
+            for (token, out) in (first..end).zip(&mut out[first..end]) {
+                *out = head[token * columns + column];
+            }
+        }
+    }
 }
 
 /// [b, heads, t, d] → [b, t, heads·d].
@@ -184,6 +237,7 @@ mod tests {
             {
                 assert!(found.equal(&expected));
             }
+            assert!(found[2].transpose(-2, -1).is_contiguous(), "as the product takes it");
             assert!(
                 merge_heads(&found[0]).unwrap().equal(&attention::merge_heads(&found[0]).unwrap())
             );

@@ -1,13 +1,11 @@
 //! UBB's grids of linear inputs: one for every token and group of channels, perhaps with the post-GELU
 //! stretch of negatives.
 
-use rayon::prelude::*;
-
 use super::affine::{self, Constants, Grid, encode_rows, quantize_rows};
 use super::extent::{self, Extent};
 use super::ranking::Rules;
 use super::tokens::{allocate, count_within, within};
-use super::{PARALLEL_ELEMENTS, PIECE_ELEMENTS, for_rows, rows_of, vectorized};
+use super::{PARALLEL_ELEMENTS, PIECE_ELEMENTS, for_rows, rows_of, share, vectorized};
 
 /// A linear input [images · tokens, channels], each token in groups of channels.
 #[derive(Clone, Copy, Debug)]
@@ -197,11 +195,8 @@ fn survey(x: &[f32], shape: Grouped, rules: &Rules) -> (Vec<Extent>, Vec<TokenFa
             }
         }
     };
-    extents
-        .par_chunks_mut(piece * per_token)
-        .zip(facts.par_chunks_mut(piece))
-        .enumerate()
-        .for_each(visit);
+    let pieces = extents.chunks_mut(piece * per_token).zip(facts.chunks_mut(piece));
+    share(pieces.enumerate(), visit);
     (extents, facts)
 }
 

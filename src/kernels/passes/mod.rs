@@ -14,7 +14,7 @@ pub mod staircase;
 pub mod tokens;
 pub mod twin;
 
-use rayon::prelude::*;
+use crate::kernels::Workers;
 
 /// Elements from which on threads share the work; below, handing it out costs more than it saves.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
@@ -74,9 +74,13 @@ pub(crate) fn for_parts<T: Send>(
         return work(0, out);
     }
     let rows = (PIECE_ELEMENTS / width).max(1);
-    out.par_chunks_mut(rows * per_row)
-        .enumerate()
-        .for_each(|(piece, part)| work(piece * rows, part));
+    let pieces = out.chunks_mut(rows * per_row).enumerate();
+    share(pieces, |(piece, part)| work(piece * rows, part));
+}
+
+/// Works on all `pieces`, on the threads that products have, too.
+fn share<T: Send>(pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
+    Workers::shared().run(pieces.collect(), |piece, _| work(piece));
 }
 
 /// The rows `first..` that belong to a piece of `len` elements.

@@ -1,13 +1,11 @@
 //! What UBB's search needs to know of every token: its error at three bit widths and at every stretch
 //! of negatives, and its density at every width of the window.
 
-use rayon::prelude::*;
-
 use super::affine::{Constants, Grid};
 use super::extent::Extent;
 use super::groups::{Grouped, Shift, count_windows, extents_and_ranges, grid_of, stretched_value};
 use super::ranking::{Density, Rules};
-use super::{rows_of, vectorized};
+use super::{rows_of, share, vectorized};
 
 /// Lanes of a running sum.
 const LANES: usize = 8;
@@ -48,22 +46,19 @@ pub fn ask(x: &[f32], questions: &Questions<'_>) -> Answers {
     let mut errors = vec![[0.0; 3]; ranges.len() * shifts];
     let mut counts = vec![0; ranges.len() * densities];
     let groups = shape.channels / shape.group;
-    errors
-        .par_chunks_mut(shifts)
-        .zip(counts.par_chunks_mut(densities.max(1)))
-        .enumerate()
-        .for_each(|(token, (errors, counts))| {
-            let x = rows_of(x, shape.channels, token, 1);
-            let window = |density: &Option<Density>| {
-                density.map_or((0.0, 0.0), |density| density.window(ranges[token]))
-            };
-            let windows: Vec<_> = questions.densities.iter().map(window).collect();
-            count_windows(x, &windows, counts);
-            let extents = &extents[token * groups..(token + 1) * groups];
-            for (x, extent) in x.chunks_exact(shape.group).zip(extents) {
-                add_group(x, *extent, questions, errors);
-            }
-        });
+    let tokens = errors.chunks_mut(shifts).zip(counts.chunks_mut(densities.max(1)));
+    share(tokens.enumerate(), |(token, (errors, counts))| {
+        let x = rows_of(x, shape.channels, token, 1);
+        let window = |density: &Option<Density>| {
+            density.map_or((0.0, 0.0), |density| density.window(ranges[token]))
+        };
+        let windows: Vec<_> = questions.densities.iter().map(window).collect();
+        count_windows(x, &windows, counts);
+        let extents = &extents[token * groups..(token + 1) * groups];
+        for (x, extent) in x.chunks_exact(shape.group).zip(extents) {
+            add_group(x, *extent, questions, errors);
+        }
+    });
     Answers { ranges, errors, counts }
 }
 

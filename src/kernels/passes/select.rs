@@ -1,6 +1,8 @@
 //! Order statistics without sorting: the lower median by three counts over the values' bits.
 
-use rayon::prelude::*;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::share;
 
 /// Values counted by one task.
 const PIECE: usize = 1 << 16;
@@ -10,7 +12,7 @@ const DIGITS: [u32; 3] = [11, 11, 10];
 
 /// The lower median, as a sort would give it; NaN where a value is NaN, and of nothing.
 pub fn lower_median(x: &[f32]) -> f32 {
-    if x.is_empty() || x.par_chunks(PIECE).any(|part| part.iter().any(|v| v.is_nan())) {
+    if x.is_empty() || has_nan(x) {
         return f32::NAN;
     }
     let mut rank = ((x.len() - 1) / 2) as u64;
@@ -28,24 +30,34 @@ pub fn lower_median(x: &[f32]) -> f32 {
     from_key(prefix)
 }
 
+fn has_nan(x: &[f32]) -> bool {
+    let found = AtomicBool::new(false);
+    share(x.chunks(PIECE), |part| {
+        if part.iter().any(|v| v.is_nan()) {
+            found.store(true, Ordering::Relaxed);
+        }
+    });
+    found.into_inner()
+}
+
 /// How many keys that begin with the `known` bits of `prefix` go on with each value of a digit.
 fn count(x: &[f32], prefix: u32, known: u32, digit: u32) -> Vec<u64> {
-    let empty = || vec![0u64; 1 << digit];
+    let values = 1 << digit;
     let (shift, mask) = (32 - known - digit, (1u32 << digit) - 1);
-    x.par_chunks(PIECE)
-        .fold(empty, |mut counts, part| {
-            for value in part {
-                let key = key(*value);
-                if known == 0 || key >> (32 - known) == prefix {
-                    counts[(key >> shift & mask) as usize] += 1;
-                }
+    let mut counts = vec![0u64; values * x.len().div_ceil(PIECE)];
+    share(x.chunks(PIECE).zip(counts.chunks_mut(values)), |(part, counts)| {
+        for value in part {
+            let key = key(*value);
+            if known == 0 || key >> (32 - known) == prefix {
+                counts[(key >> shift & mask) as usize] += 1;
             }
-            counts
-        })
-        .reduce(empty, |mut a, b| {
-            a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-            a
-        })
+        }
+    });
+    let mut sums = vec![0; values];
+    for counts in counts.chunks_exact(values) {
+        sums.iter_mut().zip(counts).for_each(|(sum, count)| *sum += count);
+    }
+    sums
 }
 
 /// A number that rises with the value.

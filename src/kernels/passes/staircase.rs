@@ -3,7 +3,9 @@
 //! Logarithms, tangents and codebooks all come down to it. The thresholds are found once, so that no
 //! element costs a logarithm.
 
-use super::{for_rows, rows_of, vectorized};
+use std::sync::{Mutex, PoisonError};
+
+use super::{for_rows, rows_of, share, vectorized};
 
 /// Elements whose steps are counted together.
 const BLOCK: usize = 64;
@@ -13,6 +15,9 @@ const COMPARED: usize = 32;
 
 /// Largest number of thresholds: a count fits a byte.
 pub const MAX_STEPS: usize = 255;
+
+/// Counts of a task of [`Occurring::among`].
+const OCCURRING_PIECE: usize = 1 << 16;
 
 /// One more than thresholds.
 const MAX_VALUES: usize = MAX_STEPS + 1;
@@ -199,6 +204,31 @@ pub fn translate(counts: &[u8], table: &[u8; MAX_VALUES]) -> Vec<u8> {
     codes
 }
 
+/// Which counts there are among many.
+#[derive(Clone, Copy, Debug)]
+pub struct Occurring([bool; MAX_VALUES]);
+
+impl Occurring {
+    /// Looks at all counts, once.
+    pub fn among(counts: &[u8]) -> Self {
+        let all = Mutex::new([false; MAX_VALUES]);
+        share(counts.chunks(OCCURRING_PIECE), |part| {
+            let mut found = [false; MAX_VALUES];
+            for count in part {
+                found[usize::from(*count)] = true;
+            }
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            all.iter_mut().zip(found).for_each(|(all, found)| *all |= found);
+        });
+        Self(all.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether there is a count for which `wanted` holds.
+    pub fn any(&self, wanted: impl Fn(u8) -> bool) -> bool {
+        (0..=u8::MAX).any(|count| self.0[usize::from(count)] && wanted(count))
+    }
+}
+
 /// Rows whose elements are seen relative to the row's largest.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
@@ -312,6 +342,19 @@ counting!(above, Passed::Above);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_single_count_is_found_wherever_it_is() {
+        let mut counts = vec![7; 2 * OCCURRING_PIECE + 3];
+        for at in [0, OCCURRING_PIECE, 2 * OCCURRING_PIECE + 2] {
+            counts[at] = 255;
+            let found = Occurring::among(&counts);
+            assert!(found.any(|count| count == 255) && found.any(|count| count == 7));
+            assert!(!found.any(|count| count != 255 && count != 7));
+            counts[at] = 7;
+        }
+        assert!(!Occurring::among(&[]).any(|_| true));
+    }
 
     #[test]
     fn every_way_of_counting_gives_the_same() {

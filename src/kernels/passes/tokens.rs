@@ -1,13 +1,11 @@
 //! UBB's dynamic grids (token-wise bits): ranges, density counts, ranking and values in two visits.
 
-use rayon::prelude::*;
-
 use super::affine::{
     ColumnGrids, Constants, Grid, encode_columns, encode_rows, quantize_columns, quantize_rows,
 };
 use super::extent::{self, Extent};
 use super::ranking::Rules;
-use super::{for_parts, rows_of, vectorized};
+use super::{for_parts, rows_of, share, vectorized};
 
 /// Where an operand's tokens are: blocks (a head of a window) of `rows` rows of `width` elements.
 #[derive(Clone, Debug)]
@@ -219,9 +217,9 @@ fn ranges(extents: &[Extent], tokens: usize, rules: &Rules) -> Vec<f32> {
 pub(super) fn allocate(ranges: &[f32], counts: &[u32], tokens: usize, rules: &Rules) -> Vec<f32> {
     let mut max_codes = vec![0.0; ranges.len()];
     let tokens = tokens.max(1);
-    max_codes
-        .par_chunks_mut(tokens)
-        .zip(ranges.par_chunks(tokens).zip(counts.par_chunks(tokens)))
-        .for_each(|(out, (ranges, counts))| rules.max_codes(ranges, counts, out));
+    let images = ranges.chunks(tokens).zip(counts.chunks(tokens));
+    share(max_codes.chunks_mut(tokens).zip(images), |(out, (ranges, counts))| {
+        rules.max_codes(ranges, counts, out);
+    });
     max_codes
 }

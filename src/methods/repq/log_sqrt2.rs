@@ -13,7 +13,7 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
-use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
+use crate::kernels::passes::staircase::{Occurring, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
 use crate::quant::log2::ZeroCode;
@@ -170,6 +170,7 @@ impl Quantizer for LogSqrt2 {
         };
         let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
         let counts = stairs.count_all(dense.values()?);
+        let occurring = Occurring::among(&counts);
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;
         for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
@@ -181,7 +182,7 @@ impl Quantizer for LogSqrt2 {
                     let here = exponent % 2 == parity && (first..=end).contains(&halved);
                     (steps > 0 && here).then_some(end - halved)
                 };
-                if first > 0 && !counts.iter().any(|steps| inside(*steps).is_some()) {
+                if first > 0 && !occurring.any(|steps| inside(steps).is_some()) {
                     continue;
                 }
                 let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
