@@ -7,6 +7,7 @@ pub mod catalog;
 pub mod classify;
 pub mod device;
 pub mod evaluator;
+pub mod exact_sum;
 pub mod garbage;
 pub mod jobs;
 mod loader;
