@@ -150,23 +150,17 @@ fn compute(
         // Should the store be out of reach, the lease runs out.
         Err(_) => runner.runtime.block_on(store.release_shard(&hold.lease)),
     };
-    let is_lost = hold.is_lost() || matches!(left, Ok(Standing::Lost));
-    telemetry::shard_left(match counted {
-        _ if is_lost => "lost",
-        Ok(_) if left.is_ok() => "done",
-        Ok(_) | Err(_) => "released",
-    });
-    match (counted, left) {
-        _ if is_lost => {
-            tracing::warn!(
-                shard = hold.lease.position,
-                "the lease of a shard was lost, its numbers are dropped"
-            );
-            Ok(())
-        }
-        (Err(error), _) | (Ok(_), Err(error)) => Err(error),
-        (Ok(_), Ok(_)) => Ok(()),
+    // A heartbeat that comes after the end of the shard finds no lease: what was stored counts.
+    let is_lost = left.as_ref().map_or(hold.is_lost(), |left| *left == Standing::Lost);
+    if is_lost {
+        telemetry::shard_left("lost");
+        tracing::warn!(shard = hold.lease.position, "a shard's lease was lost, and its numbers");
+        return Ok(());
     }
+    let is_done = counted.is_ok() && left.is_ok();
+    telemetry::shard_left(if is_done { "done" } else { "released" });
+    counted?;
+    left.map(drop)
 }
 
 /// What all workers have found so far.
