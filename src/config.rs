@@ -181,6 +181,11 @@ pub struct ProcessConfig {
     #[arg(long, env = "VITQ_JOB_LEASE", default_value = "60", value_name = "SECONDS",
           value_parser = seconds)]
     pub job_lease: Duration,
+    /// Images of an evaluation that a worker takes at a time, in whole batches of 32. Larger
+    /// evaluations are shared by the workers of all processes on the database.
+    #[arg(long, env = "VITQ_SHARD_IMAGES", default_value_t = 1024, value_name = "IMAGES",
+          value_parser = at_least_one)]
+    pub shard_images: usize,
     /// Days for which jobs are kept after their end; models stay.
     #[arg(long, env = "VITQ_JOB_RETENTION_DAYS", default_value_t = 30, value_name = "DAYS")]
     pub job_retention_days: u32,
@@ -272,6 +277,7 @@ impl ProcessConfig {
             response_cache: CacheLimits::default(),
             memory_budget: self.memory_budget,
             workers,
+            shard_images: self.shard_images,
             jobs: JobLimits {
                 queued: self.max_queued_jobs,
                 per_principal: self.max_jobs_per_client,

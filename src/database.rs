@@ -12,13 +12,14 @@ use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, Row as _, SqlSafeStr as _
 use crate::error::{Error, Result};
 
 /// Schema changes in order: version, name, text.
-const MIGRATIONS: [(i64, &str, &str); 6] = [
+const MIGRATIONS: [(i64, &str, &str); 7] = [
     (1, "jobs", include_str!("../migrations/0001_jobs.sql")),
     (2, "models", include_str!("../migrations/0002_models.sql")),
     (3, "units", include_str!("../migrations/0003_units.sql")),
     (4, "uploads", include_str!("../migrations/0004_uploads.sql")),
     (5, "principals", include_str!("../migrations/0005_principals.sql")),
     (6, "traces", include_str!("../migrations/0006_traces.sql")),
+    (7, "shards", include_str!("../migrations/0007_shards.sql")),
 ];
 /// Connections at once; on SQLite, readers beside the one writer.
 const MAX_CONNECTIONS: u32 = 8;

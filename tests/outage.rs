@@ -4,6 +4,7 @@
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
+mod gate;
 mod postgres;
 mod program;
 mod s3;
@@ -12,11 +13,9 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use gate::{Gate, outage};
 use program::{Program, Stores};
 use s3::S3;
-use tokio::io::copy_bidirectional;
-use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::watch;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use tonic_types::StatusExt as _;
@@ -31,42 +30,6 @@ use vitq::grpc::proto::{
     CalibrationDataset, ClassifyRequest, ClassifyResponse, Image, JobMetadata, JobState,
     ListModelsRequest, QuantizeRequest,
 };
-
-/// A way to a server that can be closed.
-struct Gate {
-    port: u16,
-    open: watch::Sender<bool>,
-}
-
-impl Gate {
-    async fn to(port: u16) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let here = listener.local_addr().unwrap().port();
-        let (open, opened) = watch::channel(true);
-        tokio::spawn(async move {
-            loop {
-                let (mut client, _) = listener.accept().await.unwrap();
-                let mut opened = opened.clone();
-                tokio::spawn(async move {
-                    if !*opened.borrow() {
-                        return; // dropped at once
-                    }
-                    let mut server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-                    tokio::select! {
-                        _ = copy_bidirectional(&mut client, &mut server) => {}
-                        _ = opened.wait_for(|open| !open) => {} // cut off in the middle
-                    }
-                });
-            }
-        });
-        Self { port: here, open }
-    }
-}
-
-fn outage() -> Duration {
-    let seconds = std::env::var("OUTAGE").map_or(4, |text| text.parse().unwrap());
-    Duration::from_secs(seconds)
-}
 
 fn quantize(model: &str, images: u32) -> QuantizeRequest {
     QuantizeRequest {
@@ -120,11 +83,7 @@ fn reason(status: &Status) -> (Code, String) {
 
 /// A server whose database is behind a gate.
 async fn server(s3: &S3) -> (Gate, Program) {
-    let url = postgres::database().await;
-    let (user, place) = url.split_once('@').unwrap();
-    let (address, name) = place.split_once('/').unwrap();
-    let gate = Gate::to(address.split_once(':').unwrap().1.parse().unwrap()).await;
-    let database = format!("{user}@127.0.0.1:{}/{name}", gate.port);
+    let (gate, database) = Gate::to_database(&postgres::database().await).await;
     let flags = ["--database", &database, "--store", &s3.url(), "--data-dir", "/nowhere"];
     let flags = flags.map(str::to_owned).to_vec();
     let program = Program::start(&Stores { flags, variables: s3.settings() }).await;
@@ -140,7 +99,7 @@ async fn without_its_database_a_server_answers_what_it_can_and_loses_nothing() {
     classify(&program, "made").await.unwrap();
 
     let running = start(&program, quantize("running", 24)).await;
-    gate.open.send_replace(false);
+    gate.set_open(false);
     let closed = Instant::now();
     let mut models = ModelServiceClient::new(program.channel.clone());
     while closed.elapsed() < outage() {
@@ -155,7 +114,7 @@ async fn without_its_database_a_server_answers_what_it_can_and_loses_nothing() {
         assert_eq!(reason(&status), (Code::Unavailable, "STORE_UNAVAILABLE".to_owned()));
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-    gate.open.send_replace(true);
+    gate.set_open(true);
     let metadata = finish(&program, &running).await;
     assert_eq!((metadata.state(), metadata.attempt), (JobState::Succeeded, 1));
     classify(&program, "running").await.unwrap();

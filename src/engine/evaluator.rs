@@ -2,7 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
-/// Running totals over images; shards merge by addition.
+use super::exact_sum::ExactSum;
+
+/// Running totals over images. They are exact: the same for any order, and any split into shards.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// Images counted.
@@ -16,9 +18,9 @@ pub struct Metrics {
     /// Images with float logits.
     pub compared: u64,
     /// Σ float² over all float logits.
-    pub signal: f64,
+    pub signal: ExactSum,
     /// Σ (quantized − float)².
-    pub noise: f64,
+    pub noise: ExactSum,
 }
 
 impl Metrics {
@@ -31,10 +33,9 @@ impl Metrics {
         if let Some(float) = float {
             self.compared += 1;
             self.agreements += u64::from(ranked.first() == top_k(float, 1).first());
-            for (q, f) in logits.iter().zip(float) {
-                self.signal += f64::from(*f).powi(2);
-                self.noise += (f64::from(*q) - f64::from(*f)).powi(2);
-            }
+            let pairs = || logits.iter().zip(float).map(|(q, f)| (f64::from(*q), f64::from(*f)));
+            self.signal.add(pairs().map(|(_, f)| f.powi(2)).sum());
+            self.noise.add(pairs().map(|(q, f)| (q - f).powi(2)).sum());
         }
     }
 
@@ -45,8 +46,8 @@ impl Metrics {
         self.top5_hits += other.top5_hits;
         self.agreements += other.agreements;
         self.compared += other.compared;
-        self.signal += other.signal;
-        self.noise += other.noise;
+        self.signal.merge(&other.signal);
+        self.noise.merge(&other.noise);
     }
 
     /// Top-1 accuracy in percent; NaN without images.
@@ -66,7 +67,7 @@ impl Metrics {
 
     /// 10·log10(Σfloat² / Σ(quantized − float)²) in dB; +∞ for equal logits, NaN if never compared.
     pub fn sqnr_db(&self) -> f64 {
-        10.0 * (self.signal / self.noise).log10()
+        10.0 * (self.signal.value() / self.noise.value()).log10()
     }
 }
 
@@ -93,9 +94,41 @@ mod tests {
         metrics.add(&[0.0, 1.0, 0.0], 2, Some(&[1.0, 0.0, 0.0]));
         assert_eq!((metrics.top1(), metrics.top5(), metrics.agreement()), (50.0, 100.0, 50.0));
         assert!((metrics.sqnr_db() - 10.0 * (6.0f64 / 3.0).log10()).abs() < 1e-12);
-        let mut merged = Metrics::default();
-        merged.merge(&metrics);
-        assert_eq!(merged, metrics);
+    }
+
+    /// Totals of some images, with numbers whose plain sums depend on their order.
+    fn totals(images: std::ops::Range<usize>) -> Metrics {
+        let mut metrics = Metrics::default();
+        for image in images {
+            let value = |class: usize| {
+                ((image * 7 + class * 3) as f32).sin() * 10_f32.powi(class as i32 - 3)
+            };
+            let logits: Vec<f32> = (0..6).map(value).collect();
+            let float: Vec<f32> = logits.iter().map(|logit| logit * 1.01 + 1e-3).collect();
+            metrics.add(&logits, image % 6, (image % 5 != 0).then_some(&float));
+        }
+        metrics
+    }
+
+    #[test]
+    fn shards_merge_to_the_numbers_of_the_whole_in_any_order() {
+        let whole = totals(0..200);
+        for size in [1, 7, 32, 199, 200] {
+            let mut shards: Vec<Metrics> = (0..200)
+                .step_by(size)
+                .map(|first| totals(first..(first + size).min(200)))
+                .collect();
+            for turn in 0..shards.len().min(5) {
+                shards.rotate_left(turn);
+                let mut merged = Metrics::default();
+                for shard in &shards {
+                    let json = serde_json::to_string(shard).unwrap();
+                    merged.merge(&serde_json::from_str(&json).unwrap());
+                }
+                assert_eq!(merged, whole);
+                assert_eq!(merged.sqnr_db().to_bits(), whole.sqnr_db().to_bits());
+            }
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ pub mod catalog;
 pub mod classify;
 pub mod device;
 pub mod evaluator;
+pub mod exact_sum;
 pub mod garbage;
 pub mod jobs;
 mod loader;
@@ -90,6 +91,8 @@ pub struct EngineConfig {
     pub memory_budget: Option<u64>,
     /// Jobs that run at the same time.
     pub workers: usize,
+    /// Images of an evaluation that a worker takes at a time; larger ones are shared by processes.
+    pub shard_images: usize,
     /// Bounds of the job store.
     pub jobs: JobLimits,
     /// What is accepted as an image.
@@ -118,6 +121,7 @@ impl EngineConfig {
             response_cache: CacheLimits::default(),
             memory_budget: None,
             workers: 1,
+            shard_images: 1024,
             jobs: JobLimits::default(),
             limits: DecodeLimits::default(),
         }
@@ -164,6 +168,7 @@ impl Engine {
             response_cache,
             memory_budget,
             workers,
+            shard_images,
             jobs,
             limits,
         } = config;
@@ -233,6 +238,7 @@ impl Engine {
             device: first,
             limits: limits.clone(),
             workers,
+            shard_images,
         };
         let stop = CancellationToken::new();
         tokio::spawn(upkeep::run(

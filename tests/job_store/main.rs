@@ -6,6 +6,7 @@
 mod postgres;
 
 mod oracle;
+mod shards;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::future::Future;

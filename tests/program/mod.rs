@@ -57,6 +57,13 @@ impl Drop for Process {
 }
 
 impl Process {
+    /// Sends a signal: `TERM`, `STOP`, `CONT`.
+    #[allow(dead_code, reason = "not for tests without signals")]
+    pub fn signal(&self, name: &str) {
+        let id = self.0.id().to_string();
+        assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
+    }
+
     /// A server, and where it listens.
     pub fn serve(stores: &Stores) -> (Self, String) {
         let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
@@ -69,7 +76,9 @@ impl Process {
 
 /// A server, and a connection to it.
 pub struct Program {
-    _process: Process,
+    /// The server.
+    #[allow(dead_code, reason = "not for tests without signals")]
+    pub process: Process,
     #[allow(dead_code, reason = "not for tests with clients of their own")]
     pub channel: Channel,
     /// Where it listens: `http://127.0.0.1:PORT`.
@@ -81,6 +90,6 @@ impl Program {
     pub async fn start(stores: &Stores) -> Self {
         let (process, address) = Process::serve(stores);
         let channel = Channel::from_shared(address.clone()).unwrap().connect().await.unwrap();
-        Self { _process: process, channel, address }
+        Self { process, channel, address }
     }
 }

@@ -1,11 +1,8 @@
 //! Stopping under load: nothing that was admitted fails.
 //!
-//! A call was not admitted if it was refused as DRAINING, or if its client knows from the protocol that
-//! the server has not processed it: there is no connection for it, the request was never sent, or its
-//! stream lies beyond the last one that the server's GOAWAY names. Every other failure is one of an
-//! admitted call. Clients here have one connection and make no second one.
+//! Every failure that is not one of [`was_not_admitted`] is one of an admitted call. Clients here have
+//! one connection and make no second one.
 
-use std::error::Error;
 use std::io::{self, ErrorKind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,43 +11,18 @@ use std::time::{Duration, Instant};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
-use tonic::{Code, Status};
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::model::State;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::{ClassifyRequest, GetModelRequest, Image, LoadModelRequest};
 
+use crate::admission::was_not_admitted;
 use crate::raw::host;
-use crate::server::{digit, quick, refusal};
+use crate::server::{digit, quick};
 use crate::shutdown::Program;
-
-/// Whether the server has certainly done nothing for a call that ended so.
-fn was_not_admitted(status: &Status) -> bool {
-    if refusal(status) == (Code::Unavailable, String::new(), "DRAINING".to_owned()) {
-        return true;
-    }
-    let mut cause = status.source();
-    while let Some(error) = cause {
-        if let Some(error) = error.downcast_ref::<io::Error>()
-            && error.kind() == ErrorKind::ConnectionRefused
-        {
-            return true;
-        }
-        if error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_canceled) {
-            return true;
-        }
-        if let Some(error) = error.downcast_ref::<h2::Error>()
-            && ((error.is_go_away() && error.reason() == Some(h2::Reason::NO_ERROR))
-                || error.reason() == Some(h2::Reason::REFUSED_STREAM))
-        {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
 
 /// A channel of one connection, after which there is none.
 async fn only_connection(program: &Program) -> Channel {

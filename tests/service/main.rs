@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "../admission/mod.rs"]
+mod admission;
 mod bad_input;
 mod cancel;
 mod classify;

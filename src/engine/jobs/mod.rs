@@ -27,7 +27,10 @@ use crate::telemetry::TraceContext;
 pub use runner::{JobRunner, RunnerParts};
 pub use spec::{Afterwards, EvaluateJob, ImageChoice, JobSpec, QuantizeJob};
 pub(super) use store::standing_of;
-pub use store::{Claimed, JobFilter, JobLimits, JobStore, Lease, Standing, Workload};
+pub use store::{
+    Claimed, JobFilter, JobLimits, JobStore, Lease, Shard, ShardLease, ShardWorker, Standing,
+    Workload,
+};
 
 /// Identifies a job: a ULID.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]

@@ -10,7 +10,7 @@ use tch::Tensor;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::store::{JobStore, Lease, Standing};
+use super::store::{JobStore, Lease, ShardLease, Standing};
 use super::{Figures, JobProgress};
 use crate::artifact::store::{ArtifactStore, put_named};
 use crate::calib::kept::{Tensors, from_bytes, to_bytes};
@@ -41,18 +41,51 @@ pub(super) struct JobReporter {
     inputs: OnceLock<String>,
 }
 
-/// A running job as everything that may stop it sees it.
+/// The right to compute something, which heartbeats extend.
+pub(super) trait Leased {
+    /// One heartbeat.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    fn beat(&self, store: &JobStore) -> impl Future<Output = Result<Standing>> + Send;
+}
+
+impl Leased for Lease {
+    fn beat(&self, store: &JobStore) -> impl Future<Output = Result<Standing>> + Send {
+        store.heartbeat(self)
+    }
+}
+
+impl Leased for ShardLease {
+    fn beat(&self, store: &JobStore) -> impl Future<Output = Result<Standing>> + Send {
+        store.heartbeat_shard(self)
+    }
+}
+
+/// Keeps a lease alive, and learns from the store when the work is to stop.
+pub(super) async fn keep_alive<L: Leased>(store: Arc<JobStore>, hold: Arc<Hold<L>>) {
+    loop {
+        match hold.lease.beat(&store).await {
+            Ok(standing) => hold.note(standing),
+            // The lease may still hold when the store answers again.
+            Err(error) => tracing::warn!(%error, "a heartbeat failed"),
+        }
+        tokio::time::sleep(store.beat_pause()).await;
+    }
+}
+
+/// A running job, or a shard of one, as everything that may stop it sees it.
 #[derive(Debug)]
-pub(super) struct Hold {
+pub(super) struct Hold<L = Lease> {
     /// The right to run it.
-    pub(super) lease: Lease,
+    pub(super) lease: L,
     /// Asks the calculation to stop.
     pub(super) stop: CancellationToken,
     lost: AtomicBool,
 }
 
-impl Hold {
-    pub(super) fn new(lease: Lease, stop: CancellationToken) -> Self {
+impl<L> Hold<L> {
+    pub(super) fn new(lease: L, stop: CancellationToken) -> Self {
         Self { lease, stop, lost: AtomicBool::new(false) }
     }
 
@@ -66,7 +99,37 @@ impl Hold {
         self.stop.cancel();
     }
 
-    /// Whether somebody else has the job by now.
+    /// Does something again while a store that it needs cannot be reached, for so long; `tell`
+    /// hears of every failure.
+    ///
+    /// # Errors
+    /// `Cancelled`; whatever `work` gives, `Unavailable` once the time is over.
+    pub(super) fn wait_for<T>(
+        &self,
+        patience: Duration,
+        tell: impl Fn(Error),
+        mut work: impl FnMut() -> Result<T>,
+    ) -> Result<T> {
+        let began = Instant::now();
+        loop {
+            match work() {
+                Err(error @ Error::Unavailable { .. }) if began.elapsed() < patience => {
+                    tell(error);
+                    std::thread::sleep(STORE_RETRY);
+                    self.going_on()?;
+                }
+                result => return result,
+            }
+        }
+    }
+
+    /// # Errors
+    /// `Cancelled` once the calculation is to stop.
+    pub(super) fn going_on(&self) -> Result<()> {
+        if self.stop.is_cancelled() { Err(Error::Cancelled) } else { Ok(()) }
+    }
+
+    /// Whether somebody else has the work by now.
     pub(super) fn is_lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
     }
@@ -83,27 +146,20 @@ impl JobReporter {
         Self { store, artifacts, hold, runtime, throttle, inputs: OnceLock::new() }
     }
 
-    /// Does something again while a store that it needs cannot be reached, for so long.
+    /// As [`Hold::wait_for`]; the failures become warnings of the job.
     ///
     /// # Errors
     /// `Cancelled`; whatever `work` gives, `Unavailable` once the time is over.
     pub(super) fn wait_for<T>(
         &self,
         patience: Duration,
-        mut work: impl FnMut() -> Result<T>,
+        work: impl FnMut() -> Result<T>,
     ) -> Result<T> {
-        let began = Instant::now();
-        loop {
-            match work() {
-                Err(error @ Error::Unavailable { .. }) if began.elapsed() < patience => {
-                    self.warn(error);
-                    self.flush();
-                    std::thread::sleep(STORE_RETRY);
-                    self.check_cancelled()?;
-                }
-                result => return result,
-            }
-        }
+        let tell = |error| {
+            self.warn(error);
+            self.flush();
+        };
+        self.hold.wait_for(patience, tell, work)
     }
 
     /// Says what the work is made of, by digests. Before this nothing is restored or kept.
@@ -125,6 +181,11 @@ impl JobReporter {
             Ok(())
         };
         put_named(&*self.artifacts, bytes, name).await
+    }
+
+    /// The job as everything that may stop it sees it.
+    pub(super) fn hold(&self) -> &Hold {
+        &self.hold
     }
 
     /// The right to run the job.

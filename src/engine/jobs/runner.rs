@@ -1,6 +1,7 @@
 //! Worker threads that run jobs, and the handle through which calls reach them.
 
-use std::collections::BTreeMap;
+use std::any::Any;
+use std::collections::{BTreeMap, BTreeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -11,9 +12,10 @@ use tch::Device;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
 use tokio_util::sync::CancellationToken;
+use tracing::Instrument as _;
 use tracing::field::Empty;
 
-use super::progress::{Hold, JobReporter};
+use super::progress::{Hold, JobReporter, keep_alive};
 use super::store::{Claimed, JobStore, Standing};
 use super::{
     JobEvent, JobEventKind, JobId, JobOutput, JobRecord, JobSpec, JobState, NewJob, Novelty,
@@ -32,8 +34,6 @@ use crate::telemetry::{self, metrics};
 const STORE_RETRY: Duration = Duration::from_secs(1);
 /// How often a worker looks for jobs that other processes submitted or lost.
 const POLL: Duration = Duration::from_secs(1);
-/// Heartbeats within the time of a lease: so many may go missing.
-const BEATS_PER_LEASE: u32 = 12;
 /// How long a reader may leave an event before it counts as slow.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// What metrics call the end of a job that another process goes on with.
@@ -60,6 +60,17 @@ pub struct RunnerParts {
     pub limits: DecodeLimits,
     /// Jobs that run at the same time.
     pub workers: usize,
+    /// Images of an evaluation that a worker takes at a time.
+    pub shard_images: usize,
+}
+
+/// What a worker does next.
+#[derive(Debug)]
+enum Work {
+    /// A job that it holds from now on.
+    Job(Claimed),
+    /// Shards of a job that another process holds.
+    Help(JobRecord),
 }
 
 /// Runs jobs on its own threads until it is stopped.
@@ -69,9 +80,9 @@ pub struct JobRunner {
     pub(super) runtime: Handle,
     running: Mutex<BTreeMap<JobId, Arc<Hold>>>,
     /// Names this process in the database.
-    name: String,
+    pub(super) name: String,
     wake: Notify,
-    stop: CancellationToken,
+    pub(super) stop: CancellationToken,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -291,35 +302,29 @@ impl JobRunner {
     }
 
     fn work(&self) {
-        while let Some(claimed) = self.runtime.block_on(self.next_job()) {
-            let (id, spec) = (&claimed.record.id, &claimed.record.spec);
-            // Of the level of errors, so that every line of the job has it, whatever is logged.
-            let span = tracing::error_span!(
-                "job",
-                otel.name = Empty,
-                trace_id = Empty,
-                span_id = Empty,
-                cause_trace_id = Empty,
-                %id,
-                kind = spec.kind(),
-                model = %spec.model(),
-            );
-            // A trace of its own: the call that asked for it is long over.
-            telemetry::adopt(&span, spec.kind(), None);
-            if let Some(call) = &claimed.record.trace {
-                telemetry::link(&span, call);
+        let mut declined = BTreeSet::new();
+        while let Some(work) = self.runtime.block_on(self.next_work(&mut declined)) {
+            match work {
+                Work::Job(claimed) => {
+                    let kind = claimed.record.spec.kind();
+                    job_span(&claimed.record, kind).in_scope(|| self.run(&claimed));
+                }
+                Work::Help(job) => {
+                    if !job_span(&job, "shards").in_scope(|| self.help(&job)) {
+                        declined.insert(job.id);
+                    }
+                }
             }
-            span.in_scope(|| self.run(&claimed));
         }
     }
 
-    async fn next_job(&self) -> Option<Claimed> {
+    async fn next_work(&self, declined: &mut BTreeSet<JobId>) -> Option<Work> {
         loop {
             if self.stop.is_cancelled() {
                 return None;
             }
-            match self.parts.store.claim(&self.name).await {
-                Ok(Some(claimed)) => return Some(claimed),
+            match self.look_for_work(declined).await {
+                Ok(Some(work)) => return Some(work),
                 Ok(None) => tokio::select! {
                     () = self.wake.notified() => {}
                     () = tokio::time::sleep(POLL) => {}
@@ -333,12 +338,44 @@ impl JobRunner {
         }
     }
 
+    /// A job; if none waits, one to help with that was not `declined`.
+    async fn look_for_work(&self, declined: &mut BTreeSet<JobId>) -> Result<Option<Work>> {
+        if let Some(claimed) = self.parts.store.claim(&self.name).await? {
+            return Ok(Some(Work::Job(claimed)));
+        }
+        let jobs = self.parts.store.to_help_with(&self.name).await?;
+        declined.retain(|id| jobs.iter().any(|job| job.id == *id));
+        Ok(jobs.into_iter().find(|job| !declined.contains(&job.id)).map(Work::Help))
+    }
+
+    /// Helps with a job; whether there is a point in doing so again. What fails here is left to the
+    /// job's own worker, which tells if it fails there, too.
+    fn help(&self, job: &JobRecord) -> bool {
+        let JobSpec::Evaluate(spec) = &*job.spec else { return false };
+        let helped = catch_unwind(AssertUnwindSafe(|| evaluate::help(self, &job.id, spec)))
+            .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
+        match helped {
+            Ok(helped) => helped,
+            Err(Error::Unavailable { what, reason }) => {
+                tracing::warn!(what, reason, "could not help with a job");
+                thread::sleep(STORE_RETRY);
+                true
+            }
+            Err(Error::Cancelled) => false,
+            Err(error) => {
+                tracing::warn!(%error, "could not help with a job");
+                false
+            }
+        }
+    }
+
     fn run(&self, claimed: &Claimed) {
         let Claimed { record: job, lease } = claimed;
         let hold = Arc::new(Hold::new(lease.clone(), self.stop.child_token()));
         lock(&self.running).insert(job.id.clone(), Arc::clone(&hold));
         // Its first beat is at once: a cancellation may have come between the claim and the entry.
-        let heart = self.runtime.spawn(beat(Arc::clone(&self.parts.store), Arc::clone(&hold)));
+        let heart = keep_alive(Arc::clone(&self.parts.store), Arc::clone(&hold));
+        let heart = self.runtime.spawn(heart.in_current_span());
         let store = Arc::clone(&self.parts.store);
         let artifacts = Arc::clone(&self.parts.artifacts);
         let reporter = JobReporter::new(store, artifacts, Arc::clone(&hold), self.runtime.clone());
@@ -348,9 +385,7 @@ impl JobRunner {
             JobSpec::Quantize(spec) => quantize::run(self, spec, &reporter),
             JobSpec::Evaluate(spec) => evaluate::run(self, spec, &reporter),
         }))
-        .unwrap_or_else(|panic| {
-            Err(Error::internal(format!("panic: {}", panic_text(panic.as_ref()))))
-        });
+        .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
         reporter.flush();
         lock(&self.running).remove(&job.id);
         let ended = self.runtime.block_on(self.end(&hold, result));
@@ -423,17 +458,30 @@ fn process_name() -> String {
     format!("{}/{}", host.trim(), ulid::Ulid::generate())
 }
 
-/// Keeps a lease alive, and learns from the store when the job is to stop.
-async fn beat(store: Arc<JobStore>, hold: Arc<Hold>) {
-    let pause = store.limits().lease / BEATS_PER_LEASE;
-    loop {
-        match store.heartbeat(&hold.lease).await {
-            Ok(standing) => hold.note(standing),
-            // The lease may still hold when the store answers again.
-            Err(error) => tracing::warn!(%error, job = %hold.lease.id, "a heartbeat failed"),
-        }
-        tokio::time::sleep(pause).await;
+/// The span of everything that a process does for a job.
+fn job_span(job: &JobRecord, name: &'static str) -> tracing::Span {
+    let JobRecord { id, spec, trace, .. } = job;
+    // Of the level of errors, so that every line of the job has it, whatever is logged.
+    let span = tracing::error_span!(
+        "job",
+        otel.name = Empty,
+        trace_id = Empty,
+        span_id = Empty,
+        cause_trace_id = Empty,
+        %id,
+        kind = spec.kind(),
+        model = %spec.model(),
+    );
+    // A trace of its own: the call that asked for it is long over.
+    telemetry::adopt(&span, name, None);
+    if let Some(call) = trace {
+        telemetry::link(&span, call);
     }
+    span
+}
+
+fn panicked(panic: &(dyn Any + Send)) -> Error {
+    Error::internal(format!("panic: {}", panic_text(panic)))
 }
 
 /// No code panics while it holds one of these locks, so what they guard is whole.

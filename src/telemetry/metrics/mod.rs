@@ -108,6 +108,11 @@ pub fn job_ended(kind: impl Into<SharedString>, result: &'static str, time: Opti
     }
 }
 
+/// Notes what became of a shard of an evaluation that this process had taken.
+pub fn shard_left(result: &'static str) {
+    counter!(table::SHARDS.name, "result" => result).increment(1);
+}
+
 /// Notes that a job of this process was given to another worker.
 pub fn lease_lost() {
     counter!(table::LEASES_LOST.name).increment(1);

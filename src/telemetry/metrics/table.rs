@@ -112,6 +112,8 @@ metrics! {
         "Jobs that ended in this process, or were given back";
     JOB_DURATION = Histogram(LONG_SECONDS), "vitq_job_duration_seconds", ["kind", "result"],
         "Time of a job on its worker";
+    SHARDS = Counter, "vitq_job_shards_total", ["result"],
+        "Shards of evaluations that this process computed, gave back or lost";
     LEASES_LOST = Counter, "vitq_job_lease_lost_total", [],
         "Jobs that were given to another worker while this process ran them";
     JOB_QUEUE_AGE = Gauge, "vitq_job_queue_oldest_age_seconds", [],

@@ -1,7 +1,8 @@
-//! Jobs in the database: submitted, found, watched. `worker` is the side that runs them.
+//! Jobs in the database: submitted, found, watched. `worker` and `shards` are the side that runs them.
 
 mod records;
 mod rows;
+mod shards;
 mod submit;
 mod worker;
 
@@ -21,6 +22,7 @@ use crate::telemetry::metrics;
 
 pub(super) use records::failures;
 use rows::{RECORD, json, record};
+pub use shards::{Shard, ShardLease, ShardWorker};
 
 pub(in crate::engine) use worker::standing_of;
 pub use worker::{Claimed, Lease, Standing};
@@ -29,6 +31,8 @@ pub use worker::{Claimed, Lease, Standing};
 const MAX_EVENTS: i64 = 20_000;
 /// Events that one reading gives.
 const EVENTS_PAGE: i64 = 1000;
+/// Heartbeats within the time of a lease: so many may go missing.
+const BEATS_PER_LEASE: u32 = 12;
 /// How often a watcher looks for what another process did.
 const POLL: Duration = Duration::from_millis(500);
 
@@ -106,6 +110,11 @@ impl JobStore {
     /// Bounds of the store.
     pub fn limits(&self) -> &JobLimits {
         &self.limits
+    }
+
+    /// Time between two heartbeats of a lease.
+    pub fn beat_pause(&self) -> Duration {
+        self.limits.lease / BEATS_PER_LEASE
     }
 
     /// One job.
@@ -320,6 +329,7 @@ impl JobStore {
             "INSERT INTO condemned (digest) SELECT DISTINCT digest FROM job_units \
              WHERE job_id = $1 ON CONFLICT (digest) DO NOTHING",
             "DELETE FROM job_units WHERE job_id = $1",
+            "DELETE FROM job_shards WHERE job_id = $1",
         ] {
             sqlx::query(sql).bind(id.as_str()).execute(&mut **tx).await.map_err(failed)?;
         }

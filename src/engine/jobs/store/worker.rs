@@ -217,8 +217,12 @@ impl JobStore {
     /// # Errors
     /// `Unavailable`.
     pub async fn forget_leases(&self) -> Result<()> {
-        let sql = "UPDATE jobs SET lease_expires_ms = 0 WHERE active = 1 AND state <> 'queued'";
-        sqlx::query(sql).execute(self.database.pool()).await.map_err(failed)?;
+        for sql in [
+            "UPDATE jobs SET lease_expires_ms = 0 WHERE active = 1 AND state <> 'queued'",
+            "UPDATE job_shards SET lease_expires_ms = 0 WHERE lease_owner IS NOT NULL",
+        ] {
+            sqlx::query(sql).execute(self.database.pool()).await.map_err(failed)?;
+        }
         Ok(())
     }
 }
@@ -250,7 +254,7 @@ fn attempt(lease: &Lease) -> i64 {
     i64::try_from(lease.attempt).unwrap_or(i64::MAX)
 }
 
-fn standing(state: Option<&str>) -> Result<Standing> {
+pub(super) fn standing(state: Option<&str>) -> Result<Standing> {
     Ok(match state.map(JobState::parse).transpose()? {
         None => Standing::Lost,
         Some(JobState::Cancelling) => Standing::CancelRequested,

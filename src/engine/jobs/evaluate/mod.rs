@@ -1,0 +1,81 @@
+//! The evaluation job: a model and a labelled data set in, accuracy and fidelity out.
+//!
+//! [`measure`] is one worker's view of it: what is loaded, and the numbers of some of its images.
+//! [`shards`] spreads the images over the workers of several processes.
+
+mod measure;
+mod shards;
+
+use super::progress::{JobReporter, START};
+use super::runner::{JobRunner, RunnerParts};
+use super::{EvaluateJob, Evaluation, JobOutput};
+use crate::artifact::store::ModelRecord;
+use crate::calib::Progress as _;
+use crate::data::{Dataset, Sample};
+use crate::engine::resources::DatasetLook;
+use crate::error::{Error, Result};
+
+use measure::Measurement;
+
+pub(super) use shards::help;
+
+/// Checks what a request names. Blocking.
+///
+/// # Errors
+/// `InvalidArgument`, `NotFound`.
+pub(super) fn check(parts: &RunnerParts, job: &EvaluateJob) -> Result<()> {
+    let record = parts.registry.get(&job.model)?.record;
+    match parts.resources.look_at_dataset(&job.dataset, "dataset")? {
+        DatasetLook::Open(dataset) => choose(dataset, job, &record).map(drop),
+        DatasetLook::Uploaded(info) => {
+            check_classes(info.classes.len(), &record)?;
+            job.limit.map_or(Ok(()), |limit| info.check_count(limit, "limit"))
+        }
+    }
+}
+
+/// Evaluates, together with other processes if there is much to do.
+///
+/// # Errors
+/// Whatever its steps report; `Cancelled`.
+pub(super) fn run(
+    runner: &JobRunner,
+    job: &EvaluateJob,
+    reporter: &JobReporter,
+) -> Result<JobOutput> {
+    reporter.stage("load");
+    let going_on = || reporter.check_cancelled();
+    let (measurement, no_reference) =
+        reporter.wait_for(START, || Measurement::prepare(runner, job, &going_on))?;
+    let mut warnings = Vec::new();
+    if let Some(error) = no_reference {
+        warnings.push(format!("no agreement and no SQNR: {error}"));
+        reporter.warn(error);
+    }
+    let figures = shards::lead(runner, &measurement, reporter)?;
+    Ok(JobOutput::Evaluated(Evaluation {
+        model: job.model.clone(),
+        model_version: measurement.record().digest.clone(),
+        dataset: job.dataset.clone(),
+        figures,
+        warnings,
+    }))
+}
+
+/// The images that are evaluated.
+fn choose(dataset: Dataset, job: &EvaluateJob, record: &ModelRecord) -> Result<Vec<Sample>> {
+    check_classes(dataset.classes.len(), record)?;
+    match job.limit {
+        Some(limit) => dataset.subset(limit, job.seed, "limit"),
+        None => Ok(dataset.samples),
+    }
+}
+
+fn check_classes(found: usize, record: &ModelRecord) -> Result<()> {
+    let known = record.model.num_classes;
+    if i64::try_from(found).map_or(true, |found| found > known) {
+        let reason = format!("has {found} classes, the model knows {known}");
+        return Err(Error::invalid("dataset", reason));
+    }
+    Ok(())
+}
