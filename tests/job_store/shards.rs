@@ -110,7 +110,7 @@ async fn workers_of_other_processes_find_what_there_is_to_help_with() {
         };
         assert_eq!(helped("other").await, []);
         let lease = planned(&store).await;
-        assert_eq!(helped("other").await, [lease.id.clone()]);
+        assert_eq!(helped("other").await, std::slice::from_ref(&lease.id));
         assert_eq!(helped("worker").await, [], "it is its own job");
         let shard = take(&store, &lease.id, ShardWorker::Helper).await.unwrap();
         for _ in 1..PLAN.len() {
@@ -118,7 +118,7 @@ async fn workers_of_other_processes_find_what_there_is_to_help_with() {
         }
         assert_eq!(helped("other").await, [], "all shards are taken");
         store.release_shard(&shard).await.unwrap();
-        assert_eq!(helped("other").await, [lease.id.clone()]);
+        assert_eq!(helped("other").await, std::slice::from_ref(&lease.id));
         // A job that is given back is claimed, not helped with; its shards stay.
         store.release(&lease).await.unwrap();
         assert_eq!(helped("other").await, []);
