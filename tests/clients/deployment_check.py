@@ -255,7 +255,8 @@ def dockerfile():
     setup = Path("scripts/setup.sh").read_text()
     (torch,) = re.findall(r"^torch=(\S+)", setup, re.M)
     assert f"ARG RUST={rust}\n" in text and f"ARG TORCH={torch}\n" in text
-    for package in re.findall(r"nvidia-[a-z-]+==[0-9.]+", setup):
+    (packages,) = re.findall(r"^cpu_packages=\((.*)\)$", setup, re.M)
+    for package in re.findall(r"nvidia-[a-z-]+==[0-9.]+", packages):
         assert package in text, package
     stages = re.findall(r"^FROM (\S+) AS (\S+)", text, re.M)
     names = [name for _, name in stages]

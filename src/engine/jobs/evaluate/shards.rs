@@ -256,6 +256,6 @@ mod tests {
         }
         assert_eq!(plan(450, 64).len(), 8);
         assert_eq!(plan(1000, 1024), vec![Range { start: 0, end: 1000 }]);
-        assert_eq!(plan(1_281_167, 1024).len(), 251);
+        assert_eq!(plan(1_281_167, 1024).len(), 256);
     }
 }
