@@ -8,7 +8,8 @@ use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluateResult, JobMetad
 
 use crate::server::{Setup, TestServer, refusal};
 
-async fn evaluate(
+/// Everything that an evaluation tells, to its end.
+pub(crate) async fn evaluate(
     server: &TestServer,
     request: EvaluateRequest,
 ) -> Result<Vec<EvaluateEvent>, Status> {

@@ -14,10 +14,11 @@ use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 use vitq::grpc::ops::{self, Probes};
 use vitq::grpc::proto::{
-    ClassifyRequest, GetModelRequest, Image, LoadModelRequest, UnloadModelRequest,
+    ClassifyRequest, EvaluateRequest, GetModelRequest, Image, LoadModelRequest, UnloadModelRequest,
 };
 use vitq::telemetry::metrics::table::{ALL, Kind, Metric};
 
+use crate::evaluate::evaluate;
 use crate::server::{Setup, TestServer, digit, drawn, quick, result};
 use crate::uploads::bring_digits;
 
@@ -108,6 +109,13 @@ async fn every_metric_is_told_after_some_traffic() {
     result(server.quantize(request).await.unwrap());
     let images = vec![digit(0, 0), b"no image".to_vec(), digit(1, 0)];
     server.classify("counted", images).await.unwrap();
+    let evaluation = EvaluateRequest {
+        model: "counted".to_owned(),
+        dataset: "brought".to_owned(),
+        limit: 4,
+        ..EvaluateRequest::default()
+    };
+    evaluate(&server, evaluation).await.unwrap();
     let unknown = server.classify("nobody-has-this", vec![digit(0, 0)]).await.unwrap_err();
     assert_eq!(unknown.code(), Code::NotFound);
 

@@ -62,7 +62,7 @@ impl Gpu {
                 .inspect_err(|reason| {
                     let device = device::name(device);
                     tracing::warn!(%device, %reason, "no kernels for this GPU: libtorch computes");
-                    metrics::gpu_fallback(device);
+                    metrics::gpu_fallback();
                 })
                 .ok()
         })

@@ -124,8 +124,8 @@ pub fn model_loaded<T>(result: &Result<T>, time: Duration) {
 }
 
 /// Notes that a GPU's kernels cannot be used.
-pub fn gpu_fallback(device: String) {
-    counter!(table::GPU_FALLBACKS.name, "device" => device).increment(1);
+pub fn gpu_fallback() {
+    counter!(table::GPU_FALLBACKS.name).increment(1);
 }
 
 /// Notes an operation on the artifact store. What is not there is no failure of the store.

@@ -125,7 +125,7 @@ metrics! {
     MODEL_BYTES = Gauge, "vitq_model_bytes", ["model"], "Bytes of a loaded model on its device";
     MODEL_SITES = Gauge, "vitq_model_sites", ["model", "executor"],
         "Products of a loaded model by the arithmetic that computes them";
-    GPU_FALLBACKS = Counter, "vitq_gpu_kernel_fallbacks_total", ["device"],
+    GPU_FALLBACKS = Counter, "vitq_gpu_kernel_fallbacks_total", [],
         "GPUs on which libtorch computes because the kernels did not compile or were wrong there";
     STORE_OPERATIONS = Counter, "vitq_store_operations_total", ["op", "result"],
         "Operations on the artifact store";
