@@ -2,7 +2,7 @@
 //! on the stream that libtorch uses.
 //!
 //! Neither a CUDA toolkit to build nor a GPU to compile is needed. [`Gpu::of`] gives the kernels of a
-//! tensor's device once they have compiled and passed [`check`](self::check) there; a device without
+//! tensor's device once they have compiled and passed their check there; a device without
 //! them, or where they fail, has none, and callers fall back to libtorch.
 
 mod between;
