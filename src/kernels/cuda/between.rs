@@ -1,11 +1,9 @@
 //! What lies between products on a GPU.
 
-use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
-use super::compile::Source;
-use super::gpu::Gpu;
-use super::product::{address, to_i32};
+use super::compile::{PLAIN, Source};
+use super::gpu::{Gpu, address, by_value, to_i32};
 use crate::error::{Error, Result};
 
 #[repr(C)]
@@ -21,13 +19,11 @@ struct SoftmaxArguments {
     scale: f32,
 }
 
-#[allow(unsafe_code, reason = "the kernel takes it by value")]
-// SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for SoftmaxArguments {}
+by_value!(SoftmaxArguments);
 
 pub(super) fn source() -> Source {
     let text = include_str!("between.cu");
-    Source { name: "between", text, definitions: Vec::new(), contract: true }
+    Source { name: "between", text, definitions: PLAIN, contract: true }
 }
 
 impl Gpu {

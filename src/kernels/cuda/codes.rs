@@ -2,6 +2,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::gpu::parts;
 use crate::error::{Error, Result};
 use crate::quant::IntTerm;
 
@@ -41,8 +42,13 @@ impl Padding {
         if group == 0 || group > MAX_GROUP {
             return None;
         }
-        let group_width = round_up(group, STEP);
-        Some(Self { columns, groups, group_width, width: round_up(group_width * groups, STAGE) })
+        let group_width = parts(group, STEP) * STEP;
+        Some(Self {
+            columns,
+            groups,
+            group_width,
+            width: parts(group_width * groups, STAGE) * STAGE,
+        })
     }
 
     fn group(self) -> i64 {
@@ -61,10 +67,6 @@ impl Padding {
         shape.push(self.width);
         Ok(padded.f_reshape(shape)?)
     }
-}
-
-fn round_up(n: i64, step: i64) -> i64 {
-    (n + step - 1) / step * step
 }
 
 /// Rows of small unsigned codes in one or more terms:

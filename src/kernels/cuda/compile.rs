@@ -13,6 +13,12 @@ const PACKAGE_FOLDER: &str = "../../nvidia/cu13/lib";
 /// Its libraries, the one that the other looks for first.
 const LIBRARIES: [&str; 2] = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"];
 
+/// Values of macros by name, as many as any program has; without a name there is none.
+pub(super) type Definitions = [(&'static str, i32); 8];
+
+/// No macros.
+pub(super) const PLAIN: Definitions = [("", 0); 8];
+
 /// A kernel's source and how it is to be compiled.
 #[derive(Clone, Debug)]
 pub(super) struct Source {
@@ -21,7 +27,7 @@ pub(super) struct Source {
     /// CUDA C++.
     pub(super) text: &'static str,
     /// Macros.
-    pub(super) definitions: Vec<(&'static str, i32)>,
+    pub(super) definitions: Definitions,
     /// Whether a multiplication and an addition may become one operation.
     pub(super) contract: bool,
 }
@@ -37,7 +43,8 @@ impl Source {
         }
         let mut options =
             vec![format!("--gpu-architecture=compute_{major}{minor}"), "--std=c++17".to_owned()];
-        options.extend(self.definitions.iter().map(|(name, value)| format!("-D{name}={value}")));
+        let given = self.definitions.iter().filter(|(name, _)| !name.is_empty());
+        options.extend(given.map(|(name, value)| format!("-D{name}={value}")));
         let options = CompileOptions {
             options,
             fmad: Some(self.contract),

@@ -11,7 +11,7 @@ use cudarc::driver::{
 use tch::{Device, Tensor};
 
 use super::check;
-use super::compile::{Source, is_installed};
+use super::compile::{Definitions, Source, is_installed};
 use super::quantize;
 use crate::device;
 use crate::error::{Error, Result};
@@ -23,15 +23,48 @@ const MAX_GPUS: usize = 64;
 /// The first compute capability with asynchronous copies and integer products as the kernels use them.
 const MIN_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Threads of a warp.
+pub(super) const WARP: i64 = 32;
+
 /// Shared memory that a block may use without asking.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+
+/// Lets kernels take structures by value.
+macro_rules! by_value {
+    ($($name:ident),*) => {
+        $(
+            #[allow(unsafe_code, reason = "a kernel takes it by value")]
+            // SAFETY: plain numbers in C's layout.
+            unsafe impl cudarc::driver::DeviceRepr for $name {}
+        )*
+    };
+}
+pub(super) use by_value;
+
+/// Where a tensor's values are; 0 for none.
+pub(super) fn address(x: Option<&Tensor>) -> u64 {
+    x.map_or(0, |x| x.data_ptr() as u64)
+}
+
+pub(super) fn to_i32(n: i64) -> Result<i32> {
+    i32::try_from(n).map_err(|_| Error::internal(format!("{n} is too large for a kernel")))
+}
+
+pub(super) fn to_u32(n: i64) -> Result<u32> {
+    u32::try_from(n).map_err(|_| Error::internal(format!("{n} is too large for a kernel")))
+}
+
+/// How many parts of that size cover `n`.
+pub(super) fn parts(n: i64, size: i64) -> i64 {
+    (n + size - 1) / size
+}
 
 /// A GPU whose kernels compile and compute what they should.
 pub struct Gpu {
     device: Device,
     stream: Arc<CudaStream>,
     capability: (i32, i32),
-    functions: Mutex<HashMap<String, CudaFunction>>,
+    functions: Mutex<HashMap<(&'static str, Definitions), CudaFunction>>,
     constants: Mutex<HashMap<Vec<u32>, Tensor>>,
 }
 
@@ -107,15 +140,15 @@ impl Gpu {
     pub(super) fn function(
         &self,
         source: &Source,
-        name: &str,
+        name: &'static str,
         shared: u32,
     ) -> Result<CudaFunction> {
-        let key = format!("{}.{name} {:?}", source.name, source.definitions);
+        let key = (name, source.definitions);
         let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(function) = functions.get(&key) {
             return Ok(function.clone());
         }
-        let failed = |reason: String| Error::internal(format!("kernel {key}: {reason}"));
+        let failed = |reason: String| Error::internal(format!("kernel {key:?}: {reason}"));
         let program = source.compile(self.capability).map_err(failed)?;
         let load = || -> Result<CudaFunction, DriverError> {
             let function = self.stream.context().load_module(program)?.load_function(name)?;

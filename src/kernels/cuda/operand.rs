@@ -2,8 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::gpu::Gpu;
-use super::product::{address, to_i32};
+use super::gpu::{Gpu, address, to_i32};
 use crate::error::Result;
 
 /// Where the tokens of an operand are: blocks (a head of a window) of `rows` rows of `width` values.

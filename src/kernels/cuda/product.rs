@@ -1,18 +1,14 @@
 //! Products of codes on a GPU.
 
-use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
 use super::codes::{GpuCodes, GpuWeight, Padding};
 use super::compile::Source;
-use super::gpu::{Gpu, Launch};
+use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
 use crate::error::{Error, Result};
 
 /// Shared memory of a block on the smallest of the GPUs.
 const MAX_SHARED_BYTES: i64 = 99 << 10;
-
-/// Threads of a warp.
-const WARP: i64 = 32;
 
 /// What is done to a product while it is in registers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,7 +43,7 @@ impl Tiling {
     fn choose((batch, m, n): (i64, i64, i64), width: i64, (terms, groups): (i64, i64)) -> Self {
         /// Blocks that keep a large GPU busy.
         const ENOUGH: i64 = 132;
-        let blocks = |tiling: Self| batch * ceil(m, tiling.block.0) * ceil(n, tiling.block.1);
+        let blocks = |tiling: Self| batch * parts(m, tiling.block.0) * parts(n, tiling.block.1);
         let wide = if terms * groups == 1 { Self::MIDDLE } else { Self::LARGE };
         let fits = wide.shared_bytes(false, (terms, groups)) <= MAX_SHARED_BYTES;
         let tiling = if fits && blocks(wide) >= ENOUGH { wide } else { Self::SMALL };
@@ -59,7 +55,7 @@ impl Tiling {
         Source {
             name: "product",
             text: include_str!("product.cu"),
-            definitions: vec![
+            definitions: [
                 ("BM", number(self.block.0)),
                 ("BN", number(self.block.1)),
                 ("WM", number(self.warp.0)),
@@ -90,10 +86,6 @@ impl Tiling {
         let whole = [Self::LARGE, Self::MIDDLE, Self::SMALL];
         whole.iter().flat_map(|tiling| [*tiling, Self { step: 64, ..*tiling }]).collect()
     }
-}
-
-fn ceil(n: i64, part: i64) -> i64 {
-    (n + part - 1) / part
 }
 
 /// The right operand as the kernel reads it.
@@ -128,14 +120,7 @@ struct Arguments {
     accumulate: i32,
 }
 
-#[allow(unsafe_code, reason = "the kernel takes it by value")]
-// SAFETY: plain numbers in C's layout.
-unsafe impl DeviceRepr for Arguments {}
-
-/// Where a tensor's values are; 0 for none.
-pub(super) fn address(x: Option<&Tensor>) -> u64 {
-    x.map_or(0, |x| x.data_ptr() as u64)
-}
+by_value!(Arguments);
 
 impl Gpu {
     /// `lhs · weightᵀ` with its epilogue, float32 [rows of lhs, rows of the weight].
@@ -238,7 +223,7 @@ impl Gpu {
         let _counted = (to_i32(batch * m)?, to_i32(batch * n)?);
         let (block_m, block_n) = tiling.block;
         let launch = Launch {
-            grid: (to_u32(ceil(n, block_n))?, to_u32(ceil(m, block_m))?, to_u32(batch)?),
+            grid: (to_u32(parts(n, block_n))?, to_u32(parts(m, block_m))?, to_u32(batch)?),
             threads: to_u32(tiling.threads())?,
             shared,
         };
@@ -253,14 +238,6 @@ impl Gpu {
 
 fn misfit(lhs: Padding, rhs: Padding) -> Error {
     Error::internal(format!("operands {lhs:?} and {rhs:?} do not fit each other"))
-}
-
-pub(super) fn to_i32(n: i64) -> Result<i32> {
-    i32::try_from(n).map_err(|_| Error::internal(format!("{n} is too large for a kernel")))
-}
-
-pub(super) fn to_u32(n: i64) -> Result<u32> {
-    u32::try_from(n).map_err(|_| Error::internal(format!("{n} is too large for a kernel")))
 }
 
 #[cfg(test)]

@@ -82,6 +82,25 @@ __device__ __forceinline__ Run<V> read(const float* x) {
   return run;
 }
 
+// Extends low and high by `width` values, every team of lanes its own; a lane is at `place` in its team.
+template <int V>
+__device__ __forceinline__ void extend(float& low, float& high, const float* x, int width, int place, int team) {
+#pragma unroll 4
+  for (int i = place * V; i < width; i += team * V) {
+    const Run<V> run = read<V>(x + i);
+#pragma unroll
+    for (int e = 0; e < V; e++) low = least(low, run.of[e]), high = largest(high, run.of[e]);
+  }
+}
+
+// The extent of a team of lanes, for each of them.
+__device__ __forceinline__ void join(float& low, float& high, int team) {
+  for (int offset = team / 2; offset; offset /= 2) {
+    low = least(low, __shfl_xor_sync(ALL, low, offset));
+    high = largest(high, __shfl_xor_sync(ALL, high, offset));
+  }
+}
+
 template <int V>
 __device__ __forceinline__ void survey_token(const Survey& s, int token) {
   const int lane = threadIdx.x % 32;
@@ -91,19 +110,9 @@ __device__ __forceinline__ void survey_token(const Survey& s, int token) {
   const float inf = __int_as_float(0x7f800000);
   float low = inf, high = -inf;
   if (s.groups == 1) {
-    for (int index = 0; index < parts; index++) {
-      const float* x = row_at(s.memory, block_of(t, set, index), row);
-#pragma unroll 4
-      for (int i = lane * V; i < t.width; i += 32 * V) {
-        const Run<V> run = read<V>(x + i);
-#pragma unroll
-        for (int e = 0; e < V; e++) low = least(low, run.of[e]), high = largest(high, run.of[e]);
-      }
-    }
-    for (int offset = 16; offset; offset /= 2) {
-      low = least(low, __shfl_xor_sync(ALL, low, offset));
-      high = largest(high, __shfl_xor_sync(ALL, high, offset));
-    }
+    for (int index = 0; index < parts; index++)
+      extend<V>(low, high, row_at(s.memory, block_of(t, set, index), row), t.width, lane, 32);
+    join(low, high, 32);
     if (lane == 0) s.extents[token] = make_float2(low, high);
   } else {
     // Lanes share out the groups: as many to each as there are.
@@ -114,28 +123,13 @@ __device__ __forceinline__ void survey_token(const Survey& s, int token) {
     for (int first = 0; first < s.groups; first += 32 / team) {
       const int group = first + lane / team;
       float group_low = inf, group_high = -inf;
-      if (group < s.groups) {
-        const float* from = x + group * group_width;
-#pragma unroll 4
-        for (int i = place * V; i < group_width; i += team * V) {
-          const Run<V> run = read<V>(from + i);
-#pragma unroll
-          for (int e = 0; e < V; e++)
-            group_low = least(group_low, run.of[e]), group_high = largest(group_high, run.of[e]);
-        }
-      }
-      for (int offset = team / 2; offset; offset /= 2) {
-        group_low = least(group_low, __shfl_xor_sync(ALL, group_low, offset));
-        group_high = largest(group_high, __shfl_xor_sync(ALL, group_high, offset));
-      }
+      if (group < s.groups) extend<V>(group_low, group_high, x + group * group_width, group_width, place, team);
+      join(group_low, group_high, team);
       if (group < s.groups && place == 0)
         s.extents[(i64)token * s.groups + group] = make_float2(group_low, group_high);
       low = least(low, group_low), high = largest(high, group_high);
     }
-    for (int offset = 16; offset; offset /= 2) {
-      low = least(low, __shfl_xor_sync(ALL, low, offset));
-      high = largest(high, __shfl_xor_sync(ALL, high, offset));
-    }
+    join(low, high, 32);
   }
   if (!s.ranges) return;
   float range = high - low;
@@ -320,16 +314,8 @@ __device__ __forceinline__ void affine_row(const Affine& a, int row, GroupGrid* 
     // One group, over the extent of the row itself.
     const float inf = __int_as_float(0x7f800000);
     float low = inf, high = -inf;
-#pragma unroll 4
-    for (int i = lane * V; i < t.width; i += 32 * V) {
-      const Run<V> run = read<V>(x + i);
-#pragma unroll
-      for (int e = 0; e < V; e++) low = least(low, run.of[e]), high = largest(high, run.of[e]);
-    }
-    for (int offset = 16; offset; offset /= 2) {
-      low = least(low, __shfl_xor_sync(ALL, low, offset));
-      high = largest(high, __shfl_xor_sync(ALL, high, offset));
-    }
+    extend<V>(low, high, x, t.width, lane, 32);
+    join(low, high, 32);
     if (lane == 0) grids[0] = group_grid(a, make_float2(low, high), max_code);
   }
   const bool codes = !a.values;
@@ -423,10 +409,7 @@ __device__ __forceinline__ void affine_short(const Affine& a, int row) {
 #pragma unroll
     for (int k = 0; k < KEPT; k++)
       if (lane + k * 32 < t.width) low = least(low, kept[k]), high = largest(high, kept[k]);
-    for (int offset = 16; offset; offset /= 2) {
-      low = least(low, __shfl_xor_sync(ALL, low, offset));
-      high = largest(high, __shfl_xor_sync(ALL, high, offset));
-    }
+    join(low, high, 32);
     grid = grid_over(low, high, grid.max_code, a.exact);
   }
   float* const values = a.values + (i64)row * t.width;

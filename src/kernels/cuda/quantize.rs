@@ -4,10 +4,9 @@ use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
 use super::codes::{GpuCodes, MAX_SEGMENTS, Padding};
-use super::compile::Source;
-use super::gpu::{Gpu, Launch};
+use super::compile::{PLAIN, Source};
+use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
 use super::operand::{Memory, Tokens, dense};
-use super::product::{address, to_i32, to_u32};
 use crate::error::{Error, Result};
 use crate::kernels::passes::ranking::Rules;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values};
@@ -238,15 +237,6 @@ struct StairsArguments {
     codes: CodesArguments,
 }
 
-macro_rules! by_value {
-    ($($name:ident),*) => {
-        $(
-            #[allow(unsafe_code, reason = "a kernel takes it by value")]
-            // SAFETY: plain numbers in C's layout.
-            unsafe impl DeviceRepr for $name {}
-        )*
-    };
-}
 by_value!(SurveyArguments, AllocateArguments, AffineArguments, StairsArguments);
 
 /// What a survey finds of tokens.
@@ -259,7 +249,7 @@ struct Facts {
 pub(super) fn source() -> Source {
     // Every operation rounds, as those of tensors do.
     let text = include_str!("quantize.cu");
-    Source { name: "quantize", text, definitions: Vec::new(), contract: false }
+    Source { name: "quantize", text, definitions: PLAIN, contract: false }
 }
 
 impl<'g> Rounded<'g> {
@@ -550,7 +540,7 @@ impl Gpu {
             floor: rules.density.map_or(0.0, |density| density.floor),
             max_codes: address(Some(&max_codes)),
         };
-        let threads = (per_image + 31) / 32 * 32;
+        let threads = parts(per_image, WARP) * WARP;
         let launch = Launch {
             grid: (to_u32(images)?, 1, 1),
             threads: to_u32(threads.min(MAX_THREADS))?,
@@ -569,7 +559,7 @@ impl Gpu {
     pub(super) fn by_row<A: DeviceRepr>(
         &self,
         source: &Source,
-        name: &str,
+        name: &'static str,
         rows: i64,
         arguments: &A,
     ) -> Result<()> {
@@ -577,7 +567,7 @@ impl Gpu {
             return Ok(());
         }
         let function = self.function(source, name, 0)?;
-        let grid = (to_u32((rows + ROWS - 1) / ROWS)?, 1, 1);
+        let grid = (to_u32(parts(rows, ROWS))?, 1, 1);
         #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
         // SAFETY: callers make the tensors behind the arguments for the rows and groups that they pass,
         // contiguous and on this GPU, and hold them until the call ends.
