@@ -30,4 +30,13 @@ impl Linear {
             bias: scope.get_optional("bias", &[out])?,
         })
     }
+
+    /// The shape of its output for `x` [.., in]: [.., out].
+    pub fn output_shape(&self, x: &Tensor) -> Vec<i64> {
+        let mut shape = x.size();
+        if let Some(last) = shape.last_mut() {
+            *last = self.weight.size()[0];
+        }
+        shape
+    }
 }

@@ -11,6 +11,7 @@ use crate::kernels::cpu_slices::{filled, floats};
 use crate::kernels::passes::affine::{
     ColumnGrids, Grid, quantize_columns, quantize_rows, quantize_whole,
 };
+use crate::kernels::passes::staircase::{Staircase, Values};
 use crate::tensor::to_vec_f32;
 
 /// A tensor in one piece of memory, the last two axes swapped where they lie that way.
@@ -97,6 +98,22 @@ impl Dense {
             Ok(())
         })?;
         if self.swapped { Ok(result.f_transpose(-2, -1)?) } else { Ok(result) }
+    }
+
+    /// `x` on a staircase, if there is one; `None` where it has no pass.
+    ///
+    /// # Errors
+    /// `Device` when memory is short.
+    pub(crate) fn climb(
+        x: &Tensor,
+        stairs: Option<&(Staircase, Values)>,
+    ) -> Result<Option<Tensor>> {
+        match (Self::of(x)?, stairs) {
+            (Some(dense), Some((stairs, values))) => {
+                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
+            }
+            _ => Ok(None),
+        }
     }
 
     /// x̂ on static affine grids, parameters broadcastable to the original; `None` where they differ

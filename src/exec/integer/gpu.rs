@@ -3,8 +3,8 @@
 
 use tch::Tensor;
 
-use super::sites::{Cuda, Form, IntegerSites};
-use crate::error::{Error, Result};
+use super::sites::{Cuda, Form, IntegerSites, encode};
+use crate::error::Result;
 use crate::exec::{Executor, Simulated, WeightSource};
 use crate::kernels::cuda::{Epilogue, Gpu, GpuCodes, GpuWeight};
 use crate::nn::{Linear, Operand, Site, gelu};
@@ -27,12 +27,7 @@ impl<'a> IntegerOnGpu<'a> {
     }
 
     fn encode(&self, site: &Site, operand: Operand, x: &Tensor) -> Result<GpuCodes> {
-        let quantizer = self.plan.get(site.id, operand);
-        let codes = quantizer.map(|quantizer| quantizer.encode_on_gpu(x)).transpose()?.flatten();
-        codes.ok_or_else(|| {
-            let name = site.operand_name(operand);
-            Error::internal(format!("{}: {name} has lost its integer form", site.path))
-        })
+        encode::<Cuda>(self.plan, (site, operand), x)
     }
 
     /// The linear of x [.., in] by its packed weight.
@@ -44,12 +39,7 @@ impl<'a> IntegerOnGpu<'a> {
     ) -> Result<Tensor> {
         let codes = self.encode(&op.site, Operand::Lhs, x)?;
         let epilogue = Epilogue { bias: op.bias.as_ref(), ..epilogue };
-        let product = self.gpu.product(&codes, weight, epilogue)?;
-        let mut shape = x.size();
-        if let Some(last) = shape.last_mut() {
-            *last = op.weight.size()[0];
-        }
-        Ok(product.f_reshape(shape)?)
+        Ok(self.gpu.product(&codes, weight, epilogue)?.f_reshape(op.output_shape(x))?)
     }
 }
 

@@ -11,13 +11,13 @@ mod sites;
 
 use tch::Tensor;
 
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::exec::{Executor, ScoreTerms, Simulated, WeightSource};
 use crate::kernels::{self, Codes, PackedRhs, cpu_slices};
 use crate::nn::{LayerNorm, Linear, Operand, Site};
 use crate::quant::QuantPlan;
 
-use sites::Form;
+use sites::{Form, encode};
 
 pub use gpu::IntegerOnGpu;
 pub use sites::{Cpu, Cuda, IntegerSites, Kernels, Packer, SiteCounts};
@@ -37,12 +37,7 @@ impl<'a> Integer<'a> {
     }
 
     fn encode(&self, site: &Site, operand: Operand, x: &Tensor) -> Result<Codes> {
-        let quantizer = self.plan.get(site.id, operand);
-        let codes = quantizer.map(|quantizer| quantizer.encode(x)).transpose()?.flatten();
-        codes.ok_or_else(|| {
-            let name = site.operand_name(operand);
-            Error::internal(format!("{}: {name} has lost its integer form", site.path))
-        })
+        encode::<Cpu>(self.plan, (site, operand), x)
     }
 
     /// The linear of `x` by its packed weight, with something `done` to the whole result in place.
@@ -54,11 +49,7 @@ impl<'a> Integer<'a> {
     ) -> Result<Tensor> {
         let codes = self.encode(&op.site, Operand::Lhs, x)?;
         let bias = op.bias.as_ref().map(cpu_slices::floats).transpose()?;
-        let mut shape = x.size();
-        if let Some(last) = shape.last_mut() {
-            *last = op.weight.size()[0];
-        }
-        cpu_slices::filled(&shape, |out| {
+        cpu_slices::filled(&op.output_shape(x), |out| {
             kernels::product(&codes, weight, bias, out);
             done(out)
         })

@@ -6,7 +6,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::exec::{Executor, Simulated, WeightSource};
 use crate::kernels::cuda::{GpuCodes, GpuWeight};
 use crate::kernels::{Codes, PackedRhs};
@@ -100,6 +100,23 @@ pub(super) enum Form<W> {
     Simulated,
     /// Nothing of it is quantized.
     Float,
+}
+
+/// The codes of an operand of a site that is computed in integers.
+///
+/// # Errors
+/// `Internal` when it has none; as [`Quantizer::encode`].
+pub(super) fn encode<K: Kernels>(
+    plan: &QuantPlan,
+    (site, operand): (&Site, Operand),
+    x: &Tensor,
+) -> Result<K::Codes> {
+    let quantizer = plan.get(site.id, operand);
+    let codes = quantizer.map(|quantizer| K::encode(quantizer, x)).transpose()?.flatten();
+    codes.ok_or_else(|| {
+        let name = site.operand_name(operand);
+        Error::internal(format!("{}: {name} has lost its integer form", site.path))
+    })
 }
 
 /// How many products of a model are computed in which arithmetic.

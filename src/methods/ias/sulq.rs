@@ -123,6 +123,9 @@ impl ShiftUniformLog2 {
 
     /// The values at which E rises by one, and what they decode to; below −η there is no logarithm.
     fn stairs(&self) -> Option<&(Staircase, Values)> {
+        if self.constant().is_some() {
+            return None;
+        }
         self.stairs.get(|| {
             let bottom = -self.shift as f32;
             let least = to_vec_f32(&self.exponents(&Tensor::f_from_slice(&[bottom])?)?)?[0];
@@ -158,12 +161,7 @@ impl Quantizer for ShiftUniformLog2 {
     }
 
     fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        match (self.constant(), Dense::of(x)?, self.stairs()) {
-            (None, Some(dense), Some((stairs, values))) => {
-                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
-            }
-            _ => Ok(None),
-        }
+        Dense::climb(x, self.stairs())
     }
 
     fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
@@ -174,9 +172,7 @@ impl Quantizer for ShiftUniformLog2 {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
-        let Some((stairs, values)) = self.stairs().filter(|_| self.constant().is_none()) else {
-            return Ok(None);
-        };
+        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
         Rounded::stairs(x, &Stairs { stairs, values, relative: None, planes: Vec::new() })
     }
 

@@ -130,12 +130,7 @@ impl Quantizer for LogSqrt2 {
     }
 
     fn fake_quantize_in_a_pass(&self, x: &Tensor) -> Result<Option<Tensor>> {
-        match (Dense::of(x)?, self.stairs()) {
-            (Some(dense), Some((stairs, values))) => {
-                dense.map(|x, out| stairs.map(x, values, out)).map(Some)
-            }
-            _ => Ok(None),
-        }
+        Dense::climb(x, self.stairs())
     }
 
     fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
