@@ -27,8 +27,8 @@ pub(super) fn codes_of(terms: &[IntTerm], code_bits: u32) -> Result<Option<Codes
     if !is_taken(size(*columns), size(groups), code_bits) {
         return Ok(None);
     }
-    let mut layout = Layout { shape: [outer, &[groups]].concat(), code_bits, terms: Vec::new() };
-    for term in terms {
+    let mut layout = Layout { shape: [outer, &[groups]].concat(), terms: Vec::new() };
+    for term in &bytes_of(terms, code_bits)? {
         layout.push(term)?;
     }
     Ok(Some(Codes {
@@ -57,47 +57,61 @@ pub(super) fn max_code(bits: u32) -> u8 {
     u8::MAX >> (u8::BITS - bits.min(u8::BITS))
 }
 
+/// A term whose codes are bytes, none larger than `max_code`.
+#[derive(Debug)]
+pub(crate) struct ByteTerm {
+    pub(crate) term: IntTerm,
+    max_code: u8,
+}
+
+/// The sum of `terms`, each as one term of bytes, or as two of which the second counts 256.
+///
+/// # Errors
+/// `Device` when libtorch refuses.
+pub(crate) fn bytes_of(terms: &[IntTerm], code_bits: u32) -> Result<Vec<ByteTerm>> {
+    let mut bytes = Vec::new();
+    for IntTerm { codes, scale, zero_point } in terms {
+        // Negative codes come of pixels that are not numbers; their scale is not one, either.
+        let codes = codes.f_clamp_min(0i64)?;
+        let (scale, zero_point) = (scale.shallow_clone(), zero_point.shallow_clone());
+        let Some(high_bits) = code_bits.checked_sub(u8::BITS).filter(|bits| *bits > 0) else {
+            let term = IntTerm { codes, scale, zero_point };
+            bytes.push(ByteTerm { term, max_code: max_code(code_bits) });
+            continue;
+        };
+        // s·(q − z) = s·(low − z) + 256·s·(high − 0)
+        let high = IntTerm {
+            codes: codes.f_bitwise_right_shift_tensor_scalar(i64::from(u8::BITS))?,
+            scale: scale.f_mul_scalar(BYTE)?,
+            zero_point: zero_point.f_zeros_like()?,
+        };
+        let low = IntTerm { codes: codes.f_bitwise_and(i64::from(u8::MAX))?, scale, zero_point };
+        bytes.push(ByteTerm { term: low, max_code: u8::MAX });
+        bytes.push(ByteTerm { term: high, max_code: max_code(high_bits) });
+    }
+    Ok(bytes)
+}
+
 struct Layout {
     /// [.., groups], the shape of every scale.
     shape: Vec<i64>,
-    code_bits: u32,
     terms: Vec<CodesTerm>,
 }
 
 impl Layout {
-    /// Adds a term as one plane of bytes, or as two of which the second counts 256.
-    fn push(&mut self, term: &IntTerm) -> Result<()> {
-        let (scale, zero_point) = (&term.scale, &term.zero_point);
-        // Negative codes come of pixels that are not numbers; their scale is not one, either.
-        let codes = term.codes.f_clamp_min(0i64)?;
-        let Some(high_bits) = self.code_bits.checked_sub(u8::BITS).filter(|bits| *bits > 0) else {
-            return self.plane(&codes, (scale, zero_point), max_code(self.code_bits));
-        };
-        // s·(q − z) = s·(low − z) + 256·s·(high − 0)
-        let low = codes.f_bitwise_and(i64::from(u8::MAX))?;
-        let high = codes.f_bitwise_right_shift_tensor_scalar(i64::from(u8::BITS))?;
-        let coarse = (&scale.f_mul_scalar(BYTE)?, &zero_point.f_zeros_like()?);
-        self.plane(&low, (scale, zero_point), u8::MAX)?;
-        self.plane(&high, coarse, max_code(high_bits))
-    }
-
-    fn plane(
-        &mut self,
-        codes: &Tensor,
-        (scale, zero_point): (&Tensor, &Tensor),
-        max_code: u8,
-    ) -> Result<()> {
+    fn push(&mut self, ByteTerm { term, max_code }: &ByteTerm) -> Result<()> {
         let dense = |x: &Tensor, kind: Kind| -> Result<Tensor> {
             let x = x.f_expand(&self.shape, false)?;
             Ok(x.f_to_device(Device::Cpu)?.f_to_kind(kind)?.f_contiguous()?.f_flatten(0, -1)?)
         };
-        let (scale, zero_point) = (dense(scale, Kind::Float)?, dense(zero_point, Kind::Int)?);
-        let codes = codes.f_to_device(Device::Cpu)?.f_to_kind(Kind::Uint8)?.f_contiguous()?;
+        let (scale, zero_point) =
+            (dense(&term.scale, Kind::Float)?, dense(&term.zero_point, Kind::Int)?);
+        let codes = term.codes.f_to_device(Device::Cpu)?.f_to_kind(Kind::Uint8)?.f_contiguous()?;
         self.terms.push(CodesTerm {
             codes: Vec::try_from(&codes.f_flatten(0, -1)?)?,
             scale: Vec::try_from(&scale)?,
             zero_point: Vec::try_from(&zero_point)?,
-            max_code,
+            max_code: *max_code,
         });
         Ok(())
     }

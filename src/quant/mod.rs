@@ -4,7 +4,7 @@ pub mod bits;
 pub mod cost;
 pub(crate) mod dense;
 pub mod dynamic;
-mod encode;
+pub(crate) mod encode;
 pub mod granularity;
 pub mod log2;
 pub(crate) mod once;

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 use super::gpu::parts;
 use crate::error::{Error, Result};
 use crate::quant::IntTerm;
+use crate::quant::encode::{ByteTerm, bytes_of};
 
 /// Codes of a step of the tensor cores: groups are padded to whole steps.
 const STEP: i64 = 32;
@@ -12,14 +13,10 @@ const STEP: i64 = 32;
 const STAGE: i64 = 64;
 /// Largest code of which two share a byte.
 const MAX_NIBBLE: i64 = 15;
-/// Largest code.
-const MAX_CODE: i64 = 255;
 /// Longest group whose sum of products fits 32 bits.
 const MAX_GROUP: i64 = 33_025;
 /// Most terms × groups of an operand: a product keeps their grids in shared memory.
 pub(super) const MAX_SEGMENTS: i64 = 64;
-/// Bits of a byte.
-const BYTE_BITS: u32 = 8;
 
 /// How rows of codes lie in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,38 +106,26 @@ impl GpuCodes {
         let Some(padding) = groups.and_then(|groups| Padding::new(*columns, groups)) else {
             return Ok(None);
         };
-        let planes = if code_bits > BYTE_BITS { 2 } else { 1 };
-        if planes * terms.len() as i64 * padding.groups > MAX_SEGMENTS {
+        // A scale for every channel is no group that a product could sum.
+        if code_bits > 2 * u8::BITS || (padding.groups > 1 && padding.group() == 1) {
             return Ok(None);
         }
-        // A scale for every channel is no group that a product could sum.
-        if code_bits > 2 * BYTE_BITS || (padding.groups > 1 && padding.group() == 1) {
+        let terms = bytes_of(terms, code_bits)?;
+        if terms.len() as i64 * padding.groups > MAX_SEGMENTS {
             return Ok(None);
         }
         let rows: i64 = outer.iter().product();
         let parameters = [outer, &[padding.groups]].concat();
         let (mut codes, mut grids) = (Vec::new(), Vec::new());
-        for term in terms {
+        for ByteTerm { term, .. } in &terms {
             let dense = |x: &Tensor| -> Result<Tensor> {
                 let x = x.f_to_kind(Kind::Float)?.f_expand(&parameters, false)?;
                 Ok(x.f_reshape([rows, padding.groups])?)
             };
             let (scale, zero_point) = (dense(&term.scale)?, dense(&term.zero_point)?);
-            let whole = term.codes.f_clamp_min(0i64)?.f_reshape([rows, *columns])?;
-            if code_bits <= BYTE_BITS {
-                grids.push(grid_of(&whole, &scale, &zero_point, padding)?);
-                codes.push(padding.pad(&whole.f_to_kind(Kind::Uint8)?)?);
-                continue;
-            }
-            // s·(q − z) = s·(low − z) + 256·s·(high − 0)
-            let low = whole.f_bitwise_and(MAX_CODE)?;
-            let high = whole.f_bitwise_right_shift_tensor_scalar(i64::from(BYTE_BITS))?;
-            let coarse = scale.f_mul_scalar((MAX_CODE + 1) as f64)?;
-            let none = zero_point.f_zeros_like()?;
-            for (plane, scale, zero) in [(low, &scale, &zero_point), (high, &coarse, &none)] {
-                grids.push(grid_of(&plane, scale, zero, padding)?);
-                codes.push(padding.pad(&plane.f_to_kind(Kind::Uint8)?)?);
-            }
+            let bytes = term.codes.f_reshape([rows, *columns])?;
+            grids.push(grid_of(&bytes, &scale, &zero_point, padding)?);
+            codes.push(padding.pad(&bytes.f_to_kind(Kind::Uint8)?)?);
         }
         Ok(Some(Self {
             rows,
