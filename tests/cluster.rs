@@ -9,6 +9,7 @@ mod admission;
 mod gate;
 mod postgres;
 mod program;
+mod requests;
 mod s3;
 
 use std::collections::BTreeMap;
@@ -33,10 +34,9 @@ use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
-use vitq::grpc::proto::quantize_request::Calibration;
 use vitq::grpc::proto::{
-    CalibrationDataset, ClassifyRequest, ClassifyResponse, EvaluateRequest, Image, JobMetadata,
-    JobState, QuantizeEvent, QuantizeRequest, SetAliasRequest, WatchRequest,
+    ClassifyRequest, ClassifyResponse, EvaluateRequest, Image, JobMetadata, JobState,
+    QuantizeEvent, QuantizeRequest, SetAliasRequest, WatchRequest,
 };
 
 /// The name that clients use.
@@ -49,23 +49,6 @@ const PAUSE: Duration = Duration::from_millis(20);
 const EVALUATED: u32 = 128;
 /// Longer than any step takes.
 const PATIENCE: Duration = Duration::from_secs(300);
-
-fn request(model: &str, method: &str, options: &[(&str, &str)], images: u32) -> QuantizeRequest {
-    QuantizeRequest {
-        checkpoint: "digits-vit".to_owned(),
-        method: method.to_owned(),
-        options: options.iter().map(|(key, value)| ((*key).into(), (*value).into())).collect(),
-        weight_bits: 4,
-        activation_bits: 4,
-        calibration: Some(Calibration::Dataset(CalibrationDataset {
-            name: "digits/calib".to_owned(),
-            count: images,
-            files: vec![],
-        })),
-        model_id: model.to_owned(),
-        ..QuantizeRequest::default()
-    }
-}
 
 async fn quantize(server: &Program, request: QuantizeRequest) -> Streaming<QuantizeEvent> {
     let mut client = QuantizationServiceClient::new(server.channel.clone());
@@ -200,7 +183,7 @@ async fn a_cluster_goes_on_whatever_happens_to_its_parts() {
     let first = worker();
     step("two servers and a worker are there");
 
-    let mut events = quantize(&one, request("first", "ubb", &[], 4)).await;
+    let mut events = quantize(&one, requests::digits("first", "ubb", 4)).await;
     let accepted = events.next().await.unwrap().unwrap();
     let watch =
         WatchRequest { name: accepted.operation.clone(), after_sequence: accepted.sequence };
@@ -221,8 +204,7 @@ async fn a_cluster_goes_on_whatever_happens_to_its_parts() {
     step("both servers give the same answer under an alias");
 
     let load = Load::start([&one, &two]);
-    let options = [("iterations", "12"), ("batch", "8")];
-    let mut events = quantize(&one, request("second", "ias", &options, 8)).await;
+    let mut events = quantize(&one, requests::of_many_units("second")).await;
     let operation = until_unit(&mut events, 4).await;
     drop(first);
     let second = worker();
@@ -238,7 +220,7 @@ async fn a_cluster_goes_on_whatever_happens_to_its_parts() {
     load.replace(0, &one);
     step("a server was stopped under load, and replaced");
 
-    let mut events = quantize(&two, request("third", "ubb", &[], 24)).await;
+    let mut events = quantize(&two, requests::digits("third", "ubb", 24)).await;
     let operation = until_unit(&mut events, 1).await;
     gate.set_open(false);
     tokio::time::sleep(outage()).await;

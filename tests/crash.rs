@@ -8,6 +8,7 @@
 
 mod postgres;
 mod program;
+mod requests;
 mod s3;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -29,13 +30,11 @@ use vitq::grpc::proto::longrunning::{ListOperationsRequest, WaitOperationRequest
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
-use vitq::grpc::proto::quantize_request::Calibration;
 use vitq::grpc::proto::upload_request::Part;
 use vitq::grpc::proto::upload_service_client::UploadServiceClient;
 use vitq::grpc::proto::{
-    CalibrationDataset, ClassifyRequest, GetUploadRequest, Image, JobMetadata, JobState,
-    ListCheckpointsRequest, ListModelsRequest, QuantizeRequest, Upload, UploadHeader, UploadKind,
-    UploadRequest,
+    ClassifyRequest, GetUploadRequest, Image, JobMetadata, JobState, ListCheckpointsRequest,
+    ListModelsRequest, QuantizeRequest, Upload, UploadHeader, UploadKind, UploadRequest,
 };
 use vitq::model::generated::{GeneratedOptions, generate};
 
@@ -50,18 +49,8 @@ async fn is_half_here(program: &Program, number: u64) -> bool {
 
 fn request(number: u64) -> QuantizeRequest {
     QuantizeRequest {
-        checkpoint: "digits-vit".to_owned(),
-        method: "minmax".to_owned(),
-        weight_bits: 4,
-        activation_bits: 4,
-        calibration: Some(Calibration::Dataset(CalibrationDataset {
-            name: "digits/calib".to_owned(),
-            count: 24,
-            files: vec![],
-        })),
-        model_id: format!("m{number}"),
         request_id: format!("request-{number}"),
-        ..QuantizeRequest::default()
+        ..requests::digits(&format!("m{number}"), "minmax", 24)
     }
 }
 

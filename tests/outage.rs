@@ -7,6 +7,7 @@
 mod gate;
 mod postgres;
 mod program;
+mod requests;
 mod s3;
 
 use std::fs;
@@ -25,26 +26,13 @@ use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
-use vitq::grpc::proto::quantize_request::Calibration;
 use vitq::grpc::proto::{
-    CalibrationDataset, ClassifyRequest, ClassifyResponse, Image, JobMetadata, JobState,
-    ListModelsRequest, QuantizeRequest,
+    ClassifyRequest, ClassifyResponse, Image, JobMetadata, JobState, ListModelsRequest,
+    QuantizeRequest,
 };
 
 fn quantize(model: &str, images: u32) -> QuantizeRequest {
-    QuantizeRequest {
-        checkpoint: "digits-vit".to_owned(),
-        method: "ubb".to_owned(),
-        weight_bits: 4,
-        activation_bits: 4,
-        calibration: Some(Calibration::Dataset(CalibrationDataset {
-            name: "digits/calib".to_owned(),
-            count: images,
-            files: vec![],
-        })),
-        model_id: model.to_owned(),
-        ..QuantizeRequest::default()
-    }
+    requests::digits(model, "ubb", images)
 }
 
 /// Submits a job; its operation once it calibrates.

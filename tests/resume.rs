@@ -5,6 +5,7 @@
 
 mod program;
 mod reference;
+mod requests;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -24,10 +25,7 @@ use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::model_service_client::ModelServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
-use vitq::grpc::proto::quantize_request::Calibration;
-use vitq::grpc::proto::{
-    CalibrationDataset, GetModelRequest, JobMetadata, JobState, QuantizeRequest,
-};
+use vitq::grpc::proto::{GetModelRequest, JobMetadata, JobState};
 use vitq::model::Checkpoint;
 use vitq::quant::BitWidth;
 
@@ -161,25 +159,6 @@ fn what_does_not_fit_is_computed_again() {
     assert_eq!(attempt.computed(), 4, "of {units}");
 }
 
-fn request(model: &str) -> QuantizeRequest {
-    QuantizeRequest {
-        checkpoint: "digits-vit".to_owned(),
-        method: "ias".to_owned(),
-        options: [("iterations", "12"), ("batch", "8")]
-            .map(|(key, value)| (key.to_owned(), value.to_owned()))
-            .into(),
-        weight_bits: 4,
-        activation_bits: 4,
-        calibration: Some(Calibration::Dataset(CalibrationDataset {
-            name: "digits/calib".to_owned(),
-            count: 8,
-            files: vec![],
-        })),
-        model_id: model.to_owned(),
-        ..QuantizeRequest::default()
-    }
-}
-
 async fn digest(program: &Program, operation: String, model: &str) -> (JobMetadata, String) {
     let wait = WaitOperationRequest { name: operation, timeout: None };
     let mut operations = OperationsClient::new(program.channel.clone());
@@ -199,7 +178,7 @@ async fn a_killed_server_goes_on_behind_the_last_finished_unit() {
     let objects = |data: &Path| std::fs::read_dir(data.join("objects/sha256")).unwrap().count();
     let program = Program::start(&stores).await;
     let mut client = QuantizationServiceClient::new(program.channel.clone());
-    let mut events = client.quantize(request("m")).await.unwrap().into_inner();
+    let mut events = client.quantize(requests::of_many_units("m")).await.unwrap().into_inner();
     let operation = loop {
         let event = events.next().await.unwrap().unwrap();
         let learns = |stage: &str| stage.starts_with("reconstruct");
@@ -222,7 +201,7 @@ async fn a_killed_server_goes_on_behind_the_last_finished_unit() {
     };
     tokio::time::timeout(Duration::from_secs(30), cleared).await.unwrap();
     let mut client = QuantizationServiceClient::new(program.channel.clone());
-    let mut events = client.quantize(request("n")).await.unwrap().into_inner();
+    let mut events = client.quantize(requests::of_many_units("n")).await.unwrap().into_inner();
     let operation = events.next().await.unwrap().unwrap().operation;
     let (_, undisturbed) = digest(&program, operation, "n").await;
     assert_eq!(resumed, undisturbed);

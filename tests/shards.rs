@@ -4,6 +4,7 @@
 
 mod postgres;
 mod program;
+mod requests;
 mod s3;
 
 use std::collections::BTreeMap;
@@ -19,11 +20,7 @@ use vitq::grpc::proto::evaluation_service_client::EvaluationServiceClient;
 use vitq::grpc::proto::longrunning::operations_client::OperationsClient;
 use vitq::grpc::proto::longrunning::{CancelOperationRequest, GetOperationRequest};
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
-use vitq::grpc::proto::quantize_request::Calibration;
-use vitq::grpc::proto::{
-    CalibrationDataset, EvaluateEvent, EvaluateRequest, EvaluationMetrics, JobMetadata,
-    QuantizeRequest,
-};
+use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluationMetrics, JobMetadata};
 
 /// Images that are evaluated.
 const IMAGES: u32 = 200;
@@ -59,19 +56,7 @@ impl Cluster {
         let rows = AnyPool::connect(&database).await.unwrap();
         let cluster = Self { s3, database, rows, server };
         let worker = cluster.worker(LONG, 1024);
-        let request = QuantizeRequest {
-            checkpoint: "digits-vit".to_owned(),
-            method: "ubb".to_owned(),
-            weight_bits: 4,
-            activation_bits: 4,
-            calibration: Some(Calibration::Dataset(CalibrationDataset {
-                name: "digits/calib".to_owned(),
-                count: 8,
-                files: vec![],
-            })),
-            model_id: "m".to_owned(),
-            ..QuantizeRequest::default()
-        };
+        let request = requests::digits("m", "ubb", 8);
         let mut client = QuantizationServiceClient::new(cluster.server.channel.clone());
         let events = client.quantize(request).await.unwrap().into_inner();
         events.collect::<Result<Vec<_>, _>>().await.unwrap();

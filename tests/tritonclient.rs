@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
 
 mod program;
+mod requests;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,10 +17,7 @@ use vitq::grpc::proto::classify_item::Outcome;
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
-use vitq::grpc::proto::quantize_request::Calibration;
-use vitq::grpc::proto::{
-    CalibrationDataset, ClassifyRequest, Image, Label, Model, QuantizeRequest,
-};
+use vitq::grpc::proto::{ClassifyRequest, Image, Label, Model, QuantizeRequest};
 use vitq::model::Checkpoint;
 
 use program::{Program, Stores};
@@ -40,19 +38,10 @@ fn images() -> Vec<PathBuf> {
 }
 
 async fn quantize(server: &Program) -> Model {
-    let name = "digits/calib".to_owned();
     let request = QuantizeRequest {
-        checkpoint: "digits-vit".to_owned(),
-        method: "minmax".to_owned(),
         weight_bits: 8,
         activation_bits: 8,
-        calibration: Some(Calibration::Dataset(CalibrationDataset {
-            name,
-            count: 8,
-            files: vec![],
-        })),
-        model_id: MODEL.to_owned(),
-        ..QuantizeRequest::default()
+        ..requests::digits(MODEL, "minmax", 8)
     };
     let mut client = QuantizationServiceClient::new(server.channel.clone());
     let mut events = client.quantize(request).await.unwrap().into_inner();
