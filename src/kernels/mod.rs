@@ -12,18 +12,18 @@ pub mod cpu_slices;
 pub mod cuda;
 #[cfg(test)]
 mod laws;
+mod openmp;
 mod pack;
 mod packed;
 pub mod passes;
 mod prepare;
 pub mod reference;
-mod single_threaded;
 mod workers;
 
 pub use codes::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 pub use cpu::InstructionSet;
+pub use openmp::SingleThreaded;
 pub use packed::PackedRhs;
-pub use single_threaded::SingleThreaded;
 pub use workers::Workers;
 
 use cpu::{Job, Scratch};

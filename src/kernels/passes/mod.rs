@@ -14,7 +14,9 @@ pub mod staircase;
 pub mod tokens;
 pub mod twin;
 
-use crate::kernels::Workers;
+use std::sync::{Mutex, PoisonError};
+
+use crate::kernels::{Workers, openmp};
 
 /// Elements from which on threads share the work; below, handing it out costs more than it saves.
 const PARALLEL_ELEMENTS: usize = 1 << 15;
@@ -78,9 +80,20 @@ pub(crate) fn for_parts<T: Send>(
     share(pieces, |(piece, part)| work(piece * rows, part));
 }
 
-/// Works on all `pieces`, on the threads that products have, too.
+/// Works on all `pieces`, on the threads that the products between the passes have: libtorch's, or
+/// those of the integer kernels where libtorch is kept to one.
 fn share<T: Send>(pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
-    Workers::shared().run(pieces.collect(), |piece, _| work(piece));
+    let pieces: Vec<T> = pieces.collect();
+    if !openmp::has_team() {
+        return Workers::shared().run(pieces, |piece, _| work(piece));
+    }
+    let pieces = Mutex::new(pieces);
+    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    openmp::on_team(&|| {
+        while let Some(piece) = next() {
+            work(piece);
+        }
+    });
 }
 
 /// The rows `first..` that belong to a piece of `len` elements.

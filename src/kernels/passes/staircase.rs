@@ -193,6 +193,17 @@ impl Staircase {
     }
 }
 
+/// Makes 0 of counts that are more than `distance` below the largest of their row of `width`.
+pub fn keep_near_largest(counts: &mut [u8], width: usize, distance: u8) {
+    for_rows(counts, width, |_, part| {
+        for row in part.chunks_exact_mut(width) {
+            let largest = row.iter().fold(0, |largest, count| (*count).max(largest));
+            let least = largest.saturating_sub(distance);
+            row.iter_mut().for_each(|count| *count = if *count < least { 0 } else { *count });
+        }
+    });
+}
+
 /// What a table gives for every count.
 pub fn translate(counts: &[u8], table: &[u8; MAX_VALUES]) -> Vec<u8> {
     let mut codes = vec![0; counts.len()];
@@ -354,6 +365,13 @@ mod tests {
             counts[at] = 7;
         }
         assert!(!Occurring::among(&[]).any(|_| true));
+    }
+
+    #[test]
+    fn counts_far_below_the_largest_of_their_row_become_zero() {
+        let mut counts = [1, 61, 60, 0, 255, 195, 194, 3, 0, 0, 0, 0];
+        keep_near_largest(&mut counts, 4, 60);
+        assert_eq!(counts, [1, 61, 60, 0, 255, 195, 0, 0, 0, 0, 0, 0]);
     }
 
     #[test]
