@@ -2,7 +2,8 @@
 //! e = round(−2·log2(x/Δ)), x̂ = Δ·2^(−e/2), 0 where e does not fit.
 //!
 //! With j = ⌈e/2⌉, x̂ = Δ·2^(−j)·(√2 if e is odd): powers of two with one of two scales, so even and
-//! odd exponents are two integer terms.
+//! odd exponents are two integer terms. Scores that cannot move a float32 sum with the largest of their
+//! row are left out of these.
 
 use std::sync::Arc;
 
@@ -13,7 +14,9 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
-use crate::kernels::passes::staircase::{Occurring, Passed, Staircase, Values, values_of};
+use crate::kernels::passes::staircase::{
+    Occurring, Passed, Staircase, Values, keep_near_largest, values_of,
+};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
 use crate::quant::log2::ZeroCode;
@@ -34,6 +37,13 @@ const TERM_EXPONENTS: i64 = 15;
 
 /// Smallest float32 above zero, 2^−149: below every level, and its logarithm is finite.
 const TINY: f64 = 1.401_298_464_324_817e-45;
+
+/// The exponent of 2^−126, the smallest normal float32: levels below it count as zero.
+const LARGEST_EXPONENT: f64 = 252.0;
+
+/// Exponents below the row's largest from which on scores are left out of integer products. A row of
+/// 2^9 scores of 2^−30 of its largest adds less than the last bit of a float32 sum with it.
+const NEGLIGIBLE: u8 = 60;
 
 /// A logarithmic grid with base √2 below a static largest value.
 #[derive(Clone, Debug)]
@@ -79,10 +89,11 @@ impl LogSqrt2 {
 
     /// Largest exponent that is not zero.
     fn last_exponent(&self) -> f64 {
-        match self.zero_code {
+        let last = match self.zero_code {
             ZeroCode::Extra => self.bits.max_code(),
             ZeroCode::Last => self.bits.max_code() - 1.0,
-        }
+        };
+        last.min(LARGEST_EXPONENT)
     }
 
     /// Unclamped exponents e.
@@ -164,7 +175,8 @@ impl Quantizer for LogSqrt2 {
             return Ok(None);
         };
         let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let counts = stairs.count_all(dense.values()?);
+        let mut counts = stairs.count_all(dense.values()?);
+        keep_near_largest(&mut counts, dense.width(), NEGLIGIBLE);
         let occurring = Occurring::among(&counts);
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;
@@ -191,7 +203,10 @@ impl Quantizer for LogSqrt2 {
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {
         let exponent = self.exponents(x)?.f_clamp_min(0.0)?;
-        let kept = exponent.f_le(self.last_exponent())?;
+        let near =
+            exponent.f_amin([-1i64].as_slice(), true)?.f_add_scalar(f64::from(NEGLIGIBLE))?;
+        let kept =
+            exponent.f_le(self.last_exponent())?.f_logical_and(&exponent.f_le_tensor(&near)?)?;
         let odd = exponent.f_remainder(2.0)?.f_gt(0.0)?;
         let halved = exponent.f_mul_scalar(0.5)?.f_ceil()?; // j
         let last = (self.last_exponent() as i64 + 1) / 2;
@@ -257,10 +272,7 @@ mod tests {
         for zero_code in BOTH {
             for (bits, largest) in [(3, 1.0), (4, f64::from(0.7f32)), (6, 0.031_25), (8, 0.9375)] {
                 let q = grid(bits, zero_code, largest);
-                let Some((stairs, _)) = q.stairs() else {
-                    assert_eq!(q.last_exponent(), 255.0, "one step too many for a byte");
-                    continue;
-                };
+                let (stairs, _) = q.stairs().unwrap();
                 let steps: Vec<f32> = stairs.thresholds().to_vec();
                 let near = steps.iter().flat_map(|t| {
                     (0..512u32).map(|i| f32::from_bits((t.to_bits() + i).saturating_sub(256)))
@@ -299,6 +311,21 @@ mod tests {
             let y = grid(4, zero, 0.75).fake_quantize(&x).unwrap();
             assert!(y.diff::<Tensor>(1, -1, None, None).min().double_value(&[]) >= 0.0);
             assert_eq!(y.max().double_value(&[]), 0.75);
+        }
+    }
+
+    #[test]
+    fn codes_in_a_pass_are_those_of_the_terms() {
+        // Rows from level to steep, whose scores go down to nothing.
+        let x = (laws::sample(&[2, 3, 9, 37], 5) * 100.0).softmax(-1, Kind::Float);
+        let x = Tensor::cat(&[x.shallow_clone(), (x.log() * 0.01).softmax(-1, Kind::Float)], 0);
+        for zero in BOTH {
+            for bits in [3, 4, 6, 8] {
+                let q = grid(bits, zero, 0.9);
+                let found = q.encode_in_a_pass(&x).unwrap().unwrap();
+                let expected = q.encode_by_tensors(&x).unwrap().unwrap();
+                assert_eq!(found, expected, "{bits} bits");
+            }
         }
     }
 
