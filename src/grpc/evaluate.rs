@@ -97,8 +97,9 @@ fn event(source: &EventSource, event: JobEvent) -> EvaluateEvent {
 }
 
 fn evaluate_progress(operation: &str, progress: JobProgress) -> proto::EvaluateProgress {
+    let figures = progress.figures.as_ref().filter(|figures| figures.metrics.images > 0);
     proto::EvaluateProgress {
-        metrics: progress.figures.as_ref().map(metrics),
+        metrics: figures.map(metrics),
         progress: Some(events::progress(operation, progress)),
     }
 }
