@@ -19,6 +19,8 @@ const WARM_UP: u64 = 1;
 const OVERLOAD: f64 = 4.0;
 const LIGHT: f64 = 0.05;
 const MODERATE: f64 = 0.3;
+/// About what lies between two forwards of a client that asks again at once.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// Images a second over gRPC, when there is always another batch, over those of the bare executor.
 /// Once with a batch in each call, once with calls of one image.
@@ -69,17 +71,21 @@ fn bare_throughput(subject: &Subject, batch: &Tensor, args: &Args) -> f64 {
         let logits = subject.bare.forward(batch).unwrap();
         assert_eq!(logits.size()[0], batch.size()[0]);
     };
-    let times = repeat(Duration::from_secs(args.seconds), forward);
+    let times = repeat(Duration::from_secs(args.seconds), Duration::ZERO, forward);
     let all: f64 = times.iter().sum();
     batch.size()[0] as f64 * times.len() as f64 / all
 }
 
-/// Seconds of each call, made over and over for a time, after a few that do not count.
-fn repeat(time: Duration, mut call: impl FnMut()) -> Vec<f64> {
+/// Seconds of each call, made over and over for a time with pauses before, after a few that do not
+/// count.
+fn repeat(time: Duration, pause: Duration, mut call: impl FnMut()) -> Vec<f64> {
     (0..3).for_each(|_| call());
     let start = Instant::now();
     let mut times = Vec::new();
     while times.is_empty() || start.elapsed() < time {
+        if !pause.is_zero() {
+            std::thread::sleep(pause);
+        }
         let before = Instant::now();
         call();
         times.push(before.elapsed().as_secs_f64());
@@ -88,30 +94,41 @@ fn repeat(time: Duration, mut call: impl FnMut()) -> Vec<f64> {
 }
 
 /// What an idle server adds to the time of one image: client, wire, queue and threads.
+///
+/// A processor that slept is slower at first, so there are two references: one without pauses, and one
+/// that sleeps before each image for as long as a request is not being computed. A call that does
+/// nothing tells what gRPC takes.
 pub(crate) async fn latency(subject: &Subject, args: &Args) -> Figures {
     let path = subject.image();
     let file = fs::read(&path).unwrap();
     let image_size = subject.bare.spec().preprocessing.image_size;
     let one = format!("--concurrency 1 --connections 1 --images {}", path.display());
-    let (mut local, mut remote, mut inside) = (Vec::new(), Vec::new(), Vec::new());
+    let answer = || {
+        let data = subject.pixels(&file);
+        let images = image_batch(&Pixels { count: 1, image_size, data }).unwrap();
+        let logits = subject.bare.forward(&images).unwrap();
+        Vec::<f32>::try_from(logits.reshape([-1])).unwrap();
+    };
+    let time = Duration::from_secs(args.seconds);
+    let [mut local, mut rested, mut remote, mut inside, mut empty] = [const { Vec::new() }; 5];
     for _ in 0..args.rounds {
-        let mut times = repeat(Duration::from_secs(args.seconds), || {
-            let data = subject.pixels(&file);
-            let images = image_batch(&Pixels { count: 1, image_size, data }).unwrap();
-            let logits = subject.bare.forward(&images).unwrap();
-            Vec::<f32>::try_from(logits.reshape([-1])).unwrap();
-        });
-        local.push(median(&mut times));
+        local.push(median(&mut repeat(time, Duration::ZERO, answer)));
+        rested.push(median(&mut repeat(time, PAUSE, answer)));
+        empty.push(subject.empty_call(time / 4).await);
         let report = load(subject, &flags(MODEL, &one, args)).await;
         remote.push(report.number("overall.latency_seconds.p50"));
         inside.push(report.number("overall.server_seconds.total.p50"));
     }
-    let (local, remote) = (median(&mut local), median(&mut remote));
+    let [local, rested, remote, inside, empty] =
+        [local, rested, remote, inside, empty].map(|mut times| 1e3 * median(&mut times));
     vec![
-        ("decode and forward in this process, ms", json!(1e3 * local)),
-        ("over gRPC, ms", json!(1e3 * remote)),
-        ("of this inside the server, ms", json!(1e3 * median(&mut inside))),
-        ("added, ms", json!(1e3 * (remote - local))),
+        ("decode and forward in this process, ms", json!(local)),
+        ("the same after a pause, ms", json!(rested)),
+        ("over gRPC, ms", json!(remote)),
+        ("of this inside the server, ms", json!(inside)),
+        ("a call that does nothing, ms", json!(empty)),
+        ("added, ms", json!(remote - local)),
+        ("added to the time after a pause, ms", json!(remote - rested)),
     ]
 }
 
@@ -196,7 +213,7 @@ pub(crate) async fn calibration(subject: &Subject, args: &Args) -> Figures {
     ]
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use tempfile::TempDir;
@@ -12,6 +12,8 @@ use tokio::task::JoinHandle;
 use tokio_stream::StreamExt as _;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Channel;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_client::HealthClient;
 use vitq::artifact::Artifact;
 use vitq::data::{DecodeLimits, decode, preprocess};
 use vitq::engine::batcher::QueueLimits;
@@ -27,6 +29,7 @@ use vitq::grpc::{self, Running, ServerConfig};
 use vitq::model::generated::{GeneratedOptions, generate};
 
 use crate::Args;
+use crate::parts::median;
 
 /// The model that is measured.
 pub(crate) const MODEL: &str = "subject";
@@ -131,6 +134,19 @@ impl Subject {
     pub(crate) fn pixels(&self, file: &[u8]) -> Vec<f32> {
         let image = decode(file, &DecodeLimits::default(), "image").unwrap();
         preprocess(&image, &self.bare.spec().preprocessing).unwrap()
+    }
+
+    /// Median seconds of a call that does nothing, one after another for a time.
+    pub(crate) async fn empty_call(&self, time: Duration) -> f64 {
+        let mut client = HealthClient::new(self.channel.clone());
+        let start = Instant::now();
+        let mut times = Vec::new();
+        while start.elapsed() < time {
+            let before = Instant::now();
+            client.check(HealthCheckRequest::default()).await.unwrap();
+            times.push(before.elapsed().as_secs_f64());
+        }
+        median(&mut times)
     }
 
     /// Calibrates the demo ViT with ubb on all images; the time it took. Another seed is another job.
