@@ -204,8 +204,10 @@ fn a_wrong_command_line_is_usage() {
 fn what_is_missing_fails_and_is_named() {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("x.safetensors");
+    let empty = out.path().to_str().unwrap();
     for (args, words) in [
         (vec!["inspect", "/nowhere.safetensors"], "/nowhere.safetensors"),
+        (vec!["datasets", "upload", empty], empty),
         (vec!["models", "list", "--server", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
         (
             vec![

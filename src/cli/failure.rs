@@ -88,7 +88,10 @@ pub(super) fn status_text(status: &Status) -> String {
     let message = if status.message().is_empty() { code } else { status.message() };
     let mut lines = vec![message.to_owned()];
     for violation in details.bad_request().iter().flat_map(|bad| &bad.field_violations) {
-        lines.push(format!("  field {}: {}", violation.field, violation.description));
+        let text = format!("{}: {}", violation.field, violation.description);
+        if text != message {
+            lines.push(format!("  field {text}"));
+        }
     }
     match details.error_info() {
         Some(info) => lines.push(format!("  reason: {} ({code})", info.reason)),
@@ -154,6 +157,10 @@ mod tests {
             "the request is wrong\n  field weight_bits: 12 bits are not supported\n  \
              reason: INVALID_ARGUMENT_BITS (INVALID_ARGUMENT)\n  retry in 1.5 s"
         );
+        let mut details = ErrorDetails::new();
+        details.add_bad_request_violation("method", "unknown");
+        let said = Status::with_error_details(Code::InvalidArgument, "method: unknown", details);
+        assert_eq!(status_text(&said), "method: unknown\n  code: INVALID_ARGUMENT");
         let json = status_json(&refused());
         assert_eq!(json["fields"][0]["field"], "weight_bits");
         assert_eq!(json["retry_after_seconds"], 1.5);

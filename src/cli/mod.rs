@@ -103,9 +103,14 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// The command line as it is defined: what the documents say of it is held to this.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
 /// This process's arguments, with its environment and its configuration file.
 fn parse() -> Result<(Cli, Settings), clap::Error> {
-    let command = Cli::command();
+    let command = command();
     let arguments: Vec<_> = env::args_os().collect();
     // What is not Unicode is no variable of ours.
     let text = |(name, value): (OsString, OsString)| {
@@ -146,66 +151,7 @@ impl Command {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
-    use crate::bench::results::FLOAT_METHOD;
-
-    /// The commands in the code blocks of a document, each on one line.
-    fn commands(document: &str) -> Vec<String> {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs").join(document);
-        let text = std::fs::read_to_string(path).unwrap().replace("\\\n", " ");
-        let indented = text.lines().filter_map(|line| line.strip_prefix("    "));
-        indented.filter(|line| line.starts_with("vitq ")).map(str::to_owned).collect()
-    }
-
-    /// The same without methods that this build does not have; `None` if none is left.
-    fn with_known_methods(words: &str) -> Option<Vec<String>> {
-        let mut words: Vec<String> = words.split_whitespace().map(str::to_owned).collect();
-        if let Some(flag) = words.iter().position(|word| word == "--methods") {
-            let ids = words[flag + 1].split(',');
-            let known: Vec<&str> = ids.filter(|id| crate::methods::find(id).is_ok()).collect();
-            if known.is_empty() {
-                return None;
-            }
-            words[flag + 1] = known.join(",");
-        }
-        Some(words)
-    }
-
-    fn parse(words: &[String]) -> Cli {
-        Cli::try_parse_from(words).unwrap_or_else(|error| panic!("{}\n{error}", words.join(" ")))
-    }
-
-    #[test]
-    fn the_commands_in_the_documents_are_understood() {
-        let documents = [
-            ("imagenet.md", 8),
-            ("accuracy.md", 1),
-            ("cli.md", 2),
-            ("security.md", 4),
-            ("operations.md", 4),
-            ("performance.md", 3),
-        ];
-        for (document, least) in documents {
-            let commands = commands(document);
-            assert!(commands.len() >= least, "{document} has {} commands", commands.len());
-            for words in commands.iter().filter_map(|words| with_known_methods(words)) {
-                parse(&words);
-            }
-        }
-    }
-
-    #[test]
-    fn every_method_has_its_imagenet_command() {
-        let commands = commands("imagenet.md").join(" ");
-        let methods = crate::methods::METHODS.iter().map(|method| method.id);
-        for id in methods {
-            let listed = commands.split_whitespace().any(|word| word.split(',').any(|m| m == id));
-            assert!(listed, "{id} is missing in imagenet.md");
-        }
-        assert!(commands.contains(&format!("--methods {FLOAT_METHOD} ")));
-    }
 
     #[test]
     fn mixed_plans_are_flags_of_quantize_and_bench() {

@@ -82,9 +82,9 @@ impl Load {
     /// A folder of class folders, or a tar file of them.
     ///
     /// # Errors
-    /// As [`Dataset::open`], on `PATH`.
+    /// As [`Dataset::open`], on the path.
     pub(super) fn dataset(path: &Path) -> Result<Self> {
-        let dataset = Dataset::open(path, "PATH")?;
+        let dataset = Dataset::open(path, &path.display().to_string())?;
         let content = if is_tar(path) && path.is_file() {
             Content::File(path.to_owned())
         } else {

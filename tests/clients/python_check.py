@@ -98,6 +98,12 @@ def errors():
         refused(TypeError, client.classify, "py", images[0])
         refused(TypeError, client.classify, "py", [numpy.zeros((8, 8, 3))])
         refused(TypeError, client.quantize, "digits-vit", "minmax", name="x", dataset="d")
+        # A misspelled argument is not ignored, a missing one is named.
+        for wrong in [{"name": "x", "stem_heads": "int8"}, {}]:
+            error = refused(TypeError, client.quantize, "digits-vit", "minmax", **wrong, **calibration)
+            assert next(iter(wrong.keys() - {"name"}), "name") in str(error), error
+        refused(TypeError, client.evaluate, "py", "digits/val", limits=5)
+        refused(TypeError, vitq.Client, tokens="secret")
     with vitq.Client("http://127.0.0.1:1") as nobody:
         refused(vitq.Unavailable, nobody.models)
     refused(ValueError, vitq.Client, "http://vitq.example.org:50051", token="secret")

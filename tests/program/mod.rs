@@ -1,7 +1,7 @@
 //! The real program as a process of its own.
 
 #![allow(clippy::unwrap_used, reason = "tests fail by panicking")]
-#![allow(unreachable_pub, reason = "the module is part of each test that names it")]
+#![allow(dead_code, unreachable_pub, reason = "the module is part of each test that names it")]
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -58,7 +58,6 @@ impl Drop for Process {
 
 impl Process {
     /// Sends a signal: `TERM`, `STOP`, `CONT`.
-    #[allow(dead_code, reason = "not for tests without signals")]
     pub fn signal(&self, name: &str) {
         let id = self.0.id().to_string();
         assert!(Command::new("kill").args(["-s", name, &id]).status().unwrap().success());
@@ -66,23 +65,26 @@ impl Process {
 
     /// A server, and where it listens.
     pub fn serve(stores: &Stores) -> (Self, String) {
-        let mut child = stores.program("serve").args(["--listen", "127.0.0.1:0"]).spawn().unwrap();
+        Self::listening(stores.program("serve").args(["--listen", "127.0.0.1:0"]))
+    }
+
+    /// A server that a command starts, its stdout in a pipe, and where it listens.
+    pub fn listening(command: &mut Command) -> (Self, String) {
+        let mut process = Self(command.spawn().unwrap());
         let mut line = String::new();
-        BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
-        let address = line.trim().strip_prefix("listening on ").unwrap().to_owned();
-        (Self(child), address)
+        BufReader::new(process.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().strip_prefix("listening on ");
+        let address = address.unwrap_or_else(|| panic!("it does not listen: {command:?}"));
+        (process, address.to_owned())
     }
 }
 
 /// A server, and a connection to it.
 pub struct Program {
     /// The server.
-    #[allow(dead_code, reason = "not for tests without signals")]
     pub process: Process,
-    #[allow(dead_code, reason = "not for tests with clients of their own")]
     pub channel: Channel,
     /// Where it listens: `http://127.0.0.1:PORT`.
-    #[allow(dead_code, reason = "for tests with clients of their own")]
     pub address: String,
 }
 

@@ -10,6 +10,7 @@ from typing import TypedDict
 from urllib.parse import urlsplit
 
 import grpc
+from vitq._arguments import only_known
 from vitq._errors import Error
 
 DEFAULT_SERVER = "http://127.0.0.1:50051"
@@ -52,6 +53,7 @@ class Connection:
     """How to reach a server. What is not given comes from the variables of `vitq`'s commands."""
 
     def __init__(self, server: str | None, options: ConnectionOptions) -> None:
+        only_known(options, ConnectionOptions)
         self._given = options
         text = server or os.environ.get("VITQ_SERVER") or DEFAULT_SERVER
         self._url = urlsplit(text)

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict
 
+from vitq._arguments import only_known
 from vitq._images import encode_all
 from vitq.v1 import evaluation_pb2 as evaluation
 from vitq.v1 import inference_pb2 as inference
@@ -62,6 +63,9 @@ class EvaluateOptions(TypedDict, total=False):
 
 
 def quantize(checkpoint: str, method: str, given: QuantizeOptions) -> quantization.QuantizeRequest:
+    only_known(given, QuantizeOptions)
+    if "name" not in given:
+        raise TypeError("give name, the id of the new model")
     both = given.get("bits")
     weights, activations = given.get("weight_bits", both), given.get("activation_bits", both)
     if weights is None or activations is None:
@@ -95,6 +99,7 @@ def quantize(checkpoint: str, method: str, given: QuantizeOptions) -> quantizati
 
 
 def evaluate(model_id: str, dataset: str, given: EvaluateOptions) -> evaluation.EvaluateRequest:
+    only_known(given, EvaluateOptions)
     return evaluation.EvaluateRequest(
         model=model_id,
         dataset=dataset,
