@@ -29,6 +29,7 @@ pub(crate) const NOT_RUN: &[Rule] = &[
         "fuzz/run.sh ",
         "a fuzzer of its own, ten minutes; tests/fuzz_corpus.rs has its findings",
     ),
+    rule("docs/open-inference-protocol.md", "perf_analyzer ", "NVIDIA's program is not here"),
     rule("docs/testing.md", "LD_LIBRARY_PATH=", "needs the fuzzer and a finding"),
     rule("docs/testing.md", "SCHEDULES=", "would wait for the cargo that runs this test"),
     rule("docs/testing.md", "UPDATE_REFERENCE=", "would wait for the cargo that runs this test"),
@@ -135,6 +136,7 @@ pub(crate) const INSTEAD: &[Rule] = &[
 pub(crate) const OTHERS_FLAGS: &[Rule] = &[
     rule("docs/deployment.md", "sbom", "docker's"),
     rule("docs/deployment.md", "provenance", "docker's"),
+    rule("docs/open-inference-protocol.md", "async", "perf_analyzer's"),
     rule("docs/performance.md", "models", "benches/serving"),
     rule("docs/performance.md", "seconds", "benches/serving"),
     rule("docs/performance.md", "threads", "benches/serving"),

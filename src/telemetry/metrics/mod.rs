@@ -4,6 +4,7 @@
 //! when somebody asks ([`Samples`]).
 
 mod classification;
+mod gpus;
 mod recorder;
 mod samples;
 pub mod table;
@@ -17,6 +18,7 @@ use metrics::{SharedString, counter, histogram};
 use crate::error::{Error, Result};
 
 pub use classification::Classification;
+pub use gpus::sample as sample_gpus;
 pub use recorder::{render, start, upkeep};
 pub use samples::Samples;
 

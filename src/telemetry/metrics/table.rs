@@ -127,6 +127,11 @@ metrics! {
         "Products of a loaded model by the arithmetic that computes them";
     GPU_FALLBACKS = Counter, "vitq_gpu_kernel_fallbacks_total", [],
         "GPUs on which libtorch computes because the kernels did not compile or were wrong there";
+    GPU_MEMORY_USED = Gauge, "vitq_gpu_memory_used_bytes", ["gpu_uuid"],
+        "Memory of a GPU that is in use, by whatever process";
+    GPU_MEMORY_TOTAL = Gauge, "vitq_gpu_memory_total_bytes", ["gpu_uuid"], "Memory of a GPU";
+    GPU_UTILIZATION = Gauge, "vitq_gpu_utilization_ratio", ["gpu_uuid"],
+        "Share of the driver's last sampling period in which a GPU computed";
     STORE_OPERATIONS = Counter, "vitq_store_operations_total", ["op", "result"],
         "Operations on the artifact store";
     CACHE_HITS = Counter, "vitq_cache_hits_total", ["cache"],
