@@ -2,7 +2,6 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed step fails the test")]
 
-#[allow(dead_code, reason = "only its command line is used here")]
 mod program;
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
