@@ -772,11 +772,7 @@ mod tests {
 
     /// Holds the device until so many images wait for it, pixel values 0, 1, ...
     async fn together(device: &DeviceHandle, images: u8) -> Vec<Result<Answer>> {
-        // Commands are taken in order: the images come behind one another while nothing runs.
-        let (held, hold) = std::sync::mpsc::channel::<()>();
-        device.load(9, Box::new(Gate(Mutex::new(hold))), Arc::default()).await.unwrap();
-        let closed =
-            device.forward(9, Pixels { count: 1, image_size: 1, data: vec![0.0; 3] }).unwrap();
+        let (held, closed) = hold(device).await;
         let answers: Vec<_> = (0..images).map(|p| classify(device, 1, p.into())).collect();
         drop(held);
         let _ = closed.await.unwrap();
@@ -785,6 +781,20 @@ mod tests {
             all.push(answer.await.unwrap());
         }
         all
+    }
+
+    /// Keeps the device busy until the sender is dropped; whatever is sent meanwhile has to wait.
+    async fn hold(
+        device: &DeviceHandle,
+    ) -> (std::sync::mpsc::Sender<()>, oneshot::Receiver<Result<Vec<f32>>>) {
+        let (held, gate) = std::sync::mpsc::channel();
+        device.load(9, Box::new(Gate(Mutex::new(gate))), Arc::default()).await.unwrap();
+        let pixels = Pixels { count: 1, image_size: 1, data: vec![0.0; 3] };
+        let closed = device.forward(9, pixels).unwrap();
+        while device.busy_for() == Duration::ZERO {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        (held, closed)
     }
 
     /// Keeps the device busy until its sender is gone.
@@ -805,13 +815,7 @@ mod tests {
     async fn a_busy_device_tells_for_how_long() {
         let device = with_sums(1).await;
         assert_eq!(device.busy_for(), Duration::ZERO);
-        let (held, hold) = mpsc::channel::<()>();
-        device.load(9, Box::new(Gate(Mutex::new(hold))), Arc::default()).await.unwrap();
-        let closed =
-            device.forward(9, Pixels { count: 1, image_size: 1, data: vec![0.0; 3] }).unwrap();
-        while device.busy_for() == Duration::ZERO {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+        let (held, closed) = hold(&device).await;
         drop(held);
         closed.await.unwrap().unwrap();
         assert_eq!(device.busy_for(), Duration::ZERO);
