@@ -83,9 +83,7 @@ fn repeat(time: Duration, pause: Duration, mut call: impl FnMut()) -> Vec<f64> {
     let start = Instant::now();
     let mut times = Vec::new();
     while times.is_empty() || start.elapsed() < time {
-        if !pause.is_zero() {
-            std::thread::sleep(pause);
-        }
+        std::thread::sleep(pause);
         let before = Instant::now();
         call();
         times.push(before.elapsed().as_secs_f64());

@@ -108,10 +108,7 @@ async fn scrape(State(probes): State<Probes>) -> impl IntoResponse {
     let cuda = device::cuda_version();
     let build = [env!("CARGO_PKG_VERSION"), env!("BUILT_WITH_LIBTORCH"), &cuda];
     samples.add(&table::BUILD, &build, 1.0);
-    let with_gpus = tokio::task::spawn_blocking(move || {
-        metrics::sample_gpus(&mut samples);
-        samples
-    });
-    let samples = with_gpus.await.unwrap_or_default();
+    let gpus = tokio::task::spawn_blocking(metrics::sample_gpus);
+    samples.extend(gpus.await.unwrap_or_default());
     ([(header::CONTENT_TYPE, METRICS_TYPE)], metrics::render(samples))
 }

@@ -20,6 +20,23 @@ pub struct Workers {
 /// The threads of all kernels, once they are known.
 static SHARED: OnceLock<Workers> = OnceLock::new();
 
+/// Work that threads take a piece of whenever they are done with one.
+pub(super) struct Tasks<T>(Mutex<Vec<T>>);
+
+impl<T> Tasks<T> {
+    pub(super) fn new(tasks: Vec<T>) -> Self {
+        Self(Mutex::new(tasks))
+    }
+
+    /// Works on what nobody else has taken, until nothing is left.
+    pub(super) fn drain(&self, mut work: impl FnMut(T)) {
+        let next = || self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        while let Some(task) = next() {
+            work(task);
+        }
+    }
+}
+
 impl Workers {
     /// `threads` threads, at least one. Fewer if the system refuses to start them.
     pub fn new(threads: usize) -> Self {
@@ -53,13 +70,10 @@ impl Workers {
         let Some(pool) = self.pool.as_ref().filter(|_| others > 0) else {
             return self.run_here(tasks, work);
         };
-        let tasks = Mutex::new(tasks);
-        let next = || tasks.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let tasks = Tasks::new(tasks);
         let drain = || {
             let mut scratch = self.spare().pop().unwrap_or_default();
-            while let Some(task) = next() {
-                work(task, &mut scratch);
-            }
+            tasks.drain(|task| work(task, &mut scratch));
             self.spare().push(scratch);
         };
         pool.in_place_scope(|scope| {

@@ -48,6 +48,14 @@ impl ZeroCode {
             Self::Last => OperandCost::of_grid(bits),
         }
     }
+
+    /// The largest exponent that is not zero.
+    pub fn last_exponent(self, bits: BitWidth) -> f64 {
+        match self {
+            Self::Extra => bits.max_code(),
+            Self::Last => bits.max_code() - 1.0,
+        }
+    }
 }
 
 /// Which rows share a maximum: rows over all heads, regrouped windows .
@@ -80,10 +88,7 @@ impl Log2Row {
 
     /// Largest exponent that is not zero.
     fn last_exponent(&self) -> f64 {
-        match self.zero_code {
-            ZeroCode::Extra => self.bits.max_code(),
-            ZeroCode::Last => self.bits.max_code() - 1.0,
-        }
+        self.zero_code.last_exponent(self.bits)
     }
 
     /// Row maxima and unclamped exponents in token layout [images, tokens, features].

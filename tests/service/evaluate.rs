@@ -47,8 +47,8 @@ async fn measures_accuracy_and_agreement_with_the_float_model() {
         })
         .collect();
     // Figures come with the first batch: there is no accuracy of no images.
-    let told = progress.iter().filter_map(|event| event.metrics.as_ref());
-    assert!(told.into_iter().all(|metrics| metrics.images > 0), "{progress:?}");
+    let mut told = progress.iter().filter_map(|event| event.metrics.as_ref());
+    assert!(told.all(|metrics| metrics.images > 0), "{progress:?}");
     let last = progress.last().unwrap();
     assert_eq!(last.metrics.as_ref().unwrap().images, 100);
     let steps = last.progress.as_ref().unwrap();

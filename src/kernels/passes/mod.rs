@@ -14,8 +14,7 @@ pub mod staircase;
 pub mod tokens;
 pub mod twin;
 
-use std::sync::{Mutex, PoisonError};
-
+use crate::kernels::workers::Tasks;
 use crate::kernels::{Workers, openmp};
 
 /// Elements from which on threads share the work; below, handing it out costs more than it saves.
@@ -87,13 +86,8 @@ fn share<T: Send>(pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     if !openmp::has_team() {
         return Workers::shared().run(pieces, |piece, _| work(piece));
     }
-    let pieces = Mutex::new(pieces);
-    let next = || pieces.lock().unwrap_or_else(PoisonError::into_inner).pop();
-    openmp::on_team(&|| {
-        while let Some(piece) = next() {
-            work(piece);
-        }
-    });
+    let pieces = Tasks::new(pieces);
+    openmp::on_team(&|| pieces.drain(&work));
 }
 
 /// The rows `first..` that belong to a piece of `len` elements.

@@ -89,11 +89,7 @@ impl LogSqrt2 {
 
     /// Largest exponent that is not zero.
     fn last_exponent(&self) -> f64 {
-        let last = match self.zero_code {
-            ZeroCode::Extra => self.bits.max_code(),
-            ZeroCode::Last => self.bits.max_code() - 1.0,
-        };
-        last.min(LARGEST_EXPONENT)
+        self.zero_code.last_exponent(self.bits).min(LARGEST_EXPONENT)
     }
 
     /// Unclamped exponents e.
@@ -176,7 +172,9 @@ impl Quantizer for LogSqrt2 {
         };
         let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
         let mut counts = stairs.count_all(dense.values()?);
-        keep_near_largest(&mut counts, dense.width(), NEGLIGIBLE);
+        if stairs.len() > usize::from(NEGLIGIBLE) {
+            keep_near_largest(&mut counts, dense.width(), NEGLIGIBLE);
+        }
         let occurring = Occurring::among(&counts);
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;

@@ -12,21 +12,23 @@ use super::table;
 /// The library as the driver installs it; the name without a number comes with the toolkit only.
 const LIBRARY: &str = "libnvidia-ml.so.1";
 
-/// Adds memory and utilization of every GPU that the driver shows this process; nothing where there is
-/// no driver. Takes milliseconds: not for a thread that others wait for.
-pub fn sample(samples: &mut Samples) {
+/// Memory and utilization of every GPU that the driver shows this process; nothing where there is no
+/// driver. Takes milliseconds: not for a thread that others wait for.
+pub fn sample() -> Samples {
+    let mut samples = Samples::default();
     static NVML: OnceLock<Option<Nvml>> = OnceLock::new();
     let Some(nvml) = NVML.get_or_init(|| {
         let opened = Nvml::builder().lib_path(OsStr::new(LIBRARY)).init();
         opened.inspect_err(|error| tracing::debug!(%error, "no figures of GPUs")).ok()
     }) else {
-        return;
+        return samples;
     };
     for index in 0..nvml.device_count().unwrap_or(0) {
-        if let Err(error) = sample_one(nvml, index, samples) {
+        if let Err(error) = sample_one(nvml, index, &mut samples) {
             tracing::debug!(index, %error, "no figures of a GPU");
         }
     }
+    samples
 }
 
 fn sample_one(nvml: &Nvml, index: u32, samples: &mut Samples) -> Result<(), NvmlError> {

@@ -23,6 +23,11 @@ impl Samples {
         self.0.push(Sample { metric, labels, value });
     }
 
+    /// Adds the values of others.
+    pub fn extend(&mut self, others: Self) {
+        self.0.extend(others.0);
+    }
+
     /// The text that Prometheus reads.
     pub fn render(mut self) -> String {
         let mut text = String::new();
