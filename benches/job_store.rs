@@ -4,7 +4,7 @@
 #![allow(clippy::unwrap_used, reason = "a benchmark fails by panicking")]
 #![allow(clippy::print_stdout, reason = "the figures are its output")]
 
-#[path = "../tests/postgres/mod.rs"]
+#[path = "../tests/support/postgres.rs"]
 mod postgres;
 
 use std::future::Future;

@@ -21,7 +21,7 @@ tests() { cargo test --locked --all-features --no-fail-fast 2>&1 | tee "$log"; }
 check cargo fmt --check
 check cargo clippy --locked --all-targets -- -D warnings
 # What the first one does not see: the code behind features, and the tests of it.
-check cargo clippy --locked --all-features --lib --bins --test hub --test operations -- -D warnings
+check cargo clippy --locked --all-features --lib --bins --test program -- -D warnings
 check tests
 check cargo run --locked --all-features --example schedules
 check env RUSTDOCFLAGS="-D warnings" cargo doc --locked --all-features --no-deps

@@ -1,4 +1,4 @@
-"""Logits of timm models with generated weights, the reference of tests/float_parity.rs.
+"""Logits of timm models with generated weights, the reference of tests/numerics/float_parity.rs.
 
 Usage: python scripts/timm_reference.py tests/fixtures/presets
 

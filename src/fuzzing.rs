@@ -2,7 +2,7 @@
 //!
 //! They reach behind the public API on purpose: past the panic guard of the image decoders, which
 //! would hide what is sought, and past the digest of artifacts, which no mutation survives. `fuzz/`
-//! runs them under libFuzzer, `tests/fuzz_corpus.rs` on what it has found. Not part of the API.
+//! runs them under libFuzzer, `tests/numerics/fuzz_corpus.rs` on what it has found. Not part of the API.
 
 use std::ffi::OsString;
 use std::io::Write;

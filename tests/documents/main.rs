@@ -5,7 +5,7 @@
 
 mod exceptions;
 mod markdown;
-#[path = "../program/mod.rs"]
+#[path = "../support/program.rs"]
 mod program;
 mod session;
 mod troubles;

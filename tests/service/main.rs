@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
-#[path = "../admission/mod.rs"]
+#[path = "../support/admission.rs"]
 mod admission;
 mod bad_input;
 mod cancel;

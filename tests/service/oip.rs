@@ -1,4 +1,4 @@
-//! `GRPCInferenceService` as the protocol has it; `tests/tritonclient.rs` has a real client.
+//! `GRPCInferenceService` as the protocol has it; `tests/program/tritonclient.rs` has a real client.
 
 use tokio_stream::StreamExt as _;
 use tonic::transport::Channel;
