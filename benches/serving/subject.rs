@@ -220,16 +220,26 @@ fn files(folder: &Path) -> Vec<PathBuf> {
 fn photographs(folder: &Path) -> PathBuf {
     fs::create_dir_all(folder).unwrap();
     for number in 0..16_u32 {
-        let image = image::RgbImage::from_fn(500, 375, |x, y| {
+        let pixel = |x: u32, y: u32| {
             let noise =
                 (x.wrapping_mul(7919) ^ y.wrapping_mul(104_729)).wrapping_mul(number + 1) % 31;
             let wave = |scale: f32| {
                 let phase = (x as f32 + 2.0 * y as f32) / scale + number as f32;
                 (100.0 + 90.0 * phase.sin()) as u8 + noise as u8
             };
-            image::Rgb([wave(17.0), wave(29.0), wave(53.0)])
-        });
-        image.save(folder.join(format!("{number}.jpg"))).unwrap();
+            [wave(17.0), wave(29.0), wave(53.0)]
+        };
+        let pixels: Vec<u8> =
+            (0..375).flat_map(|y| (0..500).flat_map(move |x| pixel(x, y))).collect();
+        let image = turbojpeg::Image {
+            pixels: pixels.as_slice(),
+            width: 500,
+            pitch: 1500,
+            height: 375,
+            format: turbojpeg::PixelFormat::RGB,
+        };
+        let jpeg = turbojpeg::compress(image, 75, turbojpeg::Subsamp::None).unwrap();
+        fs::write(folder.join(format!("{number}.jpg")), jpeg).unwrap();
     }
     folder.to_path_buf()
 }

@@ -64,6 +64,8 @@ mod tests {
 
     use super::*;
     use crate::data::Dataset;
+    use crate::data::decode::Format;
+    use crate::data::decode::encoded::encoded;
     use crate::error::Error;
     use crate::model::Interpolation;
 
@@ -74,7 +76,7 @@ mod tests {
 
     fn write_gray(path: &Path, gray: u8) {
         fs::create_dir_all(path.parent().unwrap()).unwrap();
-        image::RgbImage::from_pixel(2, 2, image::Rgb([gray; 3])).save(path).unwrap();
+        fs::write(path, encoded(Format::Png, 2, &[gray; 12])).unwrap();
     }
 
     #[test]

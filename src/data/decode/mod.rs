@@ -4,6 +4,8 @@
 //! anything is allocated, and whatever is wrong with the bytes is `InvalidArgument`. EXIF
 //! orientation is not applied, because the models were trained and measured without it.
 
+#[cfg(test)]
+pub(crate) mod encoded;
 mod jpeg;
 mod png;
 mod webp;
@@ -97,7 +99,9 @@ pub fn is_image(start: &[u8]) -> bool {
     Format::of(start).is_some()
 }
 
-enum Format {
+/// What an image is encoded in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Format {
     Jpeg,
     Png,
     Webp,
@@ -116,22 +120,18 @@ impl Format {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Cursor;
-
-    use image::{DynamicImage, ImageFormat};
     use proptest::prelude::*;
 
     use super::*;
 
-    fn encoded(width: u32, height: u32, format: ImageFormat) -> Vec<u8> {
-        let pixel = |x: u32, y: u32| image::Rgb([(9 * x) as u8, (7 * y) as u8, (x * y) as u8]);
-        let mut bytes = Cursor::new(Vec::new());
-        let image = DynamicImage::ImageRgb8(image::RgbImage::from_fn(width, height, pixel));
-        image.write_to(&mut bytes, format).unwrap();
-        bytes.into_inner()
+    fn encoded(width: u32, height: u32, format: Format) -> Vec<u8> {
+        let pixel = |x: u32, y: u32| [(9 * x) as u8, (7 * y) as u8, (x * y) as u8];
+        let pixels: Vec<u8> =
+            (0..height).flat_map(|y| (0..width).flat_map(move |x| pixel(x, y))).collect();
+        super::encoded::encoded(format, width, &pixels)
     }
 
-    const FORMATS: [ImageFormat; 3] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP];
+    const FORMATS: [Format; 3] = [Format::Jpeg, Format::Png, Format::Webp];
 
     fn reason(bytes: &[u8], limits: &DecodeLimits) -> String {
         match decode(bytes, limits, "images[3].content") {
@@ -175,7 +175,7 @@ mod tests {
         for format in FORMATS {
             let bytes = encoded(19, 11, format);
             // The end of a PNG's image data is followed by a chunk of 12 bytes that says only so.
-            let needed = if format == ImageFormat::Png { bytes.len() - 12 } else { bytes.len() };
+            let needed = if format == Format::Png { bytes.len() - 12 } else { bytes.len() };
             for length in 0..needed {
                 assert!(!refused(&bytes[..length]).is_empty());
             }
@@ -184,7 +184,7 @@ mod tests {
 
     #[test]
     fn limits_hold_before_anything_is_decoded() {
-        let mut jpeg = encoded(8, 8, ImageFormat::Jpeg);
+        let mut jpeg = encoded(8, 8, Format::Jpeg);
         let frame = jpeg.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
         jpeg[frame + 5..frame + 9].copy_from_slice(&[0xc3, 0x50, 0xc3, 0x50]);
         let expected = "50000x50000 pixels exceed the limit of 8192 a side";
