@@ -38,21 +38,26 @@ async fn who_does_not_fit_is_told_when_to_come_back_and_who_fits_is_answered() {
     let server = TestServer::with(&data, Setup { queue_images: 4, ..Setup::default() }).await;
     server.make("m").await;
     server.classify("m", vec![digit(0, 0)]).await.unwrap();
-    let mut refused = 0;
-    for outcome in flood(&server, "m").await {
-        match outcome {
-            Ok(response) => assert!(response.items[0].outcome.is_some()),
-            Err(status) => {
-                let expected = (Code::ResourceExhausted, String::new(), "QUEUE_FULL".to_owned());
-                assert_eq!(refusal(&status), expected);
-                let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
-                let retry = retry.expect("every refusal says when to come back");
-                assert!((Duration::from_millis(10)..=Duration::from_secs(5)).contains(&retry));
-                refused += 1;
+    let (mut refused, mut sent) = (0, 0);
+    // On a starved machine calls may come no faster than they are answered.
+    while refused == 0 && sent < 10 * FLOOD {
+        sent += FLOOD;
+        for outcome in flood(&server, "m").await {
+            match outcome {
+                Ok(response) => assert!(response.items[0].outcome.is_some()),
+                Err(status) => {
+                    let expected =
+                        (Code::ResourceExhausted, String::new(), "QUEUE_FULL".to_owned());
+                    assert_eq!(refusal(&status), expected);
+                    let retry = status.get_details_retry_info().and_then(|info| info.retry_delay);
+                    let retry = retry.expect("every refusal says when to come back");
+                    assert!((Duration::from_millis(10)..=Duration::from_secs(5)).contains(&retry));
+                    refused += 1;
+                }
             }
         }
     }
-    assert!((1..FLOOD).contains(&refused), "{refused} of {FLOOD} refused");
+    assert!((1..sent).contains(&refused), "{refused} of {sent} refused");
     assert_eq!(server.engine.classifier.admission().images(), 0);
     server.classify("m", vec![digit(0, 0); 4]).await.unwrap();
     server.stop().await;
