@@ -14,7 +14,7 @@ use vitq::nn::{Linear, Site};
 use vitq::tensor::to_vec_f64;
 
 use crate::digits::{Digits, request};
-use crate::methods::METHODS;
+use crate::methods::quantizing;
 
 /// Every so many validation images.
 const STEP: usize = 9;
@@ -127,7 +127,7 @@ fn check(name: &str, artifact: &Artifact, images: &Tensor) {
 
 fn check_methods(model: &str, bits: u32) {
     let Digits { checkpoint, calibration, images, .. } = Digits::open(model, 4, STEP);
-    for (method, options) in METHODS {
+    for (method, options) in quantizing() {
         let artifact = artifact((&checkpoint, &calibration), (method, options), bits);
         let name = format!("{model} {method} {bits}");
         check(&name, &artifact, &images);

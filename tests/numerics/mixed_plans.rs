@@ -15,7 +15,7 @@ use vitq::nn::{Operand, Site};
 use vitq::quant::Precision;
 use vitq::tensor::sqnr_db;
 
-use crate::methods::METHODS;
+use crate::methods::{quantizing, quick};
 
 /// A plan: weight bits, activation bits, exceptions.
 type Plan = (u32, u32, &'static [&'static str]);
@@ -48,8 +48,7 @@ fn checkpoints() -> [Checkpoint; 2] {
 }
 
 fn request(method: &str, (weights, activations, exceptions): Plan) -> QuantizeSpec {
-    let (_, options) = METHODS.iter().find(|(id, _)| *id == method).unwrap();
-    let options = options.iter();
+    let options = quick(method).iter();
     let mut role_bits = RoleBits::default();
     for text in exceptions {
         role_bits.insert_text(text).unwrap();
@@ -92,8 +91,7 @@ fn expected(request: &QuantizeSpec, site: &Site, operand: Operand) -> Option<u8>
 fn every_operand_gets_the_bits_that_were_asked_for() {
     for checkpoint in checkpoints() {
         let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
-        for (method, plan) in METHODS.iter().flat_map(|(m, _)| PLANS.iter().map(move |p| (*m, *p)))
-        {
+        for (method, plan) in quantizing().flat_map(|(m, _)| PLANS.iter().map(move |p| (m, *p))) {
             let request = request(method, plan);
             let artifact = artifact(&checkpoint, &request);
             for site in &model.sites {
