@@ -101,7 +101,8 @@ impl NamedFolder {
         // A symbolic link may lead out of the root, so the real path decides.
         let path = root.join(name).canonicalize().map_err(|_| not_found())?;
         if !path.starts_with(root) {
-            return Err(refused());
+            let reason = format!("`{name}` is a link, or below one, that leads elsewhere");
+            return Err(Error::invalid(field, reason));
         }
         if path.is_dir() {
             match escaping_link(&path, root) {
