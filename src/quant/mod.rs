@@ -20,4 +20,4 @@ pub use bits::{BitWidth, Precision};
 pub use cost::OperandCost;
 pub use granularity::Granularity;
 pub use plan::QuantPlan;
-pub use quantizer::{IntTerm, Quantizer, QuantizerState};
+pub use quantizer::{IntTerm, Quantizer, QuantizerState, Slope};

@@ -27,6 +27,14 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// `Device` when libtorch refuses; `InvalidArgument` when the shape does not fit the state.
     fn fake_quantize(&self, x: &Tensor) -> Result<Tensor> {
+        if x.requires_grad() {
+            let source = x.f_detach()?;
+            let x_hat = self.fake_quantize(&source)?;
+            return match self.slope(&source, &x_hat)? {
+                Some(slope) => slope.attach(x, &x_hat),
+                None => self.fake_quantize_by_tensors(x),
+            };
+        }
         if let Some(rounded) = self.on_gpu(x)? {
             return rounded.values();
         }
@@ -41,6 +49,15 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// As [`Quantizer::fake_quantize`].
     fn fake_quantize_in_a_pass(&self, _x: &Tensor) -> Result<Option<Tensor>> {
+        Ok(None)
+    }
+
+    /// The slope at `x` (no gradient) of what rounds it to `x_hat`, the rounding itself left out;
+    /// `None` where only the definition knows it.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn slope(&self, _x: &Tensor, _x_hat: &Tensor) -> Result<Option<Slope>> {
         Ok(None)
     }
 
@@ -125,6 +142,36 @@ pub trait Quantizer: Debug + Send {
     /// static grids of 2^bits codes with one scale along the summed axis.
     fn cost(&self, _shape: &[i64]) -> OperandCost {
         OperandCost::of_grid(self.bits())
+    }
+}
+
+/// What a gradient is multiplied by on its way through a rounding.
+#[derive(Debug)]
+pub enum Slope {
+    /// 1 from `low` to `high`, which broadcast to the operand, and 0 beyond.
+    Between {
+        /// float32.
+        low: Tensor,
+        /// float32.
+        high: Tensor,
+    },
+    /// One number for every element, shape of the operand.
+    Each(Tensor),
+}
+
+impl Slope {
+    /// The values of `x_hat`, with this slope at `x`.
+    ///
+    /// # Errors
+    /// `Device` when the shapes do not fit.
+    fn attach(&self, x: &Tensor, x_hat: &Tensor) -> Result<Tensor> {
+        let carrier = match self {
+            Self::Between { low, high } => x.f_clamp_tensor(Some(low), Some(high))?,
+            Self::Each(slope) => x.f_mul(slope)?,
+        };
+        // Neither operation needs its result to go back, so the result can become another one.
+        carrier.f_detach()?.f_copy_(x_hat)?;
+        Ok(carrier)
     }
 }
 

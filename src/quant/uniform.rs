@@ -9,7 +9,7 @@ use crate::kernels::cuda::Rounded;
 use crate::kernels::passes::affine::{Grid, encode_whole};
 use crate::quant::dense::Dense;
 use crate::quant::planes::Planes;
-use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState, Slope};
 use crate::tensor::round_straight_through;
 
 /// Kind name in artifacts.
@@ -132,6 +132,15 @@ impl Quantizer for Uniform {
 
     fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
         Ok(self.codes(x)?.f_sub(&self.zero_point)?.f_mul(&self.scale)?)
+    }
+
+    fn slope(&self, _x: &Tensor, _x_hat: &Tensor) -> Result<Option<Slope>> {
+        // Beyond the first and the last code, which a fractional zero point moves inwards.
+        let first = self.zero_point.f_neg()?.f_ceil()?.f_sub_scalar(0.5)?;
+        let last = self.zero_point.f_neg()?.f_add_scalar(self.bits.max_code())?;
+        let last = last.f_floor()?.f_add_scalar(0.5)?;
+        let (low, high) = (first.f_mul(&self.scale)?, last.f_mul(&self.scale)?);
+        Ok(Some(Slope::Between { low, high }))
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
@@ -287,6 +296,24 @@ mod tests {
         let x = Tensor::from_slice(&[-2.0f32, 0.3, 2.0]).set_requires_grad(true);
         q.fake_quantize(&x).unwrap().sum(Kind::Float).backward();
         assert!(x.grad().allclose(&Tensor::from_slice(&[0.0f32, 1.0, 0.0]), 1e-6, 1e-6, false));
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_definition() {
+        let x = laws::sample(&[6, 5, 16], 4);
+        let bits = BitWidth::new(4, "bits").unwrap();
+        let half = |range: Range| Range { low: range.low * 0.5, high: range.high * 0.5 };
+        let whole = Uniform::from_range(&half(Range::per_tensor(&x).unwrap()), bits, 1e-10);
+        laws::gradients_agree(&whole.unwrap(), &x);
+        let channels = Range::per_row(&x.reshape([-1, 16]).transpose(0, 1)).unwrap();
+        let channels = Range { low: channels.low.view([-1]), high: channels.high.view([-1]) };
+        laws::gradients_agree(&Uniform::from_range(&half(channels), bits, 1e-10).unwrap(), &x);
+        let weight = laws::sample(&[7, 12], 5);
+        let rows = half(Range::per_row(&weight).unwrap());
+        laws::gradients_agree(&Uniform::from_range(&rows, bits, 1e-10).unwrap(), &weight);
+        let parameter = |value: f32| Tensor::from_slice(&[value]);
+        let fractional = Uniform::new(bits, parameter(0.1), parameter(7.25)).unwrap();
+        laws::gradients_agree(&fractional, &x);
     }
 
     #[test]

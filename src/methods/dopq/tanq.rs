@@ -18,7 +18,7 @@ use crate::kernels::cuda::{Rounded, Stairs};
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
 use crate::quant::dense::Dense;
 use crate::quant::once::Once;
-use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState, Slope};
 use crate::tensor::{Tails, to_vec_f32};
 
 /// Kind name in artifacts.
@@ -162,6 +162,13 @@ impl Tangent {
 }
 
 impl Tangent {
+    /// The slope of the inverse at x̂ times that at x; 0 beyond the curve's ends.
+    fn slope_between(&self, x: &Tensor, x_hat: &Tensor) -> Result<Tensor> {
+        let slope = self.curve.flatness(x_hat)?.f_div(&self.curve.flatness(x)?)?;
+        let inside = x.f_ge(0.0)?.f_logical_and(&x.f_le(self.curve.clip)?)?;
+        Ok(slope.f_where_self(&inside, &slope.f_zeros_like()?)?)
+    }
+
     /// The tables for a pass.
     fn stairs(&self) -> Option<&(Staircase, Values)> {
         self.stairs.get(|| {
@@ -188,11 +195,12 @@ impl Quantizer for Tangent {
         if !x.requires_grad() {
             return Ok(value);
         }
-        // Straight-through at the rounding: the slope of the inverse at x̂ times that at x.
-        let slope = self.curve.flatness(&value)?.f_div(&self.curve.flatness(&source)?)?;
-        let inside = source.f_ge(0.0)?.f_logical_and(&source.f_le(self.curve.clip)?)?;
-        let linear = x.f_mul(&slope.f_where_self(&inside, &slope.f_zeros_like()?)?)?;
+        let linear = x.f_mul(&self.slope_between(&source, &value)?)?;
         Ok(value.f_add(&linear.f_sub(&linear.f_detach()?)?)?)
+    }
+
+    fn slope(&self, x: &Tensor, x_hat: &Tensor) -> Result<Option<Slope>> {
+        Ok(Some(Slope::Each(self.slope_between(x, x_hat)?)))
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {

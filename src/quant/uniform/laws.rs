@@ -40,6 +40,25 @@ pub(crate) fn images_are_independent(quantizer: &dyn Quantizer, x: &Tensor, rows
     }
 }
 
+/// The values are those without a gradient, the gradient is the definition's.
+pub(crate) fn gradients_agree(quantizer: &dyn Quantizer, x: &Tensor) {
+    assert!(quantizer.slope(x, x).unwrap().is_some(), "only the definition has a gradient");
+    let weights = sample(&x.size(), 9);
+    let gradient = |forward: &dyn Fn(&Tensor) -> Tensor| {
+        let leaf = x.detach().copy().set_requires_grad(true);
+        let y = forward(&leaf);
+        (&y * &weights).sum(Kind::Float).backward();
+        (y.detach(), leaf.grad())
+    };
+    let (values, found) = gradient(&|x| quantizer.fake_quantize(x).unwrap());
+    let (_, expected) = gradient(&|x| quantizer.fake_quantize_by_tensors(x).unwrap());
+    assert!(values.equal(&quantizer.fake_quantize(x).unwrap()), "a gradient changes the values");
+    let worst = (&found - &expected).abs().max().double_value(&[]);
+    assert!(worst <= 1e-5 * expected.abs().max().double_value(&[]), "gradients differ by {worst}");
+    let flat = expected.eq(0.0).sum(Kind::Int64).int64_value(&[]);
+    assert!(flat > 0 && flat < x.numel() as i64, "{flat} elements are beyond the grid");
+}
+
 /// Values that arithmetic stumbles over, in tensors of that shape.
 pub(crate) fn awkward(shape: &[i64], seed: i64) -> Vec<Tensor> {
     let plain = sample(shape, seed);
