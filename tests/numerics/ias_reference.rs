@@ -5,25 +5,16 @@
 //! what it gave.
 
 use tch::Tensor;
-use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, StemHeadPolicy};
 use vitq::engine::pipeline::CalibrationImages;
-use vitq::quant::BitWidth;
 
+use crate::digits;
 use crate::reference::{
     Subject, artifact, calibration, compare_small_models, load, metrics, subject,
 };
 
 fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
-    let bits = BitWidth::new(bits, "bits").unwrap();
-    QuantizeSpec {
-        method: method.to_owned(),
-        options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Same,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    }
+    digits::request(method, options, bits, StemHeadPolicy::Same)
 }
 
 #[test]

@@ -7,7 +7,7 @@ use tch::{Device, Tensor};
 use vitq::Error;
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{Progress, ProgressUpdate, QuantizeSpec, RoleBits, StemHeadPolicy};
+use vitq::calib::{Progress, ProgressUpdate, QuantizeSpec, StemHeadPolicy};
 use vitq::engine::pipeline::{CalibrationImages, quantize};
 use vitq::exec::{Simulated, WeightSource};
 use vitq::model::{Checkpoint, Model};
@@ -15,22 +15,14 @@ use vitq::nn::{Operand, Role, Site};
 use vitq::quant::{BitWidth, QuantPlan, QuantizerState};
 use vitq::tensor::sqnr_db;
 
+use crate::digits;
 use crate::reference::{
     SMALL_MODEL_FLOOR_DB, artifact, calibration, json_file, load, metrics, root, small_checkpoint,
     subject, tensors,
 };
 
 fn request(bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
-    let bits = BitWidth::new(bits, "bits").unwrap();
-    QuantizeSpec {
-        method: "ptq4vit".to_owned(),
-        options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Same,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    }
+    digits::request("ptq4vit", options, bits, StemHeadPolicy::Same)
 }
 
 /// The stored form of a quantizer with the authors' scale.

@@ -1,29 +1,18 @@
 //! RepQ-ViT end to end against its authors' code: small models with random weights
 //! (tests/fixtures/repq) and the trained digits models (demo/reference).
 
-use std::collections::BTreeMap;
-
 use vitq::artifact::Artifact;
-use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, StemHeadPolicy};
 use vitq::engine::pipeline::CalibrationImages;
-use vitq::quant::BitWidth;
 use vitq::tensor::sqnr_db;
 
+use crate::digits;
 use crate::reference::{
     artifact, calibration, compare_small_models, json_file, load, metrics, subject, tensors,
 };
 
 fn request(bits: u32, variant: &str) -> QuantizeSpec {
-    let bits = BitWidth::new(bits, "bits").unwrap();
-    QuantizeSpec {
-        method: "repq".to_owned(),
-        options: BTreeMap::from([("variant".to_owned(), variant.to_owned())]),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Same,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    }
+    digits::request("repq", &[("variant", variant)], bits, StemHeadPolicy::Same)
 }
 
 #[test]

@@ -6,28 +6,19 @@ use std::collections::BTreeMap;
 use tch::{Device, Kind, Tensor};
 use vitq::artifact::Artifact;
 use vitq::calib::progress::Unwatched;
-use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
+use vitq::calib::{QuantizeSpec, StemHeadPolicy};
 use vitq::engine::FloatModel;
 use vitq::engine::pipeline::{CalibrationImages, quantize};
-use vitq::quant::BitWidth;
 use vitq::tensor::sqnr_db;
 
+use crate::digits;
 use crate::reference::{
     SMALL_MODEL_FLOOR_DB, artifact, calibration, json_file, load, metrics, small_checkpoint,
     subject, tensors,
 };
 
 fn request(method: &str, bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
-    let bits = BitWidth::new(bits, "bits").unwrap();
-    QuantizeSpec {
-        method: method.to_owned(),
-        options: options.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        weight_bits: bits.into(),
-        activation_bits: bits.into(),
-        stem_head: StemHeadPolicy::Float,
-        seed: 0,
-        role_bits: RoleBits::default(),
-    }
+    digits::request(method, options, bits, StemHeadPolicy::Float)
 }
 
 #[test]
