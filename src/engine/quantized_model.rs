@@ -12,7 +12,7 @@ use crate::exec::{
     Backend, Cpu, Cuda, Float, Integer, IntegerOnGpu, IntegerSites, Kernels, Packer, Simulated,
     SiteCounts, WeightSource,
 };
-use crate::kernels::SingleThreaded;
+use crate::kernels::Workers;
 use crate::kernels::cuda::Gpu;
 use crate::model::{Checkpoint, Model, ModelSpec};
 use crate::nn::{Operand, WeightEdits, Weights};
@@ -26,6 +26,21 @@ pub struct QuantizedModel {
     arithmetic: Arithmetic,
     device: Device,
     resident_bytes: u64,
+}
+
+/// A model of which several threads run forwards.
+struct Shared<'a>(&'a Model, &'a QuantPlan);
+
+#[allow(unsafe_code, reason = "tch does not say that several threads may read a tensor")]
+// SAFETY: a forward only reads what units and quantizers hold, as their traits demand, and libtorch's
+// tensors may be read by several threads: it counts the references to them atomically.
+unsafe impl Sync for Shared<'_> {}
+
+impl Shared<'_> {
+    /// The whole: closures would capture its parts.
+    fn get(&self) -> &Self {
+        self
+    }
 }
 
 /// What a forward computes with.
@@ -121,15 +136,26 @@ impl QuantizedModel {
             Arithmetic::Simulated => {
                 self.model.forward(&mut Simulated::new(&self.plan, WeightSource::Decoded), &images)
             }
-            Arithmetic::Integer(sites) => {
-                // What is left to libtorch is little, and its idle threads would be in the way.
-                let _libtorch = SingleThreaded::begin();
-                self.model.forward(&mut Integer::new(&self.plan, sites), &images)
-            }
+            Arithmetic::Integer(sites) => self.forward_in_integers(sites, &images),
             Arithmetic::IntegerOnGpu(gpu, sites) => {
                 self.model.forward(&mut IntegerOnGpu::new(gpu, &self.plan, sites), &images)
             }
         }
+    }
+
+    /// Each thread takes some of the images: what it computes stays in its caches, and none waits for
+    /// another within a forward. Threads beyond the images share the work of one.
+    fn forward_in_integers(&self, sites: &IntegerSites<Cpu>, images: &Tensor) -> Result<Tensor> {
+        let workers = Workers::shared();
+        let count = images.size().first().copied().unwrap_or(0);
+        let parts = i64::try_from(workers.threads()).unwrap_or(1).min(count).max(1);
+        let shared = Shared(&self.model, &self.plan);
+        let logits = workers.divide(images.f_chunk(parts, 0)?, |images| {
+            let _guard = tch::no_grad_guard(); // of each thread
+            let Shared(model, plan) = *shared.get();
+            model.forward(&mut Integer::new(plan, sites), &images)
+        });
+        Ok(Tensor::f_cat(&logits.into_iter().collect::<Result<Vec<_>>>()?, 0)?)
     }
 
     /// How many products are computed in which arithmetic.

@@ -2,8 +2,11 @@
 //!
 //! Every function works on whole rows and computes each by itself, in an order that depends on its
 //! length alone: neither the batch nor the threads show in a result. The loops are plain Rust that the
-//! compiler turns into vector instructions, once for the base instruction set and once for AVX2 with
-//! fused multiply-add, chosen at run time.
+//! compiler turns into vector instructions: for the base instruction set, for AVX2 with fused
+//! multiply-add, and for AVX-512, chosen at run time. The latter two give the same bits.
+
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::cpu::has_avx512;
 
 /// Partial sums of a row: what one or two vector registers hold.
 const LANES: usize = 16;
@@ -30,17 +33,29 @@ pub struct NormRow<'a> {
     pub eps: f32,
 }
 
-/// Compiles `$body` twice and calls what the processor can run; `$fused` tells the body whether
-/// multiply-add is one instruction.
+/// Compiles `$generic` for the base instruction set, AVX2 and AVX-512 and calls what the processor can
+/// run. Its parameter says whether multiply-add is one instruction.
 macro_rules! dispatch {
     ($(#[$doc:meta])* $name:ident, $generic:ident, ($($argument:ident: $type:ty),*)) => {
         $(#[$doc])*
         pub fn $name($($argument: $type),*) {
             #[cfg(target_arch = "x86_64")]
             {
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
+                fn widest($($argument: $type),*) {
+                    $generic::<true>($($argument),*);
+                }
                 #[target_feature(enable = "avx2,fma")]
                 fn fused($($argument: $type),*) {
                     $generic::<true>($($argument),*);
+                }
+                if has_avx512() {
+                    #[allow(unsafe_code, reason = "instructions that not every processor has")]
+                    // SAFETY: the processor has these features.
+                    unsafe {
+                        widest($($argument),*);
+                    }
+                    return;
                 }
                 if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
                     #[allow(unsafe_code, reason = "instructions that not every processor has")]
@@ -59,6 +74,10 @@ macro_rules! dispatch {
 dispatch!(
     /// Exact (erf) GELU of every value, in place.
     gelu, gelu_loop, (values: &mut [f32])
+);
+dispatch!(
+    /// Adds `other` to as many values, in place.
+    add, add_loop, (values: &mut [f32], other: &[f32])
 );
 dispatch!(
     /// Softmax of a row of scores with what is added to it, in place.
@@ -116,6 +135,11 @@ fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
     }
 }
 
+#[inline(always)]
+fn add_loop<const FUSED: bool>(values: &mut [f32], other: &[f32]) {
+    values.iter_mut().zip(other).for_each(|(value, other)| *value += other);
+}
+
 /// `step` over a row in [`LANES`] partial results, which `join` puts together at last.
 #[inline(always)]
 fn fold(
@@ -161,19 +185,36 @@ fn exp_of_negative<const FUSED: bool>(x: f32) -> f32 {
 
 #[inline(always)]
 fn softmax_loop<const FUSED: bool>(row: &mut [f32], terms: ScoreRow<'_>) {
-    let ScoreRow { scale, bias, mask } = terms;
-    if scale != 1.0 {
+    let ScoreRow { mut scale, bias, mask } = terms;
+    // Differences can be scaled as well, in a pass that there is anyway.
+    if scale != 1.0 && (scale <= 0.0 || !(bias.is_empty() && mask.is_empty())) {
         row.iter_mut().for_each(|x| *x *= scale);
+        scale = 1.0;
     }
     for added in [bias, mask] {
         row.iter_mut().zip(added).for_each(|(x, added)| *x += added);
     }
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let largest = fold(row, f32::NEG_INFINITY, larger, larger);
-    for x in row.iter_mut() {
-        *x = exp_of_negative::<FUSED>(*x - largest);
+    let mut sums = [0.0; LANES];
+    let exponentials = |part: &mut [f32; LANES]| {
+        part.iter_mut().for_each(|x| *x = exp_of_negative::<FUSED>((*x - largest) * scale));
+    };
+    let mut parts = row.chunks_exact_mut(LANES);
+    for part in &mut parts {
+        if let Some(part) = part.first_chunk_mut() {
+            exponentials(part);
+            sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += *x);
+        }
     }
-    let factor = 1.0 / sum(row);
+    // What is left as a whole register, too: one at a time, exponentials cost as much each.
+    let rest = parts.into_remainder();
+    let mut whole = [largest; LANES];
+    whole[..rest.len()].copy_from_slice(rest);
+    exponentials(&mut whole);
+    rest.copy_from_slice(&whole[..rest.len()]);
+    sums.iter_mut().zip(rest).for_each(|(sum, x)| *sum += *x);
+    let factor = 1.0 / sums.into_iter().fold(0.0, |sum, lane| sum + lane);
     row.iter_mut().for_each(|x| *x *= factor);
 }
 

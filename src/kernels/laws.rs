@@ -142,7 +142,7 @@ fn pack(lhs: &Codes, rhs: &Codes, set: InstructionSet) -> PackedRhs {
 fn multiply(workers: &Workers, operands: &Operands, set: InstructionSet) -> Vec<f32> {
     let Operands { lhs, rhs, bias } = operands;
     let mut out = vec![f32::NAN; lhs.rows * rhs.rows];
-    product_on(workers, lhs, &pack(lhs, rhs, set), bias.as_deref(), &mut out);
+    product_on(workers, lhs, &pack(lhs, rhs, set), (bias.as_deref(), None), &mut out);
     out
 }
 
@@ -270,7 +270,7 @@ proptest! {
         let rhs = draw(case.rhs, [batch * case.n, k, 1], &mut random);
         for set in available() {
             let mut out = vec![f32::NAN; batch * case.m * case.n];
-            batch_with(set, &Workers::new(2), (&lhs, &rhs), batch, &mut out);
+            batch_with(set, &Workers::new(2), (&lhs, &rhs), (batch, None), &mut out);
             for (i, out) in out.chunks_exact(case.m * case.n).enumerate() {
                 let one = Operands {
                     lhs: rows(&lhs, i * case.m, case.m),
@@ -279,6 +279,53 @@ proptest! {
                 };
                 prop_assert_eq!(bits(out), bits(&multiply(&Workers::new(1), &one, set)));
             }
+        }
+    }
+}
+
+#[test]
+fn every_part_is_finished_once() {
+    let (m, n, k) = if cfg!(miri) { (13, 35, 8) } else { (199, 331, 97) };
+    let operands = plain(m, n, k).operands();
+    let Operands { lhs, rhs, bias } = &operands;
+    // What is added tells where.
+    let place = |row: usize, column: usize| (row * n + column) as f32;
+    for set in available() {
+        for threads in [1, 3] {
+            let workers = Workers::new(threads);
+            let mut expected = multiply(&workers, &operands, set);
+            for (at, value) in expected.iter_mut().enumerate() {
+                *value += place(at / n, at % n);
+            }
+            let finish = |row: usize, first: usize, part: &mut [f32]| {
+                for (offset, value) in part.iter_mut().enumerate() {
+                    *value += place(row, first + offset);
+                }
+            };
+            let mut found = vec![f32::NAN; m * n];
+            let packed = pack(lhs, rhs, set);
+            product_on(&workers, lhs, &packed, (bias.as_deref(), Some(&finish)), &mut found);
+            assert_eq!(bits(&found), bits(&expected), "{set:?}, {threads} threads");
+        }
+    }
+}
+
+#[test]
+fn rows_of_a_batch_are_finished_whole() {
+    // So many columns that a product of weights would not keep their panels together.
+    let (batch, m, n, k) = if cfg!(miri) { (2, 3, 70, 8) } else { (3, 5, 2500, 64) };
+    let mut random = Random(5);
+    let lhs = draw(PLAIN, [batch * m, k, 1], &mut random);
+    let rhs = draw(PLAIN, [batch * n, k, 1], &mut random);
+    for set in available() {
+        let mut found = vec![f32::NAN; batch * m * n];
+        let finish = |row: usize, first: usize, part: &mut [f32]| {
+            assert_eq!((first, part.len()), (0, n));
+            part.fill(row as f32);
+        };
+        batch_with(set, &Workers::new(2), (&lhs, &rhs), (batch, Some(&finish)), &mut found);
+        for (row, found) in found.chunks_exact(n).enumerate() {
+            assert!(found.iter().all(|value| *value == row as f32));
         }
     }
 }
@@ -329,7 +376,7 @@ fn empty_products_are_empty_or_the_bias() {
         let Operands { lhs, rhs, .. } = case.operands();
         for set in available() {
             let mut out = vec![f32::NAN; m * n];
-            batch_with(set, &Workers::new(1), (&lhs, &rhs), 1, &mut out);
+            batch_with(set, &Workers::new(1), (&lhs, &rhs), (1, None), &mut out);
             assert!(out.iter().all(|&number| number == 0.0 || k > 0));
         }
     }

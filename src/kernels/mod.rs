@@ -5,7 +5,7 @@
 //! but that row: not on other rows, the thread count, or the instruction set.
 
 mod aligned;
-mod codes;
+pub(crate) mod codes;
 mod cpu;
 pub mod cpu_elementwise;
 pub mod cpu_slices;
@@ -18,10 +18,12 @@ mod packed;
 pub mod passes;
 mod prepare;
 pub mod reference;
+mod team;
 mod workers;
 
 pub use codes::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 pub use cpu::InstructionSet;
+pub use cpu::shuffle::transpose;
 pub use openmp::SingleThreaded;
 pub use packed::PackedRhs;
 pub use workers::Workers;
@@ -41,12 +43,22 @@ const SMALL: usize = 1 << 21;
 /// Tasks for each thread, so that none waits long for the last one.
 const TASKS_PER_THREAD: usize = 4;
 
-/// `out[m, n] = lhs · rhsᵀ (+ bias[n])`, row-major, on the shared [`Workers`].
+/// What is done to a part of a row of a product while it is in the first-level cache, given the row and
+/// the part's first column. A part is as long as the kernel likes.
+pub type Finish<'a> = &'a (dyn Fn(usize, usize, &mut [f32]) + Sync);
+
+/// `out[m, n] = lhs · rhsᵀ (+ bias[n])`, row-major, on the shared [`Workers`], and what is to be done then.
 ///
 /// # Panics
 /// When shapes do not fit, or `lhs` has other groups or larger codes than `rhs` was packed for.
-pub fn product(lhs: &Codes, rhs: &PackedRhs, bias: Option<&[f32]>, out: &mut [f32]) {
-    product_on(Workers::shared(), lhs, rhs, bias, out);
+pub fn product(
+    lhs: &Codes,
+    rhs: &PackedRhs,
+    bias: Option<&[f32]>,
+    finish: Option<Finish<'_>>,
+    out: &mut [f32],
+) {
+    product_on(Workers::shared(), lhs, rhs, (bias, finish), out);
 }
 
 /// [`product`] on threads of the caller's choice.
@@ -57,7 +69,7 @@ pub fn product_on(
     workers: &Workers,
     lhs: &Codes,
     rhs: &PackedRhs,
-    bias: Option<&[f32]>,
+    (bias, finish): (Option<&[f32]>, Option<Finish<'_>>),
     out: &mut [f32],
 ) {
     lhs.check();
@@ -69,7 +81,7 @@ pub fn product_on(
     if out.is_empty() {
         return;
     }
-    let height = rhs.kernel.tile_rows();
+    let height = rhs.kernel.tile_rows(cpu::sums(lhs, rhs));
     let width = rhs.kernel.panel_columns();
     let row_bytes = 4 * rhs.group_steps() * rhs.lhs_groups * lhs.terms.len();
     let single = lhs.rows * rhs.rows() * lhs.columns < SMALL || workers.threads() == 1;
@@ -94,7 +106,9 @@ pub fn product_on(
         }
         for (part, out) in slices.into_iter().enumerate().filter(|(_, out)| !out.is_empty()) {
             let panels = part * panels..((part + 1) * panels).min(rhs.panels());
-            tasks.push((Job { lhs, rows: rows.clone(), rhs, panels, bias }, out));
+            let rows = rows.clone();
+            let job = Job { lhs, rows, rhs, panels, bias, finish, whole_rows: false };
+            tasks.push((job, out));
         }
     }
     let work = |(job, mut out): (Job<'_>, Vec<&mut [f32]>), scratch: &mut Scratch| {
@@ -109,12 +123,19 @@ pub fn product_on(
 }
 
 /// `batch` products of matrices that lie below each other in `lhs` [batch · m, k] and `rhs`
-/// [batch · n, k]: `out[batch, m, n]`. For attention: one matrix per image and head.
+/// [batch · n, k]: `out[batch, m, n]`, and what is to be done then; parts are whole rows here. For
+/// attention: one matrix per image and head.
 ///
 /// # Panics
 /// When shapes do not fit, or the rows do not divide into `batch` matrices.
-pub fn product_batch(lhs: &Codes, rhs: &Codes, batch: usize, out: &mut [f32]) {
-    product_batch_on(Workers::shared(), lhs, rhs, batch, out);
+pub fn product_batch(
+    lhs: &Codes,
+    rhs: &Codes,
+    batch: usize,
+    finish: Option<Finish<'_>>,
+    out: &mut [f32],
+) {
+    product_batch_on(Workers::shared(), lhs, rhs, (batch, finish), out);
 }
 
 /// [`product_batch`] on threads of the caller's choice.
@@ -125,17 +146,17 @@ pub fn product_batch_on(
     workers: &Workers,
     lhs: &Codes,
     rhs: &Codes,
-    batch: usize,
+    (batch, finish): (usize, Option<Finish<'_>>),
     out: &mut [f32],
 ) {
-    batch_with(InstructionSet::best(), workers, (lhs, rhs), batch, out);
+    batch_with(InstructionSet::best(), workers, (lhs, rhs), (batch, finish), out);
 }
 
 fn batch_with(
     set: InstructionSet,
     workers: &Workers,
     (lhs, rhs): (&Codes, &Codes),
-    batch: usize,
+    (batch, finish): (usize, Option<Finish<'_>>),
     out: &mut [f32],
 ) {
     lhs.check();
@@ -153,7 +174,8 @@ fn batch_with(
         let operand = Operand { codes: rhs, first, rows: n, lhs_groups, lhs_max_code, uses };
         let rhs = PackedRhs::pack_rows(&operand, set);
         let rows = index * m..(index + 1) * m;
-        let job = Job { lhs, rows, rhs: &rhs, panels: 0..rhs.panels(), bias: None };
+        let (panels, bias) = (0..rhs.panels(), None);
+        let job = Job { lhs, rows, rhs: &rhs, panels, bias, finish, whole_rows: true };
         let mut out: Vec<&mut [f32]> = out.chunks_exact_mut(n).collect();
         rhs.kernel.run(&job, &mut out, scratch);
     };

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use crate::kernels::aligned::AlignedBytes;
+use crate::kernels::cpu::sums;
 use crate::kernels::{Codes, CodesTerm, PackedRhs};
 
 /// A block of rows of the left operand, tile by tile.
@@ -16,7 +17,7 @@ pub(super) struct Block {
 /// One term. Parameters are laid out [tile, group, row of the tile].
 #[derive(Debug, Default)]
 pub(super) struct BlockTerm {
-    /// Padded or widened rows; unused where the operand's own rows will do.
+    /// Padded or widened rows: all, or the last where the operand's own rows will do for the others.
     pub(super) codes: AlignedBytes,
     /// Zero points as far as they lie within the grid.
     pub(super) zero_points: Vec<i32>,
@@ -43,17 +44,19 @@ impl Block {
     }
 }
 
-/// Whether the kernel can read the operand's own rows: a group is whole steps of single bytes.
+/// Whether the kernel can read the operand's own rows: steps are of single bytes, and where the last step
+/// goes beyond the row, the right operand has zeros. The last row of all must not be read beyond.
 pub(super) fn reads_plain_rows(lhs: &Codes, rhs: &PackedRhs) -> bool {
-    rhs.kernel.step() == 4 && lhs.group_columns().is_multiple_of(4)
+    let whole = lhs.group_columns().is_multiple_of(4);
+    rhs.kernel.step() == 4 && (whole || (lhs.groups == 1 && lhs.columns > 4))
 }
 
 impl BlockTerm {
     fn fill(&mut self, lhs: &Codes, term: &CodesTerm, range: Range<usize>, rhs: &PackedRhs) {
-        if !reads_plain_rows(lhs, rhs) {
-            self.copy_codes(lhs, term, range.clone(), rhs);
-        }
-        let height = rhs.kernel.tile_rows();
+        let copied =
+            if reads_plain_rows(lhs, rhs) { range.end - 1..range.end } else { range.clone() };
+        self.copy_codes(lhs, term, copied, rhs);
+        let height = rhs.kernel.tile_rows(sums(lhs, rhs));
         let tiles = range.len().div_ceil(height);
         let needs_centred = rhs.terms.iter().any(|term| !term.residual.is_empty());
         let parameters = tiles * lhs.groups * height;
@@ -71,34 +74,35 @@ impl BlockTerm {
         self.active.resize(tiles * lhs.groups, lhs.terms.len() == 1);
 
         let size = lhs.group_columns();
-        for (offset, row) in range.enumerate() {
-            for group in 0..lhs.groups {
-                let from = row * lhs.groups + group;
-                let at = offset / height * lhs.groups + group;
-                let to = at * height + offset % height;
-                let codes = &term.codes[row * lhs.columns + group * size..][..size];
-                let (zero_point, scale) = (term.zero_point[from], term.scale[from]);
-                if lhs.terms.len() > 1 {
-                    let inactive = u8::try_from(zero_point).is_ok_and(|zero| {
-                        codes.iter().fold(0, |any, code| any | (code ^ zero)) == 0
-                    });
-                    if inactive {
-                        continue;
+        for (tile, first) in range.clone().step_by(height).enumerate() {
+            for (r, row) in (first..range.end.min(first + height)).enumerate() {
+                for group in 0..lhs.groups {
+                    let (from, at) = (row * lhs.groups + group, tile * lhs.groups + group);
+                    let to = at * height + r;
+                    let codes = || &term.codes[row * lhs.columns + group * size..][..size];
+                    let (zero_point, scale) = (term.zero_point[from], term.scale[from]);
+                    if lhs.terms.len() > 1 {
+                        let inactive = u8::try_from(zero_point).is_ok_and(|zero| {
+                            codes().iter().fold(0, |any, code| any | (code ^ zero)) == 0
+                        });
+                        if inactive {
+                            continue;
+                        }
+                        self.active[at] = true;
                     }
-                    self.active[at] = true;
-                }
-                let inside = zero_point.clamp(0, i32::from(term.max_code));
-                self.zero_points[to] = inside;
-                self.scales[to] = scale;
-                if inside != zero_point {
-                    let beyond = i64::from(zero_point) - i64::from(inside);
-                    self.outside[to] = -scale * beyond as f32;
-                    self.any_outside = true;
-                }
-                if needs_centred {
-                    let sum: u32 = codes.iter().map(|&code| u32::from(code)).sum();
-                    let sum = i64::from(sum) - i64::from(zero_point) * size as i64;
-                    self.centred[to] = scale * sum as f32;
+                    let inside = zero_point.clamp(0, i32::from(term.max_code));
+                    self.zero_points[to] = inside;
+                    self.scales[to] = scale;
+                    if inside != zero_point {
+                        let beyond = i64::from(zero_point) - i64::from(inside);
+                        self.outside[to] = -scale * beyond as f32;
+                        self.any_outside = true;
+                    }
+                    if needs_centred {
+                        let sum: u32 = codes().iter().map(|&code| u32::from(code)).sum();
+                        let sum = i64::from(sum) - i64::from(zero_point) * size as i64;
+                        self.centred[to] = scale * sum as f32;
+                    }
                 }
             }
         }

@@ -23,6 +23,9 @@ pub use checkpoint::Checkpoint;
 pub use spec::{Interpolation, ModelSpec, Preprocessing};
 
 /// A step of the forward pass: the stem, a block, a patch merging, the head.
+///
+/// Forwards may run on several threads at once: a unit reads its tensors, never writes to them, and
+/// changes nothing of itself but behind a lock.
 pub trait Unit: Send {
     /// Module path of the unit: `patch_embed`, `blocks.3`, `layers.0.downsample`, `head`.
     fn path(&self) -> &str;

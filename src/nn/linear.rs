@@ -39,4 +39,9 @@ impl Linear {
         }
         shape
     }
+
+    /// Columns of its output.
+    pub fn output_width(&self) -> usize {
+        usize::try_from(self.weight.size()[0]).unwrap_or(0)
+    }
 }

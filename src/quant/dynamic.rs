@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::kernels::Codes;
+use crate::kernels::codes::buffer;
 use crate::kernels::cuda::{self, Rounded, Tokens};
 use crate::kernels::passes::affine::{Constants, dynamic_grids, encode_rows, quantize_dynamic};
 use crate::quant::cost::{OperandCost, RANGE_BITS, elements, rows};
@@ -144,7 +145,7 @@ impl Quantizer for DynamicToken {
         let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
         let (x, width) = (dense.values()?, dense.width());
         let grids = dynamic_grids(x, self.bits.max_code() as f32, width);
-        let mut codes = vec![0; x.len()];
+        let mut codes = buffer(x.len());
         encode_rows(x, &grids, width, &mut codes);
         planes.push_grids(codes, &grids);
         Ok(Some(planes.finish()))

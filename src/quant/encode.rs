@@ -53,7 +53,7 @@ fn last_axis(x: &Tensor) -> i64 {
 }
 
 /// The largest code of that many bits, at most eight.
-pub(super) fn max_code(bits: u32) -> u8 {
+pub(crate) fn max_code(bits: u32) -> u8 {
     u8::MAX >> (u8::BITS - bits.min(u8::BITS))
 }
 
@@ -127,17 +127,6 @@ mod tests {
         IntTerm { codes: codes.to_kind(Kind::Int), scale: scale.shallow_clone(), zero_point }
     }
 
-    /// x̂ of codes, row by row.
-    fn decoded(codes: &Codes) -> Vec<f32> {
-        let value = |at: usize, term: &CodesTerm| {
-            let (row, column) = (at / codes.columns, at % codes.columns);
-            let group = row * codes.groups + column / codes.group_columns();
-            term.scale[group] * (i32::from(term.codes[at]) - term.zero_point[group]) as f32
-        };
-        let count = codes.rows * codes.columns;
-        (0..count).map(|at| codes.terms.iter().map(|term| value(at, term)).sum()).collect()
-    }
-
     #[test]
     fn codes_decode_to_what_their_terms_do() {
         let row_scales = sample(&[2, 3, 1], 1).abs() + 0.1;
@@ -155,7 +144,7 @@ mod tests {
             let found = codes_of(&[term], bits).unwrap().unwrap();
             assert_eq!((found.rows, found.columns, found.terms.len()), (6, 16, planes));
             assert!(found.terms.iter().all(|t| t.codes.iter().all(|code| *code <= t.max_code)));
-            for (found, expected) in decoded(&found).iter().zip(&expected) {
+            for (found, expected) in found.decoded().iter().zip(&expected) {
                 assert!((found - expected).abs() <= 1e-6 * expected.abs().max(1.0));
             }
         }

@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::kernels::Codes;
+use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::staircase::{Occurring, Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
@@ -176,22 +177,25 @@ impl Quantizer for Log2Row {
         let (values, largest) = (dense.values()?, self.row_maxima(x, &dense)?);
         let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
         let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
-        let occurring = Occurring::among(&counts);
         let beyond = stairs.len() as i64; // the exponent of no step
         let last = self.last_exponent() as i64;
+        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
         for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
             let end = (first + TERM_EXPONENTS - 1).min(last);
             let inside = |steps: u8| {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            if first > 0 && !occurring.any(|steps| inside(steps).is_some()) {
+            let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
+            if first > 0 && !occurring.as_ref().is_some_and(occurs) {
                 continue;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;
             let scale = largest.iter().map(|largest| largest * factor).collect();
-            planes.push_steps(&counts, |steps| inside(steps).map_or(0, |power| 1 << power), scale);
+            let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
+            planes.push_steps((&counts, stairs.len()), code, scale);
         }
+        recycle(counts);
         Ok(Some(planes.finish()))
     }
 

@@ -3,6 +3,7 @@
 
 use crate::error::Result;
 use crate::kernels::passes::affine::Grid;
+use crate::kernels::passes::groups::SignCodes;
 use crate::kernels::passes::staircase::translate;
 use crate::kernels::{Codes, CodesTerm};
 use crate::quant::dense::Dense;
@@ -38,6 +39,12 @@ impl Planes {
         self.codes.terms.push(CodesTerm { codes, scale, zero_point, max_code });
     }
 
+    /// Adds a term of single bytes, none larger than `max_code`.
+    pub(crate) fn push_up_to(&mut self, max_code: u8, sign: SignCodes) {
+        let SignCodes { codes, scale, zero_point } = sign;
+        self.codes.terms.push(CodesTerm { codes, scale, zero_point, max_code });
+    }
+
     /// Adds a term of single bytes on the grids of rows and groups.
     pub(crate) fn push_grids(&mut self, codes: Vec<u8>, grids: &[Grid]) {
         let scale = grids.iter().map(|grid| grid.scale).collect();
@@ -47,7 +54,7 @@ impl Planes {
     /// Adds scale·(0 − 1), in as many planes as other terms.
     pub(crate) fn push_constant(&mut self, scale: Vec<f32>) {
         let nothing = vec![0; self.codes.rows * self.codes.columns];
-        self.push_steps(&nothing, |_| 0, scale);
+        self.push_steps((&nothing, 0), |_| 0, scale);
         let planes = if self.code_bits > u8::BITS { 2 } else { 1 };
         let first = self.codes.terms.len() - planes;
         self.codes.terms[first].zero_point.fill(1);
@@ -55,10 +62,16 @@ impl Planes {
 
     /// Adds a term without zero points whose code is `code` of a staircase's steps: one plane of
     /// bytes, or two of which the second counts 256.
-    pub(crate) fn push_steps(&mut self, steps: &[u8], code: impl Fn(u8) -> u32, scale: Vec<f32>) {
+    /// No more than `most` steps have been passed.
+    pub(crate) fn push_steps(
+        &mut self,
+        (steps, most): (&[u8], usize),
+        code: impl Fn(u8) -> u32,
+        scale: Vec<f32>,
+    ) {
         let plane = |byte: u32| {
             let table = std::array::from_fn(|steps| (code(steps as u8) >> (8 * byte)) as u8);
-            translate(steps, &table)
+            translate(steps, most, &table)
         };
         let Some(high_bits) = self.code_bits.checked_sub(u8::BITS).filter(|bits| *bits > 0) else {
             return self.push(plane(0), scale, self.repeated(0));

@@ -17,6 +17,9 @@ use crate::quant::log2::{self, Log2Row};
 use crate::quant::uniform::{self, Uniform};
 
 /// Maps reals onto a finite grid. Static, or dynamic from `x` itself; always independent per image.
+///
+/// Several threads may use one at once: a quantizer reads its tensors, never writes to them, and changes
+/// nothing of itself but behind a lock.
 pub trait Quantizer: Debug + Send {
     /// Nominal bit width (the mean, where tokens differ).
     fn bits(&self) -> BitWidth;

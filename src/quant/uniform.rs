@@ -5,6 +5,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::codes::buffer;
 use crate::kernels::cuda::Rounded;
 use crate::kernels::passes::affine::{Grid, encode_whole};
 use crate::quant::dense::Dense;
@@ -159,7 +160,7 @@ impl Quantizer for Uniform {
         let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
         let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
         let x = dense.values()?;
-        let mut codes = vec![0; x.len()];
+        let mut codes = buffer(x.len());
         encode_whole(x, grid, &mut codes);
         planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
         Ok(Some(planes.finish()))

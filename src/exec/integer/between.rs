@@ -7,6 +7,7 @@ use crate::exec::ScoreTerms;
 use crate::kernels::cpu_elementwise::{self, NormRow, ScoreRow};
 use crate::kernels::cpu_slices::{filled, floats};
 use crate::kernels::passes::for_rows;
+use crate::kernels::transpose;
 use crate::nn::LayerNorm;
 
 /// Elements of a row where there are none by nature.
@@ -31,14 +32,10 @@ pub(super) fn layer_norm(norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
 
 /// Exact GELU in place.
 pub(super) fn gelu(values: &mut [f32]) {
-    in_runs(values, |_, part| cpu_elementwise::gelu(part));
-}
-
-/// Adds `residual` in place.
-pub(super) fn add(values: &mut [f32], residual: &[f32]) {
-    in_runs(values, |first, part| {
-        part.iter_mut().zip(&residual[first..]).for_each(|(x, residual)| *x += residual);
-    });
+    let whole = values.len() - values.len() % RUN;
+    let (runs, rest) = values.split_at_mut(whole);
+    for_rows(runs, RUN, |_, part| cpu_elementwise::gelu(part));
+    cpu_elementwise::gelu(rest);
 }
 
 /// A copy of x with `operation` done to it.
@@ -49,14 +46,6 @@ pub(super) fn changed(x: &Tensor, operation: impl FnOnce(&mut [f32])) -> Result<
         operation(out);
         Ok(())
     })
-}
-
-/// `operation` on parts of `values` and the index of each one's first value.
-fn in_runs(values: &mut [f32], operation: impl Fn(usize, &mut [f32]) + Sync) {
-    let whole = values.len() - values.len() % RUN;
-    let (runs, rest) = values.split_at_mut(whole);
-    for_rows(runs, RUN, |first, part| operation(first * RUN, part));
-    operation(whole, rest);
 }
 
 /// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d]; v is a view of vᵀ, which its product takes.
@@ -128,18 +117,10 @@ fn copy_rows(head: &[f32], part: HeadsPart<'_>, matrix: &mut [f32]) {
     }
 }
 
-/// Rows as columns, as many at a time as floats fill a line of the cache.
+/// Rows as columns.
 fn copy_transposed(head: &[f32], part: HeadsPart<'_>, matrix: &mut [f32]) {
-    const TOKENS: usize = 16;
-    let HeadsPart { columns, tokens, .. } = part;
-    for first in (0..tokens).step_by(TOKENS) {
-        let end = (first + TOKENS).min(tokens);
-        for (column, out) in matrix.chunks_exact_mut(tokens).enumerate() {
-            for (token, out) in (first..end).zip(&mut out[first..end]) {
-                *out = head[token * columns + column];
-            }
-        }
-    }
+    let HeadsPart { columns, tokens, head_width, .. } = part;
+    transpose(head, columns, [tokens, head_width], matrix);
 }
 
 /// [b, heads, t, d] → [b, t, heads·d].
@@ -185,27 +166,50 @@ impl Softmax {
         })
     }
 
-    /// In place.
-    pub(super) fn apply(&self, scores: &mut [f32]) -> Result<()> {
+    /// The same for rows of numbers.
+    pub(super) fn rows(&self) -> Result<SoftmaxRows<'_>> {
         let &Self { scale, heads, tokens, .. } = self;
         let (bias, mask) = (values(self.bias.as_ref())?, values(self.mask.as_ref())?);
         let windows = mask.len() / (tokens * tokens).max(1);
-        for_rows(scores, tokens, |first, part| {
-            for (offset, row) in part.chunks_exact_mut(tokens).enumerate() {
-                let (matrix, query) = ((first + offset) / tokens, (first + offset) % tokens);
-                let row_of = |matrix: usize| {
-                    let at = (matrix * tokens + query) * tokens;
-                    at..at + tokens
-                };
-                let bias = if bias.is_empty() { bias } else { &bias[row_of(matrix % heads)] };
-                let mask = match windows {
-                    0 => mask,
-                    windows => &mask[row_of(matrix / heads % windows)],
-                };
-                cpu_elementwise::softmax(row, ScoreRow { scale, bias, mask });
+        Ok(SoftmaxRows { scale, bias, mask, heads, tokens, windows })
+    }
+}
+
+/// A [`Softmax`] with its terms as slices.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct SoftmaxRows<'a> {
+    scale: f32,
+    bias: &'a [f32],
+    mask: &'a [f32],
+    heads: usize,
+    tokens: usize,
+    windows: usize,
+}
+
+impl SoftmaxRows<'_> {
+    /// Of the row of that number, in place.
+    pub(super) fn apply(&self, row: usize, scores: &mut [f32]) {
+        let &Self { scale, bias, mask, heads, tokens, windows } = self;
+        let (matrix, query) = (row / tokens, row % tokens);
+        let row_of = |matrix: usize| {
+            let at = (matrix * tokens + query) * tokens;
+            at..at + tokens
+        };
+        let bias = if bias.is_empty() { bias } else { &bias[row_of(matrix % heads)] };
+        let mask = match windows {
+            0 => mask,
+            windows => &mask[row_of(matrix / heads % windows)],
+        };
+        cpu_elementwise::softmax(scores, ScoreRow { scale, bias, mask });
+    }
+
+    /// Of all rows, in place.
+    pub(super) fn apply_to_all(&self, scores: &mut [f32]) {
+        for_rows(scores, self.tokens, |first, part| {
+            for (offset, row) in part.chunks_exact_mut(self.tokens).enumerate() {
+                self.apply(first + offset, row);
             }
         });
-        Ok(())
     }
 }
 
@@ -256,11 +260,9 @@ mod tests {
             ScoreTerms { scale: Some(2.0), bias: Some(&bias), mask: Some(&mask) },
         ] {
             let softmax = Softmax::new(&terms, heads, t).unwrap();
-            let found = filled(&scores.size(), |out| {
-                out.copy_from_slice(floats(&scores)?);
-                softmax.apply(out)
-            });
-            assert!(is_close(&found.unwrap(), &attention::softmax(&scores, &terms).unwrap()));
+            let rows = softmax.rows().unwrap();
+            let found = changed(&scores, |out| rows.apply_to_all(out)).unwrap();
+            assert!(is_close(&found, &attention::softmax(&scores, &terms).unwrap()));
         }
     }
 
@@ -268,9 +270,6 @@ mod tests {
     fn values_change_wherever_they_lie() {
         let x = sample(&[3, 5, 1111], 1);
         assert!(is_close(&changed(&x, gelu).unwrap(), &x.gelu("none")));
-        let residual = sample(&[3, 5, 1111], 2);
-        let added = changed(&x, |out| add(out, floats(&residual).unwrap())).unwrap();
-        assert!(added.equal(&(&x + &residual)));
         let ones = Tensor::ones([2, 3], (Kind::Float, Device::Cpu));
         assert!(changed(&ones, |_| ()).unwrap().equal(&ones));
     }

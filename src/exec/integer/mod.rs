@@ -13,7 +13,7 @@ use tch::Tensor;
 
 use crate::error::Result;
 use crate::exec::{Executor, ScoreTerms, Simulated, WeightSource};
-use crate::kernels::{self, Codes, PackedRhs, cpu_slices};
+use crate::kernels::{self, Codes, Finish, PackedRhs, cpu_elementwise, cpu_slices};
 use crate::nn::{LayerNorm, Linear, Operand, Site};
 use crate::quant::QuantPlan;
 
@@ -40,27 +40,28 @@ impl<'a> Integer<'a> {
         encode::<Cpu>(self.plan, (site, operand), x)
     }
 
-    /// The linear of `x` by its packed weight, with something `done` to the whole result in place.
+    /// The linear of `x` by its packed weight, and what is done to parts of its rows at once.
     fn packed(
         &self,
         (op, weight): (&Linear, &PackedRhs),
         x: &Tensor,
-        done: impl FnOnce(&mut [f32]) -> Result<()>,
+        finish: Option<Finish<'_>>,
     ) -> Result<Tensor> {
         let codes = self.encode(&op.site, Operand::Lhs, x)?;
         let bias = op.bias.as_ref().map(cpu_slices::floats).transpose()?;
         cpu_slices::filled(&op.output_shape(x), |out| {
-            kernels::product(&codes, weight, bias, out);
-            done(out)
+            kernels::product(&codes, weight, bias, finish, out);
+            codes.recycle();
+            Ok(())
         })
     }
 
-    /// `lhs · rhsᵀ` [b, heads, m, n] in integers, with something `done` to the whole result in place.
+    /// `lhs · rhsᵀ` [b, heads, m, n] in integers, and what is done to its rows at once.
     fn multiplied(
         &self,
         site: &Site,
         [lhs, rhs]: [&Tensor; 2],
-        done: impl FnOnce(&mut [f32]) -> Result<()>,
+        finish: Option<Finish<'_>>,
     ) -> Result<Tensor> {
         let (b, heads, m, _) = lhs.size4()?;
         let shape = [b, heads, m, rhs.size()[2]];
@@ -68,8 +69,10 @@ impl<'a> Integer<'a> {
         let right = self.encode(site, Operand::Rhs, rhs)?;
         let matrices = usize::try_from(b * heads).unwrap_or(0);
         cpu_slices::filled(&shape, |out| {
-            kernels::product_batch(&left, &right, matrices, out);
-            done(out)
+            kernels::product_batch(&left, &right, matrices, finish, out);
+            left.recycle();
+            right.recycle();
+            Ok(())
         })
     }
 }
@@ -77,14 +80,14 @@ impl<'a> Integer<'a> {
 impl Executor for Integer<'_> {
     fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
         match self.sites.form(&op.site) {
-            Form::Linear(weight) => self.packed((op, weight), x, |_| Ok(())),
+            Form::Linear(weight) => self.packed((op, weight), x, None),
             Form::Matmul | Form::Simulated | Form::Float => self.simulated.linear(op, x),
         }
     }
 
     fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
         match self.sites.form(site) {
-            Form::Matmul => self.multiplied(site, [lhs, rhs], |_| Ok(())),
+            Form::Matmul => self.multiplied(site, [lhs, rhs], None),
             Form::Linear(_) | Form::Simulated | Form::Float => {
                 self.simulated.matmul(site, lhs, rhs)
             }
@@ -97,10 +100,9 @@ impl Executor for Integer<'_> {
 
     fn linear_gelu(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
         match self.sites.form(&op.site) {
-            Form::Linear(weight) => self.packed((op, weight), x, |out| {
-                between::gelu(out);
-                Ok(())
-            }),
+            Form::Linear(weight) => {
+                self.packed((op, weight), x, Some(&|_, _, part| cpu_elementwise::gelu(part)))
+            }
             Form::Matmul | Form::Simulated | Form::Float => {
                 between::changed(&self.simulated.linear(op, x)?, between::gelu)
             }
@@ -112,10 +114,11 @@ impl Executor for Integer<'_> {
             return Ok(residual.f_add(&self.simulated.linear(op, x)?)?);
         };
         let residual = residual.f_contiguous()?;
-        self.packed((op, weight), x, |out| {
-            between::add(out, cpu_slices::floats(&residual)?);
-            Ok(())
-        })
+        let (residual, width) = (cpu_slices::floats(&residual)?, op.output_width());
+        let add = |row: usize, column: usize, part: &mut [f32]| {
+            cpu_elementwise::add(part, &residual[row * width + column..]);
+        };
+        self.packed((op, weight), x, Some(&add))
     }
 
     fn split_heads(&mut self, qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
@@ -130,14 +133,14 @@ impl Executor for Integer<'_> {
     ) -> Result<Tensor> {
         let (_, heads, t, _) = q.size4()?;
         let softmax = between::Softmax::new(terms, heads, t)?;
+        let softmax = softmax.rows()?;
         match self.sites.form(site) {
-            Form::Matmul => self.multiplied(site, [q, k], |out| softmax.apply(out)),
+            Form::Matmul => {
+                self.multiplied(site, [q, k], Some(&|row, _, scores| softmax.apply(row, scores)))
+            }
             Form::Linear(_) | Form::Simulated | Form::Float => {
-                let scores = self.simulated.matmul(site, q, k)?.f_contiguous()?;
-                cpu_slices::filled(&scores.size(), |out| {
-                    out.copy_from_slice(cpu_slices::floats(&scores)?);
-                    softmax.apply(out)
-                })
+                let scores = self.simulated.matmul(site, q, k)?;
+                between::changed(&scores, |out| softmax.apply_to_all(out))
             }
         }
     }

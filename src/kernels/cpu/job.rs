@@ -2,12 +2,12 @@
 
 use std::ops::Range;
 
-use super::tile::{Extent, Left, Right, Tile, store};
+use super::tile::{Extent, Left, Right, Target, Tile};
 use super::vector::Vector;
-use crate::kernels::PackedRhs;
 use crate::kernels::aligned::AlignedBytes;
 use crate::kernels::codes::Codes;
 use crate::kernels::prepare::{Block, reads_plain_rows};
+use crate::kernels::{Finish, PackedRhs};
 
 /// Unpacked codes that stay in the second-level cache. A tile's rows, which stay in the first, are
 /// multiplied with all of them before the next tile, so that results are written in order.
@@ -25,6 +25,22 @@ pub(in crate::kernels) struct Job<'a> {
     pub(in crate::kernels) panels: Range<usize>,
     /// One number per row of the whole right operand.
     pub(in crate::kernels) bias: Option<&'a [f32]>,
+    /// What is done to the result.
+    pub(in crate::kernels) finish: Option<Finish<'a>>,
+    /// Whether that takes whole rows.
+    pub(in crate::kernels) whole_rows: bool,
+}
+
+impl Job<'_> {
+    /// How many rescaled sums make up an element of the result.
+    pub(in crate::kernels) fn sums(&self) -> usize {
+        sums(self.lhs, self.rhs)
+    }
+}
+
+/// How many rescaled sums make up an element of a product.
+pub(in crate::kernels) fn sums(lhs: &Codes, rhs: &PackedRhs) -> usize {
+    lhs.groups * lhs.terms.len() * rhs.terms.len()
 }
 
 /// Memory that a thread reuses from call to call.
@@ -59,7 +75,7 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
 ) {
     let columns = WIDTH * V::LANES;
     let (lhs, rhs) = (job.lhs, job.rhs);
-    assert!(rhs.kernel.tile_rows() == ROWS && rhs.kernel.panel_columns() == columns);
+    assert!(rhs.kernel.tile_rows(job.sums()) == ROWS && rhs.kernel.panel_columns() == columns);
     assert!(rhs.kernel.step() == V::STEP && out.len() == job.rows.len());
     let group_steps = rhs.group_steps();
     let extent = Extent {
@@ -78,18 +94,29 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
 
     // Rows and panels are as long as the tiles will read them: `Tile` relies on it.
     let row_bytes = 4 * group_steps * lhs.groups;
+    let plain = reads_plain_rows(lhs, rhs);
+    let stride = if plain { lhs.columns } else { row_bytes };
+    let last_row = block.rows - 1;
     let left = |term: usize| {
-        let codes = if reads_plain_rows(lhs, rhs) {
-            &lhs.terms[term].codes[job.rows.start * row_bytes..][..block.rows * row_bytes]
+        let copied = block.terms[term].codes.as_slice();
+        let (codes, last) = if plain {
+            (&lhs.terms[term].codes[job.rows.start * stride..], copied)
         } else {
-            &block.terms[term].codes.as_slice()[..block.rows * row_bytes]
+            (copied, &copied[last_row * stride..])
         };
-        Left { codes, term: &block.terms[term] }
+        assert!(last.len() >= row_bytes);
+        // Rows before the last are followed by others.
+        assert!(last_row == 0 || codes.len() >= (last_row - 1) * stride + row_bytes);
+        Left { codes, last, term: &block.terms[term] }
     };
     let left: Vec<Left<'_>> = (0..lhs.terms.len()).map(left).collect();
 
     let terms = rhs.terms.len();
-    let together = (PANEL_BYTES / (row_bytes * columns * terms).max(1)).clamp(1, job.panels.len());
+    let mut together =
+        (PANEL_BYTES / (row_bytes * columns * terms).max(1)).clamp(1, job.panels.len());
+    if job.whole_rows {
+        together = job.panels.len();
+    }
     panels.resize_with(panels.len().max(together * terms), Panel::default);
     for first_panel in job.panels.clone().step_by(together) {
         let last_panel = (first_panel + together).min(job.panels.end);
@@ -120,7 +147,7 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
             });
         }
         for (index, out) in out.chunks_mut(ROWS).enumerate() {
-            let tile = Tile { left: &left, extent, row_bytes, last_row: block.rows - 1, index };
+            let tile = Tile::<ROWS>::new(&left, extent, stride, last_row, index);
             for panel in first_panel..last_panel {
                 let right = &right[(panel - first_panel) * terms..][..terms];
                 let start = (panel - job.panels.start) * columns;
@@ -130,13 +157,14 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                     unsafe { V::prefetch(out[start..].as_ptr()) };
                 }
                 // SAFETY: operands are as long as said above; the instruction set is available.
-                unsafe {
-                    let result = tile.multiply::<V, ROWS, WIDTH>(right, bias);
-                    for (out, numbers) in out.iter_mut().zip(&result) {
-                        let end = out.len().min(start + columns);
-                        store::<V, WIDTH>(numbers, &mut out[start..end]);
-                    }
-                }
+                unsafe { tile.multiply::<V, WIDTH>(right, bias, Target { rows: out, start }) };
+            }
+            let Some(finish) = job.finish else { continue };
+            let start = (first_panel - job.panels.start) * columns;
+            for (r, row) in out.iter_mut().enumerate() {
+                let end = row.len().min(start + (last_panel - first_panel) * columns);
+                let column = job.panels.start * columns + start;
+                finish(job.rows.start + index * ROWS + r, column, &mut row[start..end]);
             }
         }
     }

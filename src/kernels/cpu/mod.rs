@@ -6,6 +6,7 @@
 mod job;
 mod peak;
 mod portable;
+pub(super) mod shuffle;
 mod tile;
 mod vector;
 #[cfg(target_arch = "x86_64")]
@@ -13,8 +14,19 @@ mod x86;
 
 use std::sync::OnceLock;
 
-pub(super) use job::{Job, Scratch};
+pub(super) use job::{Job, Scratch, sums};
 use portable::Portable;
+
+/// Whether the processor has the parts of AVX-512 that plain loops are compiled for.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub(super) fn has_avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("fma")
+}
 
 /// What a processor may be able to do, slowest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -80,6 +92,11 @@ impl InstructionSet {
         }
     }
 
+    /// Whether products of small codes are faster than those of any bytes.
+    pub fn prefers_small_codes(self) -> bool {
+        self.narrow_kernel().is_some()
+    }
+
     /// A faster kernel for small codes, whose sums are exact in 16 bits for a while.
     pub(super) fn narrow_kernel(self) -> Option<Kernel> {
         (self == Self::Avx2).then_some(Kernel::Avx2Narrow)
@@ -111,14 +128,27 @@ pub(super) enum Kernel {
 }
 
 impl Kernel {
-    /// Rows of a tile. Tile and columns leave registers for a row's codes and a product.
-    pub(super) fn tile_rows(self) -> usize {
+    /// Rows of a tile whose result is the sum of `sums` rescaled ones. Tile and columns leave registers
+    /// for a row's codes and a product; of 32 registers, also for the total of several sums.
+    pub(super) fn tile_rows(self, sums: usize) -> usize {
         match self {
             Self::Portable => 2,
             Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni => 6,
-            Self::Avx512Vnni => 12,
+            Self::Avx512Vnni => {
+                if sums > 1 {
+                    6
+                } else {
+                    12
+                }
+            }
             #[cfg(test)]
-            Self::Like512 => 12,
+            Self::Like512 => {
+                if sums > 1 {
+                    6
+                } else {
+                    12
+                }
+            }
         }
     }
 
@@ -148,20 +178,24 @@ impl Kernel {
         // SAFETY: plain code is always available; an operand can only be packed for instruction sets
         // that are.
         unsafe {
-            match self {
-                Self::Portable => job::run::<Portable<8>, 2, 2>(job, out, scratch),
+            match (self, self.tile_rows(job.sums())) {
+                (Self::Portable, _) => job::run::<Portable<8>, 2, 2>(job, out, scratch),
                 #[cfg(test)]
-                Self::Like512 => job::run::<Portable<16>, 12, 2>(job, out, scratch),
+                (Self::Like512, 6) => job::run::<Portable<16>, 6, 2>(job, out, scratch),
+                #[cfg(test)]
+                (Self::Like512, _) => job::run::<Portable<16>, 12, 2>(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2Narrow => x86::run_avx2_narrow(job, out, scratch),
+                (Self::Avx2Narrow, _) => x86::run_avx2_narrow(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx2Wide => x86::run_avx2_wide(job, out, scratch),
+                (Self::Avx2Wide, _) => x86::run_avx2_wide(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::AvxVnni => x86::run_avx_vnni(job, out, scratch),
+                (Self::AvxVnni, _) => x86::run_avx_vnni(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Vnni => x86::run_avx512_vnni(job, out, scratch),
+                (Self::Avx512Vnni, 6) => x86::run_avx512_vnni_sums(job, out, scratch),
+                #[cfg(target_arch = "x86_64")]
+                (Self::Avx512Vnni, _) => x86::run_avx512_vnni(job, out, scratch),
                 #[cfg(not(target_arch = "x86_64"))]
-                Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni | Self::Avx512Vnni => {
+                (Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni | Self::Avx512Vnni, _) => {
                     unreachable!("not available on this processor")
                 }
             }

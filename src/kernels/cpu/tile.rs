@@ -18,6 +18,8 @@
 //!
 //! with w = code − centre. Closures would not be compiled for the instruction set: there are none.
 
+use std::mem::MaybeUninit;
+
 use super::vector::Vector;
 use crate::kernels::prepare::BlockTerm;
 
@@ -38,8 +40,10 @@ pub(super) struct Extent {
 
 /// A term of the left operand.
 pub(super) struct Left<'a> {
-    /// The block's rows.
+    /// The block's rows, of which the last may be too short.
     pub(super) codes: &'a [u8],
+    /// The last row.
+    pub(super) last: &'a [u8],
     /// Their parameters.
     pub(super) term: &'a BlockTerm,
 }
@@ -59,28 +63,48 @@ pub(super) struct Right<'a> {
 }
 
 /// One tile of a block. Every row holds the steps of all groups, and so does every panel.
-pub(super) struct Tile<'a> {
-    pub(super) left: &'a [Left<'a>],
-    pub(super) extent: Extent,
-    /// Bytes of a row.
-    pub(super) row_bytes: usize,
+pub(super) struct Tile<'a, const ROWS: usize> {
+    left: &'a [Left<'a>],
+    extent: Extent,
+    /// Bytes from row to row.
+    stride: usize,
     /// Last row of the block.
-    pub(super) last_row: usize,
+    last_row: usize,
     /// Which tile of the block.
-    pub(super) index: usize,
+    index: usize,
+    /// Where the rows of the first left term begin.
+    first: [*const u8; ROWS],
 }
 
-impl Tile<'_> {
-    /// The result for one panel, of which `right` holds the terms.
+impl<'a, const ROWS: usize> Tile<'a, ROWS> {
+    /// A tile of a block whose last row is the given one.
+    #[inline(always)]
+    pub(super) fn new(
+        left: &'a [Left<'a>],
+        extent: Extent,
+        stride: usize,
+        last_row: usize,
+        index: usize,
+    ) -> Self {
+        let first = [std::ptr::null(); ROWS];
+        let mut tile = Self { left, extent, stride, last_row, index, first };
+        if let Some(left) = left.first() {
+            tile.first = tile.rows(left);
+        }
+        tile
+    }
+
+    /// Writes the result for one panel, of which `right` holds the terms, to `out`.
     ///
     /// # Safety
     /// The instruction set of `V` must be available, the operands as long as the extent says.
     #[inline(always)]
-    pub(super) unsafe fn multiply<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    pub(super) unsafe fn multiply<V: Vector, const WIDTH: usize>(
         &self,
         right: &[Right<'_>],
         bias: &[f32],
-    ) -> [[V::Reals; WIDTH]; ROWS] {
+        mut out: Target<'_, '_>,
+    ) {
         // SAFETY: as the caller says.
         unsafe {
             let bias = load::<V, WIDTH>(bias);
@@ -89,34 +113,54 @@ impl Tile<'_> {
                 && right.residual.is_empty()
             {
                 // The common case needs no memory for its sums; the roundings are the same.
-                let rows = self.rows::<ROWS>(left);
                 let zero_points = &left.term.zero_points[self.index * ROWS..][..ROWS];
                 let scales = &left.term.scales[self.index * ROWS..][..ROWS];
-                let sums = self.sum_group::<V, ROWS, WIDTH>(&rows, right, 0, zero_points);
+                let sums = self.sum_group::<V, WIDTH>(&self.first, right, 0, zero_points);
                 let scale = load::<V, WIDTH>(right.scale);
-                let mut result = [bias; ROWS];
-                for r in 0..ROWS {
-                    let left_scale = V::splat(scales[r]);
-                    for v in 0..WIDTH {
-                        let sum = V::reals(sums[r][v]);
-                        let sum = V::multiply_add(sum, left_scale, V::splat(0.0));
-                        result[r][v] = V::multiply_add(sum, scale[v], bias[v]);
+                // Row by row and at once, where the tile is whole, so that sums stay in registers.
+                if let Some(out) = out.whole::<ROWS>(WIDTH * V::LANES) {
+                    for r in 0..ROWS {
+                        let row = rescale::<V, WIDTH>(&sums[r], scales[r], &scale, &bias);
+                        for v in 0..WIDTH {
+                            V::store(out[r].add(v * V::LANES), row[v]);
+                        }
                     }
+                } else {
+                    let mut parts = Parts::<ROWS>::new();
+                    for r in 0..ROWS {
+                        let row = rescale::<V, WIDTH>(&sums[r], scales[r], &scale, &bias);
+                        parts.set::<V, WIDTH>(r, row);
+                    }
+                    out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
                 }
-                return result;
+                return;
+            }
+            if let [right] = right {
+                let total = self.total::<V, WIDTH>(right);
+                let scale = load::<V, WIDTH>(right.scale);
+                if let Some(out) = out.whole::<ROWS>(WIDTH * V::LANES) {
+                    for r in 0..ROWS {
+                        for v in 0..WIDTH {
+                            let y = V::multiply_add(total[r][v], scale[v], bias[v]);
+                            V::store(out[r].add(v * V::LANES), y);
+                        }
+                    }
+                } else {
+                    let mut parts = Parts::<ROWS>::new();
+                    for r in 0..ROWS {
+                        let mut row = bias;
+                        for v in 0..WIDTH {
+                            row[v] = V::multiply_add(total[r][v], scale[v], bias[v]);
+                        }
+                        parts.set::<V, WIDTH>(r, row);
+                    }
+                    out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
+                }
+                return;
             }
             let mut result = [bias; ROWS];
             for right in right {
-                let mut total = [[V::splat(0.0); WIDTH]; ROWS];
-                for left in self.left {
-                    self.add_groups::<V, ROWS, WIDTH>(left, right, &mut total);
-                    if left.term.any_outside {
-                        self.add_outside::<V, ROWS, WIDTH>(left.term, right, &mut total);
-                    }
-                    if !right.residual.is_empty() {
-                        self.add_residual::<V, ROWS, WIDTH>(left.term, right, &mut total);
-                    }
-                }
+                let total = self.total::<V, WIDTH>(right);
                 let scale = load::<V, WIDTH>(right.scale);
                 for r in 0..ROWS {
                     for v in 0..WIDTH {
@@ -124,34 +168,60 @@ impl Tile<'_> {
                     }
                 }
             }
-            result
+            let mut parts = Parts::<ROWS>::new();
+            for r in 0..ROWS {
+                parts.set::<V, WIDTH>(r, result[r]);
+            }
+            out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
+        }
+    }
+
+    /// What all left terms add to, before the right term's scale.
+    #[inline(always)]
+    unsafe fn total<V: Vector, const WIDTH: usize>(
+        &self,
+        right: &Right<'_>,
+    ) -> [[V::Reals; WIDTH]; ROWS] {
+        // SAFETY: as the caller says.
+        unsafe {
+            let mut total = [[V::splat(0.0); WIDTH]; ROWS];
+            for (index, left) in self.left.iter().enumerate() {
+                let rows = if index == 0 { self.first } else { self.rows(left) };
+                self.add_groups::<V, WIDTH>((left, &rows), right, &mut total);
+                if left.term.any_outside {
+                    self.add_outside::<V, WIDTH>(left.term, right, &mut total);
+                }
+                if !right.residual.is_empty() {
+                    self.add_residual::<V, WIDTH>(left.term, right, &mut total);
+                }
+            }
+            total
         }
     }
 
     /// Where the tile's rows begin. Rows beyond the last one repeat it; their results are not stored.
     #[inline(always)]
-    unsafe fn rows<const ROWS: usize>(&self, left: &Left<'_>) -> [*const u8; ROWS] {
-        debug_assert!(left.codes.len() == (self.last_row + 1) * self.row_bytes);
-        let mut rows = [left.codes.as_ptr(); ROWS];
+    fn rows(&self, left: &Left<'_>) -> [*const u8; ROWS] {
+        let mut rows = [left.last.as_ptr(); ROWS];
         for (r, row) in rows.iter_mut().enumerate() {
-            let index = (self.index * ROWS + r).min(self.last_row);
-            // SAFETY: the codes hold `last_row` + 1 rows.
-            *row = unsafe { row.add(index * self.row_bytes) };
+            let index = self.index * ROWS + r;
+            if index < self.last_row {
+                *row = left.codes[index * self.stride..].as_ptr();
+            }
         }
         rows
     }
 
     /// Adds the sums of every group, times its scale.
     #[inline(always)]
-    unsafe fn add_groups<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    unsafe fn add_groups<V: Vector, const WIDTH: usize>(
         &self,
-        left: &Left<'_>,
+        (left, rows): (&Left<'_>, &[*const u8; ROWS]),
         right: &Right<'_>,
         total: &mut [[V::Reals; WIDTH]; ROWS],
     ) {
         // SAFETY: as the caller says.
         unsafe {
-            let rows = self.rows::<ROWS>(left);
             for group in 0..self.extent.groups {
                 let at = self.index * self.extent.groups + group;
                 if !left.term.active[at] {
@@ -159,7 +229,7 @@ impl Tile<'_> {
                 }
                 let zero_points = &left.term.zero_points[at * ROWS..][..ROWS];
                 let scales = &left.term.scales[at * ROWS..][..ROWS];
-                let sums = self.sum_group::<V, ROWS, WIDTH>(&rows, right, group, zero_points);
+                let sums = self.sum_group::<V, WIDTH>(rows, right, group, zero_points);
                 for r in 0..ROWS {
                     let scale = V::splat(scales[r]);
                     for v in 0..WIDTH {
@@ -172,7 +242,7 @@ impl Tile<'_> {
 
     /// Σ (x − z) · w of one group, widened.
     #[inline(always)]
-    unsafe fn sum_group<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    unsafe fn sum_group<V: Vector, const WIDTH: usize>(
         &self,
         rows: &[*const u8; ROWS],
         right: &Right<'_>,
@@ -209,7 +279,7 @@ impl Tile<'_> {
 
     /// Adds what zero points outside their grid contribute.
     #[inline(always)]
-    unsafe fn add_outside<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    unsafe fn add_outside<V: Vector, const WIDTH: usize>(
         &self,
         left: &BlockTerm,
         right: &Right<'_>,
@@ -237,7 +307,7 @@ impl Tile<'_> {
 
     /// Takes off what zero points of the right operand contribute beyond their centres.
     #[inline(always)]
-    unsafe fn add_residual<V: Vector, const ROWS: usize, const WIDTH: usize>(
+    unsafe fn add_residual<V: Vector, const WIDTH: usize>(
         &self,
         left: &BlockTerm,
         right: &Right<'_>,
@@ -334,26 +404,83 @@ unsafe fn load<V: Vector, const WIDTH: usize>(from: &[f32]) -> [V::Reals; WIDTH]
     }
 }
 
-/// Stores one row of a tile, or as much as there is room for.
+/// A row of the common case: one sum, rescaled.
 ///
 /// # Safety
 /// The instruction set of `V` must be available.
 #[inline(always)]
-pub(super) unsafe fn store<V: Vector, const WIDTH: usize>(
-    numbers: &[V::Reals; WIDTH],
-    out: &mut [f32],
-) {
-    if out.len() == WIDTH * V::LANES {
-        for (v, &numbers) in numbers.iter().enumerate() {
-            // SAFETY: `out` has that length.
-            unsafe { V::store(out.as_mut_ptr().add(v * V::LANES), numbers) };
+unsafe fn rescale<V: Vector, const WIDTH: usize>(
+    sums: &[V::Sums; WIDTH],
+    left_scale: f32,
+    scale: &[V::Reals; WIDTH],
+    bias: &[V::Reals; WIDTH],
+) -> [V::Reals; WIDTH] {
+    // SAFETY: as the caller says.
+    unsafe {
+        let left_scale = V::splat(left_scale);
+        let mut row = *bias;
+        for v in 0..WIDTH {
+            let sum = V::multiply_add(V::reals(sums[v]), left_scale, V::splat(0.0));
+            row[v] = V::multiply_add(sum, scale[v], bias[v]);
         }
-        return;
+        row
     }
-    let mut padded = [0.0f32; MAX_PANEL];
-    for (v, &numbers) in numbers.iter().enumerate() {
-        // SAFETY: WIDTH vectors fit MAX_PANEL numbers.
-        unsafe { V::store(padded.as_mut_ptr().add(v * V::LANES), numbers) };
+}
+
+/// Where the result of a tile belongs: from column `start` of `rows` on, which are equally long and may
+/// be fewer or shorter than the tile.
+pub(super) struct Target<'a, 'b> {
+    pub(super) rows: &'a mut [&'b mut [f32]],
+    pub(super) start: usize,
+}
+
+impl Target<'_, '_> {
+    /// Where each row begins, if there is room for a whole tile.
+    #[inline(always)]
+    fn whole<const ROWS: usize>(&mut self, columns: usize) -> Option<[*mut f32; ROWS]> {
+        let rows = self.rows.first_chunk_mut::<ROWS>()?;
+        let mut starts = [std::ptr::null_mut(); ROWS];
+        let mut fits = true;
+        for r in 0..ROWS {
+            fits &= rows[r].len() >= self.start + columns;
+            starts[r] = rows[r].as_mut_ptr().wrapping_add(self.start);
+        }
+        fits.then_some(starts)
     }
-    out.copy_from_slice(&padded[..out.len()]);
+
+    /// Stores as much of a tile of `columns` as there is room for.
+    ///
+    /// # Safety
+    /// All rows of `parts` must be set, to that many columns.
+    #[inline(always)]
+    unsafe fn store_parts<const ROWS: usize>(self, parts: &Parts<ROWS>, columns: usize) {
+        for (row, numbers) in self.rows.iter_mut().zip(&parts.0) {
+            let row = &mut row[self.start..];
+            for (to, from) in row.iter_mut().zip(&numbers[..columns]) {
+                // SAFETY: as the caller says.
+                *to = unsafe { from.assume_init() };
+            }
+        }
+    }
+}
+
+/// A tile in memory, whose rows can be counted at run time. Not initialized: compilers would do that for
+/// every tile, whether it comes to it or not.
+struct Parts<const ROWS: usize>([[MaybeUninit<f32>; MAX_PANEL]; ROWS]);
+
+impl<const ROWS: usize> Parts<ROWS> {
+    #[inline(always)]
+    fn new() -> Self {
+        Self([[MaybeUninit::uninit(); MAX_PANEL]; ROWS])
+    }
+
+    /// # Safety
+    /// The instruction set of `V` must be available.
+    #[inline(always)]
+    unsafe fn set<V: Vector, const WIDTH: usize>(&mut self, r: usize, row: [V::Reals; WIDTH]) {
+        for v in 0..WIDTH {
+            // SAFETY: WIDTH vectors fit MAX_PANEL numbers.
+            unsafe { V::store(self.0[r].as_mut_ptr().add(v * V::LANES).cast(), row[v]) };
+        }
+    }
 }

@@ -19,15 +19,22 @@ pub(super) struct AvxVnni;
 /// 512-bit VNNI (`vpdpbusd`, EVEX).
 pub(super) struct Avx512Vnni;
 
-/// [`job::run`] and [`peak::spin`] of one kernel.
-macro_rules! entry_points {
-    ($vector:ident, $rows:literal, $width:literal, $features:literal, $register:ident,
-     $run:ident, $spin:ident) => {
+/// [`job::run`] of one kernel in tiles of some rows.
+macro_rules! run {
+    ($vector:ident, $rows:literal, $width:literal, $features:literal, $run:ident) => {
         #[target_feature(enable = $features)]
         pub(super) fn $run(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
             // SAFETY: this function enables the instruction set.
             unsafe { job::run::<$vector, $rows, $width>(job, out, scratch) }
         }
+    };
+}
+
+/// [`job::run`] and [`peak::spin`] of one kernel.
+macro_rules! entry_points {
+    ($vector:ident, $rows:literal, $width:literal, $features:literal, $register:ident,
+     $run:ident, $spin:ident) => {
+        run!($vector, $rows, $width, $features, $run);
 
         #[target_feature(enable = $features)]
         pub(super) fn $spin(steps: u64) -> u64 {
@@ -56,6 +63,7 @@ entry_points!(
     run_avx512_vnni,
     spin_avx512_vnni
 );
+run!(Avx512Vnni, 6, 2, "avx2,fma,avx512f,avx512vnni", run_avx512_vnni_sums);
 
 /// What all 256-bit vectors share.
 macro_rules! vector_256 {

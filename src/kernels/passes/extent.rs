@@ -47,6 +47,9 @@ vectorized! {
 /// The body of [`extent`], for other vectorized functions.
 #[inline(always)]
 pub(super) fn extent_of(x: &[f32]) -> Extent {
+    if x.len() < 2 * LANES {
+        return short_extent(x);
+    }
     let mut running = Running::new();
     let mut chunks = x.chunks_exact(4 * LANES);
     for chunk in &mut chunks {
@@ -58,6 +61,32 @@ pub(super) fn extent_of(x: &[f32]) -> Extent {
     }
     let found = running.finish();
     short.remainder().iter().fold(found, |found, v| found.merge(Extent { low: *v, high: *v }))
+}
+
+/// The extent of a few values: half a register at a time, which is less to join in the end.
+#[inline(always)]
+fn short_extent(x: &[f32]) -> Extent {
+    const HALF: usize = LANES / 2;
+    let (mut low, mut high) = ([f32::INFINITY; HALF], [f32::NEG_INFINITY; HALF]);
+    let mut nan = [0; HALF];
+    let (chunks, rest) = x.as_chunks::<HALF>();
+    for chunk in chunks {
+        for lane in 0..HALF {
+            note(chunk[lane], &mut low[lane], &mut high[lane], &mut nan[lane]);
+        }
+    }
+    for (lane, value) in rest.iter().enumerate() {
+        note(*value, &mut low[lane], &mut high[lane], &mut nan[lane]);
+    }
+    if nan.iter().fold(0, |all, lane| all | lane) != 0 {
+        return Extent { low: f32::NAN, high: f32::NAN };
+    }
+    let least = |least: f32, low: &f32| if *low < least { *low } else { least };
+    let most = |most: f32, high: &f32| if *high > most { *high } else { most };
+    Extent {
+        low: low.iter().fold(f32::INFINITY, least),
+        high: high.iter().fold(f32::NEG_INFINITY, most),
+    }
 }
 
 /// Running extremes of many lanes, which ignore NaN, and a note of NaN.
@@ -214,7 +243,7 @@ mod tests {
 
     #[test]
     fn odd_lengths_and_nan() {
-        for count in [1, 7, 31, 32, 33, 64, 100, 197] {
+        for count in [1, 2, 3, 4, 7, 12, 15, 16, 31, 32, 33, 64, 100, 197] {
             let mut x = values(count);
             assert_eq!(extent(&x), plain(&x));
             for at in [0, count / 2, count - 1] {

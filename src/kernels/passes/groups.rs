@@ -6,6 +6,7 @@ use super::extent::{self, Extent};
 use super::ranking::Rules;
 use super::tokens::{allocate, count_within, within};
 use super::{PARALLEL_ELEMENTS, PIECE_ELEMENTS, for_rows, rows_of, share, vectorized};
+use crate::kernels::codes::buffer;
 
 /// A linear input [images · tokens, channels], each token in groups of channels.
 #[derive(Clone, Copy, Debug)]
@@ -102,29 +103,70 @@ impl GroupGrids {
 
     /// Codes as bytes, without a stretch.
     pub fn encode(&self, x: &[f32]) -> Vec<u8> {
-        let mut codes = vec![0; x.len()];
+        let mut codes = buffer(x.len());
         encode_rows(x, &self.grids, self.shape.group, &mut codes);
         codes
     }
 
-    /// Codes of both signs as bytes, each equal to that sign's [`zero_points`] for values of the other.
-    pub fn encode_signs(&self, x: &[f32], stretches: &[f32]) -> [Vec<u8>; 2] {
+    /// Codes as bytes, with a stretch: terms whose sum is x̂.
+    ///
+    /// Positive values have codes `stretch` times as wide as negative ones. Where they fit a byte in
+    /// steps of the latter and `fold` allows it, the first term is the whole and the second nothing; else
+    /// they are the positive and the negative values.
+    pub fn encode_signs(&self, x: &[f32], stretches: &[f32], fold: bool) -> [SignCodes; 2] {
         let group = self.shape.group;
-        let encode = |positive: bool| {
-            let mut codes = vec![0; x.len()];
-            for_rows(&mut codes, group, |first, part| {
+        let pairs = || self.grids.iter().copied().zip(stretches.iter().copied());
+        let folded: Vec<bool> =
+            pairs().map(|(grid, stretch)| fold && folds(grid, stretch)).collect();
+        let mut codes = [buffer(x.len()), buffer(x.len())];
+        for (sign, codes) in codes.iter_mut().enumerate() {
+            for_rows(codes, group, |first, part| {
                 for (row, out) in part.chunks_exact_mut(group).enumerate() {
                     let row = first + row;
-                    let (grid, zeros) = (self.grids[row], zero_points(self.grids[row]));
-                    let bounds = if positive { (zeros[0], grid.max_code) } else { (0.0, zeros[1]) };
-                    let x = rows_of(x, group, row, 1);
-                    encode_stretched(x, grid, (stretches[row], bounds), out);
+                    let (grid, stretch) = (self.grids[row], stretches[row]);
+                    let (x, zeros) = (rows_of(x, group, row, 1), zero_points(grid));
+                    match (folded[row], sign) {
+                        (true, 0) => encode_folded(x, grid, stretch, out),
+                        (true, _) => out.fill(0),
+                        (false, 0) => {
+                            encode_stretched(x, grid, (stretch, (zeros[0], grid.max_code)), out);
+                        }
+                        (false, _) => encode_stretched(x, grid, (stretch, (0.0, zeros[1])), out),
+                    }
                 }
             });
-            codes
-        };
-        [encode(true), encode(false)]
+        }
+        let mut sign = 0;
+        codes.map(|codes| {
+            let term = |((grid, stretch), folded): ((Grid, f32), &bool)| {
+                let fine = *folded || sign == 1;
+                let zero_point = if *folded && sign == 1 { 0.0 } else { zero_points(grid)[sign] };
+                (if fine { grid.scale / stretch } else { grid.scale }, zero_point as i32)
+            };
+            let (scale, zero_point) = pairs().zip(&folded).map(term).unzip();
+            sign += 1;
+            SignCodes { codes, scale, zero_point }
+        })
     }
+}
+
+/// A term of an operand with stretched negatives.
+#[derive(Debug)]
+pub struct SignCodes {
+    /// As many as elements.
+    pub codes: Vec<u8>,
+    /// By token and group.
+    pub scale: Vec<f32>,
+    /// By token and group.
+    pub zero_point: Vec<i32>,
+}
+
+/// Whether codes of both signs, in steps of the negative ones, fit a byte.
+#[inline(always)]
+fn folds(grid: Grid, stretch: f32) -> bool {
+    let Grid { zero_point, max_code, .. } = grid;
+    let is_inside = (0.0..=max_code).contains(&zero_point);
+    is_inside && (max_code - zero_point) * stretch + zero_point <= f32::from(u8::MAX)
 }
 
 /// The grid of a group whose negatives are stretched.
@@ -165,9 +207,19 @@ vectorized! {
     }
 }
 
+vectorized! {
+    fn encode_folded(x: &[f32], grid: Grid, stretch: f32, out: &mut [u8]) {
+        for (code, x) in out.iter_mut().zip(x) {
+            let all = grid.code(if *x < 0.0 { *x * stretch } else { *x });
+            let above = (all - grid.zero_point) * stretch + grid.zero_point;
+            *code = affine::byte(if all > grid.zero_point { above } else { all });
+        }
+    }
+}
+
 /// Zero points of the codes of positive and of negative values. Where all values have one sign, the
 /// grid's own may lie beyond the codes; the other sign's term is 0 with any.
-pub fn zero_points(grid: Grid) -> [f32; 2] {
+fn zero_points(grid: Grid) -> [f32; 2] {
     [affine::at_most(grid.zero_point, grid.max_code), affine::at_least(grid.zero_point, 0.0)]
 }
 

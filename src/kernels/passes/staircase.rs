@@ -6,6 +6,8 @@
 use std::sync::{Mutex, PoisonError};
 
 use super::{for_rows, rows_of, share, vectorized};
+use crate::kernels::codes::{buffer, recycle};
+use crate::kernels::cpu::shuffle::{self, TABLE};
 
 /// Elements whose steps are counted together.
 const BLOCK: usize = 64;
@@ -112,28 +114,30 @@ impl Staircase {
     /// below the first step.
     pub fn map_rows(&self, x: &[f32], rows: Rows<'_>, values: &Values, out: &mut [f32]) {
         for_rows(out, rows.width, |first, part| {
-            let mut scratch = Scratch::new(rows.width);
-            for (row, out) in part.chunks_exact_mut(rows.width).enumerate() {
+            let counts = self.counted(part.len(), rows.width, |row, found| {
                 let row = first + row;
                 let x = rows_of(x, rows.width, row, 1);
-                ratios(x, rows.largest[row], rows.least_ratio, &mut scratch.ratios);
-                self.count(&scratch.ratios, &mut scratch.counts);
-                look_up_scaled(&scratch.counts, values, rows.largest[row], out);
+                ratios(x, rows.largest[row], rows.least_ratio, found);
+            });
+            let rows_of_counts = counts.chunks_exact(rows.width);
+            let outs = part.chunks_exact_mut(rows.width);
+            for (row, (counts, out)) in rows_of_counts.zip(outs).enumerate() {
+                look_up_scaled(counts, values, rows.largest[first + row], out);
             }
+            recycle(counts);
         });
     }
 
     /// As [`Staircase::map_rows`], the number of steps passed itself.
     pub fn count_rows(&self, x: &[f32], rows: Rows<'_>) -> Vec<u8> {
-        let mut counts = vec![0; x.len()];
+        let mut counts = buffer(x.len());
         for_rows(&mut counts, rows.width, |first, part| {
-            let mut scratch = Scratch::new(rows.width);
-            for (row, out) in part.chunks_exact_mut(rows.width).enumerate() {
+            let found = filled_rows(part.len(), rows.width, |row, found| {
                 let row = first + row;
                 let x = rows_of(x, rows.width, row, 1);
-                ratios(x, rows.largest[row], rows.least_ratio, &mut scratch.ratios);
-                self.count(&scratch.ratios, out);
-            }
+                ratios(x, rows.largest[row], rows.least_ratio, found);
+            });
+            self.count(&found, part);
         });
         counts
     }
@@ -148,33 +152,36 @@ impl Staircase {
         out: &mut [f32],
     ) {
         for_rows(out, width, |first, part| {
-            let mut scratch = Scratch::new(width);
-            for (row, out) in part.chunks_exact_mut(width).enumerate() {
-                let row = first + row;
-                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
-                self.count(&scratch.ratios, &mut scratch.counts);
-                look_up(&scratch.counts, values, out);
-            }
+            let counts = self.counted(part.len(), width, |row, found| {
+                multiples(rows_of(x, width, first + row, 1), factors[first + row], found);
+            });
+            look_up(&counts, values, part);
+            recycle(counts);
         });
     }
 
     /// Number of steps passed by x times the row's factor, for every row of `width` elements.
     pub fn count_multiples(&self, x: &[f32], factors: &[f32], width: usize) -> Vec<u8> {
-        let mut counts = vec![0; x.len()];
+        let mut counts = buffer(x.len());
         for_rows(&mut counts, width, |first, part| {
-            let mut scratch = Scratch::new(width);
-            for (row, out) in part.chunks_exact_mut(width).enumerate() {
-                let row = first + row;
-                multiples(rows_of(x, width, row, 1), factors[row], &mut scratch.ratios);
-                self.count(&scratch.ratios, out);
-            }
+            let found = filled_rows(part.len(), width, |row, found| {
+                multiples(rows_of(x, width, first + row, 1), factors[first + row], found);
+            });
+            self.count(&found, part);
         });
+        counts
+    }
+
+    /// Number of steps passed by what `fill` makes of rows.
+    fn counted(&self, len: usize, width: usize, fill: impl Fn(usize, &mut [f32])) -> Vec<u8> {
+        let mut counts = buffer(len);
+        self.count(&filled_rows(len, width, fill), &mut counts);
         counts
     }
 
     /// Number of steps that each of `x` has passed.
     pub fn count_all(&self, x: &[f32]) -> Vec<u8> {
-        let mut counts = vec![0; x.len()];
+        let mut counts = buffer(x.len());
         for_rows(&mut counts, 1, |first, part| self.count(&x[first..first + part.len()], part));
         counts
     }
@@ -204,11 +211,17 @@ pub fn keep_near_largest(counts: &mut [u8], width: usize, distance: u8) {
     });
 }
 
-/// What a table gives for every count.
-pub fn translate(counts: &[u8], table: &[u8; MAX_VALUES]) -> Vec<u8> {
-    let mut codes = vec![0; counts.len()];
+/// What a table gives for every count, none of which is larger than `most`.
+pub fn translate(counts: &[u8], most: usize, table: &[u8; MAX_VALUES]) -> Vec<u8> {
+    let mut codes = buffer(counts.len());
     for_rows(&mut codes, 1, |first, part| {
-        for (code, count) in part.iter_mut().zip(&counts[first..]) {
+        let counts = &counts[first..first + part.len()];
+        if let [0, table @ ..] = table
+            && let Some(table) = table.first_chunk().filter(|_| most <= TABLE)
+        {
+            return shuffle::look_up(counts, table, part);
+        }
+        for (code, count) in part.iter_mut().zip(counts) {
             *code = table[usize::from(*count)];
         }
     });
@@ -251,15 +264,14 @@ pub struct Rows<'a> {
     pub least_ratio: f32,
 }
 
-struct Scratch {
-    ratios: Vec<f32>,
-    counts: Vec<u8>,
-}
-
-impl Scratch {
-    fn new(width: usize) -> Self {
-        Self { ratios: vec![0.0; width], counts: vec![0; width] }
+/// `len` numbers in rows, which `fill` writes. Rows are counted together: one by one, the ends of short
+/// ones would cost more than all the rest.
+fn filled_rows(len: usize, width: usize, fill: impl Fn(usize, &mut [f32])) -> Vec<f32> {
+    let mut numbers = vec![0.0; len];
+    for (row, numbers) in numbers.chunks_exact_mut(width).enumerate() {
+        fill(row, numbers);
     }
+    numbers
 }
 
 vectorized! {

@@ -200,7 +200,7 @@ impl Quantizer for ShiftUniformLog2 {
         let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
         let counts = stairs.count_all(dense.values()?);
         let code = |steps: u8| if steps == 0 { 0 } else { 1 << (u32::from(steps - 1)).min(31) };
-        planes.push_steps(&counts, code, planes.repeated(least.exp2() as f32));
+        planes.push_steps((&counts, stairs.len()), code, planes.repeated(least.exp2() as f32));
         let shift = planes.repeated(self.shift as f32);
         planes.push_constant(shift);
         Ok(Some(planes.finish()))

@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::staircase::{
     Occurring, Passed, Staircase, Values, keep_near_largest, values_of,
@@ -175,9 +176,9 @@ impl Quantizer for LogSqrt2 {
         if stairs.len() > usize::from(NEGLIGIBLE) {
             keep_near_largest(&mut counts, dense.width(), NEGLIGIBLE);
         }
-        let occurring = Occurring::among(&counts);
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;
+        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
         for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
             for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
                 let end = (first + TERM_EXPONENTS - 1).min(last);
@@ -187,15 +188,17 @@ impl Quantizer for LogSqrt2 {
                     let here = exponent % 2 == parity && (first..=end).contains(&halved);
                     (steps > 0 && here).then_some(end - halved)
                 };
-                if first > 0 && !occurring.any(|steps| inside(steps).is_some()) {
+                let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
+                if first > 0 && !occurring.as_ref().is_some_and(occurs) {
                     continue;
                 }
                 let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
                 let scale = planes.repeated((self.largest * factor * power) as f32);
                 let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
-                planes.push_steps(&counts, code, scale);
+                planes.push_steps((&counts, stairs.len()), code, scale);
             }
         }
+        recycle(counts);
         Ok(Some(planes.finish()))
     }
 

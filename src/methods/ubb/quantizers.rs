@@ -5,13 +5,15 @@ use tch::{Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
-use crate::kernels::Codes;
+use crate::kernels::codes::buffer;
 use crate::kernels::cuda::{self, Rounded, Tokens};
-use crate::kernels::passes::groups::{self as passes, GroupGrids, zero_points};
+use crate::kernels::passes::groups::{self as passes, GroupGrids};
 use crate::kernels::passes::tokens::TokenGrids;
+use crate::kernels::{Codes, InstructionSet};
 use crate::quant::cost::{OperandCost, RANGE_BITS, rows};
 use crate::quant::dense::Dense;
 use crate::quant::dynamic::{Affine, ConstantRows};
+use crate::quant::encode;
 use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::steps::thresholds;
@@ -214,14 +216,11 @@ impl Quantizer for UbbLinear {
             planes.push_grids(grids.encode(x), &grids.grids);
             return Ok(Some(planes.finish()));
         };
-        let [positive, negative] = grids.encode_signs(x, stretches);
-        let zeros = |sign: usize| {
-            grids.grids.iter().map(|grid| zero_points(*grid)[sign] as i32).collect::<Vec<i32>>()
-        };
-        let scale = grids.grids.iter().map(|grid| grid.scale).collect();
-        planes.push(positive, scale, zeros(0));
-        let scale = grids.grids.iter().zip(stretches).map(|(grid, s)| grid.scale / s).collect();
-        planes.push(negative, scale, zeros(1));
+        // Kernels for which small codes are faster have two products of these rather than one.
+        let fold = !InstructionSet::best().prefers_small_codes();
+        let [first, second] = grids.encode_signs(x, stretches, fold);
+        planes.push_up_to(if fold { u8::MAX } else { encode::max_code(bits) }, first);
+        planes.push_up_to(encode::max_code(bits), second);
         Ok(Some(planes.finish()))
     }
 
@@ -350,7 +349,7 @@ impl Quantizer for UbbAttention {
         let rules = self.allocation.rules(&self.scalars, layout.features());
         let x = dense.values()?;
         let grids = TokenGrids::new(x, &layout, &rules, self.constants.into());
-        let mut codes = vec![0; x.len()];
+        let mut codes = buffer(x.len());
         grids.encode(x, &mut codes);
         planes.push_grids(codes, &grids.row_grids());
         Ok(Some(planes.finish()))

@@ -12,6 +12,7 @@ use tch::{Kind, Tensor};
 use super::levels::{BINS_PER_LEVEL, TOP, best_levels};
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
+use crate::kernels::codes::recycle;
 use crate::kernels::passes::affine::scale_rows;
 use crate::kernels::passes::extent::of_rows;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values, values_of};
@@ -197,7 +198,9 @@ impl Quantizer for ScoreCodebook {
                 to_vec_f32(&least_squares(dense.memory(), &codes)?)?
             }
         };
-        planes.push_steps(&counts, |steps| levels[usize::from(steps)] as u32, scale);
+        let code = |steps: u8| levels[usize::from(steps)] as u32;
+        planes.push_steps((&counts, stairs.len()), code, scale);
+        recycle(counts);
         Ok(Some(planes.finish()))
     }
 

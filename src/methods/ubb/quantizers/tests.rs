@@ -95,6 +95,31 @@ fn codes_of_groups_of_one_sign_fit_their_bits() {
 }
 
 #[test]
+fn signs_that_fit_a_byte_are_one_term() {
+    // Rows whose positive values are as large as the negative ones, and much larger.
+    let reach = Tensor::from_slice(&[0.1f32, 1.0, 30.0]).view([1, 3, 1]);
+    let x = sample(&[2, 3, 16], 1) * reach;
+    let x = x.maximum(&Tensor::from(-0.17f32));
+    let (dense, grids) = linear(Some(1.0), 4).pass(&x).unwrap().unwrap();
+    let stretches = grids.stretches.as_ref().unwrap();
+    let codes = |fold: bool| {
+        let mut planes = Planes::of(&dense, 4, 5).unwrap().unwrap();
+        for sign in grids.encode_signs(dense.values().unwrap(), stretches, fold) {
+            planes.push_up_to(u8::MAX, sign);
+        }
+        planes.finish()
+    };
+    let (folded, apart) = (codes(true), codes(false));
+    assert_eq!(folded.decoded(), apart.decoded());
+    let small = |codes: &Codes| codes.terms.iter().all(|t| t.codes.iter().all(|code| *code < 32));
+    assert!(small(&apart) && !small(&folded));
+    let is_used = |term: &[u8]| term.iter().any(|code| *code != 0);
+    let used: Vec<bool> = folded.terms[1].codes.chunks(16).map(is_used).collect();
+    assert!(used.contains(&false), "no token has one term");
+    assert!(used.contains(&true), "no token is beyond a byte");
+}
+
+#[test]
 fn what_is_found_at_run_time_is_counted() {
     let shape = [1, 9, 24];
     let plain = linear(None, 8).cost(&shape);

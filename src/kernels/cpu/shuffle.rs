@@ -1,0 +1,165 @@
+//! Moving bytes and numbers between the lanes of a register, of which compilers make no vector code.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Entries of a table that fits a register.
+pub(crate) const TABLE: usize = 16;
+
+/// `out = table[count − 1]` of every count, 0 of 0.
+///
+/// # Panics
+/// When the lengths differ, or a count is larger than the table.
+pub(crate) fn look_up(counts: &[u8], table: &[u8; TABLE], out: &mut [u8]) {
+    assert_eq!(counts.len(), out.len(), "number of counts");
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the machine has AVX2.
+        done = unsafe { look_up_avx2(counts, table, out) };
+    }
+    for (out, count) in out[done..].iter_mut().zip(&counts[done..]) {
+        *out = if *count == 0 { 0 } else { table[usize::from(*count) - 1] };
+    }
+}
+
+/// As many as fill registers; returns how many.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn look_up_avx2(counts: &[u8], table: &[u8; TABLE], out: &mut [u8]) -> usize {
+    const LANES: usize = 32;
+    // SAFETY: a table is 16 bytes; the load is unaligned.
+    let table = unsafe { _mm256_broadcastsi128_si256(_mm_loadu_si128(table.as_ptr().cast())) };
+    let (counts, _) = counts.as_chunks::<LANES>();
+    let (out, _) = out.as_chunks_mut::<LANES>();
+    let (one, mut most) = (_mm256_set1_epi8(1), _mm256_setzero_si256());
+    for (count, out) in counts.iter().zip(out) {
+        // SAFETY: both are 32 bytes; load and store are unaligned.
+        unsafe {
+            let count = _mm256_loadu_si256(count.as_ptr().cast());
+            most = _mm256_max_epu8(most, count);
+            // One less than nothing has the bit for which a shuffle gives 0.
+            let found = _mm256_shuffle_epi8(table, _mm256_sub_epi8(count, one));
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), found);
+        }
+    }
+    let limit = _mm256_set1_epi8(TABLE as i8);
+    let fits = _mm256_cmpeq_epi8(_mm256_max_epu8(most, limit), limit);
+    assert!(_mm256_movemask_epi8(fits) == -1, "a count beyond the table");
+    counts.len() * LANES
+}
+
+/// `to[column, row] = from[row, column]`; rows of `from` begin `stride` numbers apart.
+///
+/// # Panics
+/// When `from` is too short for as many rows, or `to` is not as large.
+pub fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &mut [f32]) {
+    assert_eq!(to.len(), rows * columns, "size of the transposed matrix");
+    if to.is_empty() {
+        return;
+    }
+    assert!(stride >= columns && from.len() >= (rows - 1) * stride + columns, "size of the matrix");
+    #[cfg(target_arch = "x86_64")]
+    let (whole_rows, whole_columns) = if is_x86_feature_detected!("avx") {
+        // SAFETY: the machine has AVX; the sizes are checked above.
+        unsafe { transpose_avx(from, stride, [rows, columns], to) }
+    } else {
+        (0, 0)
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (whole_rows, whole_columns) = (0, 0);
+    for column in 0..columns {
+        let first = if column < whole_columns { whole_rows } else { 0 };
+        for row in first..rows {
+            to[column * rows + row] = from[row * stride + column];
+        }
+    }
+}
+
+/// As many rows and columns as make squares of 8; returns these numbers.
+///
+/// # Safety
+/// `from` must hold `rows` rows of `columns` numbers `stride` apart, and `to` as many.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx")]
+unsafe fn transpose_avx(
+    from: &[f32],
+    stride: usize,
+    [rows, columns]: [usize; 2],
+    to: &mut [f32],
+) -> (usize, usize) {
+    const SIDE: usize = 8;
+    let (whole_rows, whole_columns) = (rows - rows % SIDE, columns - columns % SIDE);
+    for row in (0..whole_rows).step_by(SIDE) {
+        for column in (0..whole_columns).step_by(SIDE) {
+            let mut lines = [_mm256_setzero_ps(); SIDE];
+            for (index, line) in lines.iter_mut().enumerate() {
+                // SAFETY: rows row..row + 8 and columns column..column + 8 exist.
+                *line =
+                    unsafe { _mm256_loadu_ps(from.as_ptr().add((row + index) * stride + column)) };
+            }
+            let [a, b, c, d, e, f, g, h] = lines;
+            // Pairs, fours and halves change places.
+            let [ab, cd, ef, gh] = [[a, b], [c, d], [e, f], [g, h]]
+                .map(|[x, y]| [_mm256_unpacklo_ps(x, y), _mm256_unpackhi_ps(x, y)]);
+            let fours = |x: [__m256; 2], y: [__m256; 2]| {
+                [
+                    _mm256_shuffle_ps::<0b01_00_01_00>(x[0], y[0]),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(x[0], y[0]),
+                    _mm256_shuffle_ps::<0b01_00_01_00>(x[1], y[1]),
+                    _mm256_shuffle_ps::<0b11_10_11_10>(x[1], y[1]),
+                ]
+            };
+            let (upper, lower) = (fours(ab, cd), fours(ef, gh));
+            for index in 0..SIDE / 2 {
+                let low = _mm256_permute2f128_ps::<0x20>(upper[index], lower[index]);
+                let high = _mm256_permute2f128_ps::<0x31>(upper[index], lower[index]);
+                // SAFETY: as above, with rows and columns exchanged.
+                unsafe {
+                    let out = to.as_mut_ptr().add((column + index) * rows + row);
+                    _mm256_storeu_ps(out, low);
+                    _mm256_storeu_ps(out.add(SIDE / 2 * rows), high);
+                }
+            }
+        }
+    }
+    (whole_rows, whole_columns)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tables_are_looked_up() {
+        let table = std::array::from_fn(|index| (index * 37 + 5) as u8);
+        for len in [0, 1, 31, 32, 33, 100] {
+            let counts: Vec<u8> = (0..len).map(|index| (index * 7 % (TABLE + 1)) as u8).collect();
+            let mut out = vec![0; len];
+            look_up(&counts, &table, &mut out);
+            let whole = [&[0], &table[..]].concat();
+            let expected: Vec<u8> = counts.iter().map(|count| whole[usize::from(*count)]).collect();
+            assert_eq!(out, expected);
+        }
+    }
+
+    #[test]
+    #[should_panic]
+    fn a_count_beyond_the_table_is_noticed() {
+        look_up(&[17; 40], &[0; TABLE], &mut [0; 40]);
+    }
+
+    #[test]
+    fn matrices_are_transposed() {
+        for (rows, columns, stride) in
+            [(1, 1, 1), (8, 8, 8), (197, 64, 100), (5, 19, 20), (9, 16, 16)]
+        {
+            let from: Vec<f32> = (0..rows * stride).map(|index| index as f32).collect();
+            let mut to = vec![0.0; rows * columns];
+            transpose(&from, stride, [rows, columns], &mut to);
+            for (index, found) in to.iter().enumerate() {
+                assert_eq!(*found, from[index % rows * stride + index / rows]);
+            }
+        }
+    }
+}
