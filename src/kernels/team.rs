@@ -63,7 +63,7 @@ impl Team {
         // `close` takes it away and waits for them before `work` can end.
         let erased: *const (dyn Fn() + Sync + 'static) =
             unsafe { std::mem::transmute(std::ptr::from_ref(work)) };
-        self.lock().work = Some(Work(erased));
+        *self.lock() = Region { work: Some(Work(erased)), panic: None };
         let close = Close(self);
         self.regions.fetch_add(1, Ordering::Release);
         work();

@@ -87,14 +87,9 @@ impl Workers {
         Self { pool, threads, spare: Mutex::default() }
     }
 
-    /// The process's own: as many threads as processors, unless [`Workers::share`] came first.
+    /// The process's own: as many threads as processors.
     pub fn shared() -> &'static Self {
         SHARED.get_or_init(|| Self::new(thread::available_parallelism().map_or(1, usize::from)))
-    }
-
-    /// Sets the number of threads of [`Workers::shared`]; `false` if they were started already.
-    pub fn share(threads: usize) -> bool {
-        SHARED.set(Self::new(threads)).is_ok()
     }
 
     /// Number of threads that work for the calling one, itself included.

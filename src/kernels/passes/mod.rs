@@ -23,9 +23,9 @@ const PARALLEL_ELEMENTS: usize = 1 << 15;
 /// Elements of a piece of work: as much as fits the first-level cache beside its result.
 const PIECE_ELEMENTS: usize = 1 << 12;
 
-/// Compiles a function for the baseline of the target, for AVX2 and for AVX-512, and calls what the
-/// machine has. The body must be arithmetic on its arguments: all versions give the same bits.
-macro_rules! vectorized {
+/// Compiles a function for the baseline of the target and for AVX2, and calls what the machine has. The body
+/// must be arithmetic on its arguments: both versions give the same bits.
+macro_rules! vectorized_up_to_avx2 {
     ($(#[$attribute:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
         $(#[$attribute])*
         $vis fn $name($($arg: $type),*) $(-> $result)? {
@@ -34,18 +34,9 @@ macro_rules! vectorized {
 
             #[cfg(target_arch = "x86_64")]
             {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-                fn widest($($arg: $type),*) $(-> $result)? {
-                    body($($arg),*)
-                }
                 #[target_feature(enable = "avx2")]
                 fn wide($($arg: $type),*) $(-> $result)? {
                     body($($arg),*)
-                }
-                if crate::kernels::cpu::has_avx512() {
-                    #[allow(unsafe_code, reason = "a function for instructions that were detected")]
-                    // SAFETY: the machine has what `widest` asks for.
-                    return unsafe { widest($($arg),*) };
                 }
                 if std::arch::is_x86_feature_detected!("avx2") {
                     #[allow(unsafe_code, reason = "a function for instructions that were detected")]
@@ -54,6 +45,34 @@ macro_rules! vectorized {
                 }
             }
             body($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorized_up_to_avx2;
+
+/// As [`vectorized_up_to_avx2`], and for AVX-512. Not for tables, from which compilers gather with AVX-512:
+/// many processors are slow at that.
+macro_rules! vectorized {
+    ($(#[$attribute:meta])* $vis:vis fn $name:ident($($arg:ident: $type:ty),* $(,)?) $(-> $result:ty)? $body:block) => {
+        $(#[$attribute])*
+        $vis fn $name($($arg: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            if crate::kernels::cpu::has_avx512() {
+                #[inline(always)]
+                fn body($($arg: $type),*) $(-> $result)? $body
+
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn widest($($arg: $type),*) $(-> $result)? {
+                    body($($arg),*)
+                }
+                #[allow(unsafe_code, reason = "a function for instructions that were detected")]
+                // SAFETY: the machine has what `widest` asks for.
+                return unsafe { widest($($arg),*) };
+            }
+            $crate::kernels::passes::vectorized_up_to_avx2! {
+                fn narrower($($arg: $type),*) $(-> $result)? $body
+            }
+            narrower($($arg),*)
         }
     };
 }

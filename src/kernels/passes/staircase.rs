@@ -5,7 +5,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{for_rows, rows_of, share, vectorized};
+use super::{for_rows, rows_of, share, vectorized, vectorized_up_to_avx2};
 use crate::kernels::codes::{buffer, recycle};
 use crate::kernels::cpu::shuffle::{self, TABLE};
 
@@ -290,7 +290,7 @@ vectorized! {
     }
 }
 
-vectorized! {
+vectorized_up_to_avx2! {
     fn look_up(counts: &[u8], values: &Values, out: &mut [f32]) {
         for (value, count) in out.iter_mut().zip(counts) {
             *value = values[usize::from(*count)];
@@ -298,7 +298,7 @@ vectorized! {
     }
 }
 
-vectorized! {
+vectorized_up_to_avx2! {
     fn look_up_scaled(counts: &[u8], values: &Values, scale: f32, out: &mut [f32]) {
         for (value, count) in out.iter_mut().zip(counts) {
             let scaled = values[usize::from(*count)] * scale;
@@ -311,7 +311,7 @@ vectorized! {
 macro_rules! counting {
     ($name:ident, $passed:expr) => {
         mod $name {
-            use super::{BLOCK, Passed, Values, vectorized};
+            use super::{BLOCK, Passed, Values, vectorized, vectorized_up_to_avx2};
 
             vectorized! {
                 pub(super) fn compare(x: &[f32], thresholds: &[f32], out: &mut [u8]) {
@@ -335,7 +335,7 @@ macro_rules! counting {
                 }
             }
 
-            vectorized! {
+            vectorized_up_to_avx2! {
                 pub(super) fn halve(x: &[f32], padded: &Values, count: usize, out: &mut [u8]) {
                     let table = (count + 1).next_power_of_two();
                     for (x, out) in x.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
