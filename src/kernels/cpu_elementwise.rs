@@ -272,6 +272,15 @@ mod tests {
     }
 
     #[test]
+    fn values_are_added() {
+        for width in WIDTHS {
+            let (x, other) = (sample(&[1, width], 1), sample(&[1, width], 2));
+            let found = by_rows(&x, |row| add(row, floats(&other).unwrap()));
+            assert!(found.equal(&(&x + &other)));
+        }
+    }
+
+    #[test]
     fn softmax_is_libtorchs() {
         for width in WIDTHS {
             let x = sample(&[5, width], 1) * 9.0;
