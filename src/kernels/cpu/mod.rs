@@ -134,21 +134,10 @@ impl Kernel {
         match self {
             Self::Portable => 2,
             Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni => 6,
-            Self::Avx512Vnni => {
-                if sums > 1 {
-                    6
-                } else {
-                    12
-                }
-            }
+            Self::Avx512Vnni if sums > 1 => 6,
+            Self::Avx512Vnni => 12,
             #[cfg(test)]
-            Self::Like512 => {
-                if sums > 1 {
-                    6
-                } else {
-                    12
-                }
-            }
+            Self::Like512 => Self::Avx512Vnni.tile_rows(sums),
         }
     }
 
