@@ -153,7 +153,7 @@ fn main() {
                 let packed = pack(&operand(n, k, 1, 1, rhs_bits), 1);
                 let how = (rounds, threads);
                 let figures = best(how, 2 * count * m * n * k, &packed, || {
-                    product_batch_on(&workers, &lhs, &rhs, (count, None), black_box(&mut out));
+                    product_batch_on(&workers, &lhs, &rhs, count, black_box(&mut out));
                 });
                 print(format!("{count} · {m} × {n} × {k}"), figures);
             }

@@ -1,9 +1,23 @@
-//! Plain tensor code between the products of an attention: what executors do unless they know better.
+//! Attention step by step, and plain tensor code between its products: what executors do unless they
+//! know better.
 
 use tch::{Device, Tensor};
 
 use crate::error::Result;
+use crate::exec::Executor;
 use crate::kernels::cuda::Gpu;
+use crate::nn::{Attention, LayerNorm, Mlp, Windows};
+
+/// What an attention does beside its products.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct AttentionTerms<'a> {
+    /// Factor of q before the product with k.
+    pub query_scale: Option<f64>,
+    /// What becomes of the scores.
+    pub scores: ScoreTerms<'a>,
+    /// The windows within which tokens are attended to; `None` for all together.
+    pub windows: Option<&'a Windows>,
+}
 
 /// What becomes of the scores q·kᵀ before their softmax.
 #[derive(Clone, Copy, Debug, Default)]
@@ -14,6 +28,42 @@ pub struct ScoreTerms<'a> {
     pub bias: Option<&'a Tensor>,
     /// Added to the scores of each window of an image: [windows, 1, t, t].
     pub mask: Option<&'a Tensor>,
+}
+
+/// `x` plus the attention over its norm, a step at a time.
+pub(super) fn add_attention<E: Executor + ?Sized>(
+    exec: &mut E,
+    norm: &LayerNorm,
+    op: &Attention,
+    terms: &AttentionTerms<'_>,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let mut normed = exec.layer_norm(norm, x)?;
+    if let Some(windows) = terms.windows {
+        normed = windows.split(&normed)?;
+    }
+    let qkv = exec.linear(&op.qkv, &normed)?;
+    let [mut q, k, v] = exec.split_heads(&qkv, op.heads)?;
+    if let Some(scale) = terms.query_scale {
+        q = q.f_mul_scalar(scale)?;
+    }
+    let weights = exec.attention_weights(&op.query_key, [&q, &k], &terms.scores)?;
+    let mixed = exec.attention_mix(&op.score_value, &weights, &v)?;
+    let Some(windows) = terms.windows else { return exec.linear_add(&op.proj, &mixed, x) };
+    let mixed = exec.linear(&op.proj, &mixed)?;
+    Ok(x.f_add(&windows.join(&mixed)?)?)
+}
+
+/// `x` plus the MLP of its norm, a step at a time.
+pub(super) fn add_mlp<E: Executor + ?Sized>(
+    exec: &mut E,
+    norm: &LayerNorm,
+    op: &Mlp,
+    x: &Tensor,
+) -> Result<Tensor> {
+    let normed = exec.layer_norm(norm, x)?;
+    let hidden = exec.linear_gelu(&op.fc1, &normed)?;
+    exec.linear_add(&op.fc2, &hidden, x)
 }
 
 /// Softmax over the last axis of scores [b, heads, t, t] with their terms.

@@ -13,16 +13,16 @@ use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::nn::{LayerNorm, Linear, Site, gelu};
+use crate::nn::{Attention, LayerNorm, Linear, Mlp, Site, gelu};
 
-pub use attention::ScoreTerms;
+pub use attention::{AttentionTerms, ScoreTerms};
 pub use float::Float;
 pub use integer::{Cpu, Cuda, Integer, IntegerOnGpu, IntegerSites, Kernels, Packer, SiteCounts};
 pub use simulated::{Simulated, WeightSource};
 pub use tap::{Tap, TapSink};
 
-/// Computes the two kinds of quantizable product; what lies between them is plain tensor code unless
-/// an executor has a way of its own.
+/// Computes the two kinds of quantizable product, and the blocks that are made of them. What lies between
+/// products is plain tensor code, and blocks go step by step, unless an executor has a way of its own.
 pub trait Executor {
     /// `x · op.weightᵀ + op.bias`; x [.., in] → [.., out].
     ///
@@ -88,6 +88,28 @@ pub trait Executor {
     /// As [`Executor::linear`].
     fn attention_mix(&mut self, site: &Site, weights: &Tensor, v: &Tensor) -> Result<Tensor> {
         attention::merge_heads(&self.matmul(site, weights, &v.f_transpose(-2, -1)?)?)
+    }
+
+    /// `x` [n, t, dim] plus the attention over its norm.
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn add_attention(
+        &mut self,
+        norm: &LayerNorm,
+        op: &Attention,
+        terms: &AttentionTerms<'_>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        attention::add_attention(self, norm, op, terms, x)
+    }
+
+    /// `x` [n, t, dim] plus the MLP of its norm.
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn add_mlp(&mut self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Tensor> {
+        attention::add_mlp(self, norm, op, x)
     }
 }
 

@@ -1,15 +1,12 @@
 //! What lies between the products of a forward, in one pass each: GELU, softmax, layer norm.
 //!
 //! Every function works on whole rows and computes each by itself, in an order that depends on its
-//! length alone: neither the batch nor the threads show in a result. The loops are plain Rust that the
-//! compiler turns into vector instructions: for the base instruction set, for AVX2 with fused
-//! multiply-add, and for AVX-512, chosen at run time. The latter two give the same bits.
+//! length alone: neither the batch nor the threads show in a result. The instruction set is chosen at run
+//! time; AVX2 and AVX-512 give the same bits.
 
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::cpu::has_avx512;
+#![allow(unsafe_code, reason = "registers, and their loads")]
 
-/// Partial sums of a row: what one or two vector registers hold.
-const LANES: usize = 16;
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
 
 /// What is added to a row of scores before its softmax.
 #[derive(Clone, Copy, Debug)]
@@ -33,81 +30,52 @@ pub struct NormRow<'a> {
     pub eps: f32,
 }
 
-/// Compiles `$generic` for the base instruction set, AVX2 and AVX-512 and calls what the processor can
-/// run. Its parameter says whether multiply-add is one instruction.
-macro_rules! dispatch {
-    ($(#[$doc:meta])* $name:ident, $generic:ident, ($($argument:ident: $type:ty),*)) => {
-        $(#[$doc])*
-        pub fn $name($($argument: $type),*) {
-            #[cfg(target_arch = "x86_64")]
-            {
-                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,fma")]
-                fn widest($($argument: $type),*) {
-                    $generic::<true>($($argument),*);
-                }
-                #[target_feature(enable = "avx2,fma")]
-                fn fused($($argument: $type),*) {
-                    $generic::<true>($($argument),*);
-                }
-                if has_avx512() {
-                    #[allow(unsafe_code, reason = "instructions that not every processor has")]
-                    // SAFETY: the processor has these features.
-                    unsafe {
-                        widest($($argument),*);
-                    }
-                    return;
-                }
-                if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                    #[allow(unsafe_code, reason = "instructions that not every processor has")]
-                    // SAFETY: the processor was just asked for both features.
-                    unsafe {
-                        fused($($argument),*);
-                    }
-                    return;
-                }
-            }
-            $generic::<false>($($argument),*);
-        }
-    };
-}
-
-dispatch!(
+for_lanes!(
     /// Exact (erf) GELU of every value, in place.
-    gelu, gelu_loop, (values: &mut [f32])
+    pub fn gelu, gelu_of, (values: &mut [f32])
 );
-dispatch!(
+for_lanes!(
     /// Adds `other` to as many values, in place.
-    add, add_loop, (values: &mut [f32], other: &[f32])
+    pub fn add, sums_of, (values: &mut [f32], other: &[f32])
 );
-dispatch!(
-    /// Softmax of a row of scores with what is added to it, in place.
-    softmax, softmax_loop, (row: &mut [f32], terms: ScoreRow<'_>)
+for_lanes!(
+    /// Softmax of a row of scores with what is added to it. The row is used up.
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub fn softmax, softmax_of, (row: &mut [f32], terms: ScoreRow<'_>, out: &mut [f32])
 );
-dispatch!(
+for_lanes!(
     /// `out = (x − mean) / √(variance + eps) · weight + bias` of a row.
-    layer_norm, layer_norm_loop, (x: &[f32], norm: NormRow<'_>, out: &mut [f32])
+    ///
+    /// # Panics
+    /// When lengths differ.
+    pub fn layer_norm, layer_norm_of, (x: &[f32], norm: NormRow<'_>, out: &mut [f32])
 );
 
-/// a·b + c, in one rounding where that is one instruction.
+/// The numbers in whole registers of `len`, and how many are left.
 #[inline(always)]
-fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
-    if FUSED { a.mul_add(b, c) } else { a * b + c }
+fn registers(len: usize) -> (usize, usize) {
+    (len - len % LANES, len % LANES)
 }
 
 /// Value of a polynomial, highest coefficient first.
 #[inline(always)]
-fn polynomial<const FUSED: bool, const N: usize>(x: f32, coefficients: [f32; N]) -> f32 {
-    let mut value = coefficients[0];
-    for coefficient in &coefficients[1..] {
-        value = multiply_add::<FUSED>(value, x, *coefficient);
+unsafe fn polynomial<L: Lanes, const N: usize>(x: L, coefficients: [f32; N]) -> L {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let mut value = L::splat(coefficients[0]);
+        for coefficient in &coefficients[1..] {
+            value = value.multiply_add(x, L::splat(*coefficient));
+        }
+        value
     }
-    value
 }
 
 /// erf to about 3e-7: a rational minimax approximation on −4..4, beyond which erf is ±1 in float32
 /// (coefficients as in Eigen).
 #[inline(always)]
-fn erf<const FUSED: bool>(x: f32) -> f32 {
+unsafe fn erf<L: Lanes>(x: L) -> L {
     const NUMERATOR: [f32; 7] = [
         -2.726_142_3e-10,
         2.770_681_4e-8,
@@ -119,115 +87,187 @@ fn erf<const FUSED: bool>(x: f32) -> f32 {
     ];
     const DENOMINATOR: [f32; 5] =
         [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
-    let x = x.clamp(-4.0, 4.0);
-    let square = x * x;
-    let ratio =
-        polynomial::<FUSED, 7>(square, NUMERATOR) / polynomial::<FUSED, 5>(square, DENOMINATOR);
-    x * ratio
-}
-
-#[inline(always)]
-fn gelu_loop<const FUSED: bool>(values: &mut [f32]) {
-    for value in values {
-        let half = 0.5 * *value;
-        let phi = erf::<FUSED>(*value * std::f32::consts::FRAC_1_SQRT_2);
-        *value = multiply_add::<FUSED>(half, phi, half);
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let x = L::splat(4.0).smaller(L::splat(-4.0).larger(x)); // NaN stays
+        let square = x.multiply(x);
+        let ratio =
+            polynomial::<L, 7>(square, NUMERATOR).divide(polynomial::<L, 5>(square, DENOMINATOR));
+        x.multiply(ratio)
     }
 }
 
 #[inline(always)]
-fn add_loop<const FUSED: bool>(values: &mut [f32], other: &[f32]) {
-    values.iter_mut().zip(other).for_each(|(value, other)| *value += other);
-}
-
-/// `step` over a row in [`LANES`] partial results, which `join` puts together at last.
-#[inline(always)]
-fn fold(
-    row: &[f32],
-    start: f32,
-    step: impl Fn(f32, f32) -> f32,
-    join: impl Fn(f32, f32) -> f32,
-) -> f32 {
-    let mut lanes = [start; LANES];
-    let chunks = row.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = step(*lane, *x));
+unsafe fn gelu_of_register<L: Lanes>(x: L) -> L {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let half = L::splat(0.5).multiply(x);
+        let phi = erf(x.multiply(L::splat(std::f32::consts::FRAC_1_SQRT_2)));
+        half.multiply_add(phi, half)
     }
-    lanes.iter_mut().zip(rest).for_each(|(lane, x)| *lane = step(*lane, *x));
-    lanes.into_iter().fold(start, join)
 }
 
 #[inline(always)]
-fn sum(row: &[f32]) -> f32 {
-    fold(row, 0.0, |sum, x| sum + x, |a, b| a + b)
+unsafe fn gelu_of<L: Lanes>(values: &mut [f32]) {
+    let (whole, rest) = registers(values.len());
+    let at = values.as_mut_ptr();
+    // SAFETY: registers are within the values; the caller has the instruction set.
+    unsafe {
+        for first in (0..whole).step_by(LANES) {
+            gelu_of_register(L::load(at.add(first))).store(at.add(first));
+        }
+        if rest > 0 {
+            let last = L::load_first(at.add(whole), rest, 0.0);
+            gelu_of_register(last).store_first(at.add(whole), rest);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn sums_of<L: Lanes>(values: &mut [f32], other: &[f32]) {
+    let (whole, rest) = registers(values.len().min(other.len()));
+    let (to, from) = (values.as_mut_ptr(), other.as_ptr());
+    // SAFETY: registers are within both; the caller has the instruction set.
+    unsafe {
+        for first in (0..whole).step_by(LANES) {
+            L::load(to.add(first)).add(L::load(from.add(first))).store(to.add(first));
+        }
+        if rest > 0 {
+            let other = L::load_first(from.add(whole), rest, 0.0);
+            let sum = L::load_first(to.add(whole), rest, 0.0).add(other);
+            sum.store_first(to.add(whole), rest);
+        }
+    }
 }
 
 /// eˣ for x ≤ 0: x = n·ln 2 + r, a polynomial in r (Cephes' coefficients), and n in the exponent.
 #[inline(always)]
-fn exp_of_negative<const FUSED: bool>(x: f32) -> f32 {
+unsafe fn exp_of_negative<L: Lanes>(x: L) -> L {
     const LOWEST: f32 = -87.0; // beyond it the result is no normal number
     const HIGH: f32 = 0.693_359_4; // ln 2 in two parts
     const LOW: f32 = -2.121_944_4e-4;
     const ROUND: f32 = 12_582_912.0; // 1.5·2^23: adding it leaves an integer in the last bits
     const SERIES: [f32; 6] =
         [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
-    let x = x.max(LOWEST);
-    let shifted = multiply_add::<FUSED>(x, std::f32::consts::LOG2_E, ROUND);
-    let n = shifted - ROUND;
-    let r = multiply_add::<FUSED>(n, -HIGH, x);
-    let r = multiply_add::<FUSED>(n, -LOW, r);
-    let tail = polynomial::<FUSED, 6>(r, SERIES);
-    let value = multiply_add::<FUSED>(tail, r * r, r) + 1.0;
-    let exponent = shifted.to_bits().wrapping_sub(ROUND.to_bits()).wrapping_add(127) << 23;
-    value * f32::from_bits(exponent)
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let x = x.larger(L::splat(LOWEST));
+        let shifted = x.multiply_add(L::splat(std::f32::consts::LOG2_E), L::splat(ROUND));
+        let n = shifted.subtract(L::splat(ROUND));
+        let r = n.multiply_add(L::splat(-HIGH), x);
+        let r = n.multiply_add(L::splat(-LOW), r);
+        let tail = polynomial::<L, 6>(r, SERIES);
+        let value = tail.multiply_add(r.multiply(r), r).add(L::splat(1.0));
+        value.multiply(shifted.power_of_two(ROUND))
+    }
 }
 
 #[inline(always)]
-fn softmax_loop<const FUSED: bool>(row: &mut [f32], terms: ScoreRow<'_>) {
-    let ScoreRow { mut scale, bias, mask } = terms;
-    // Differences can be scaled as well, in a pass that there is anyway.
-    if scale != 1.0 && (scale <= 0.0 || !(bias.is_empty() && mask.is_empty())) {
-        row.iter_mut().for_each(|x| *x *= scale);
-        scale = 1.0;
-    }
+unsafe fn softmax_of<L: Lanes>(row: &mut [f32], terms: ScoreRow<'_>, out: &mut [f32]) {
+    let ScoreRow { scale, bias, mask } = terms;
+    let len = row.len();
+    assert!(out.len() == len, "length of the result");
     for added in [bias, mask] {
-        row.iter_mut().zip(added).for_each(|(x, added)| *x += added);
+        assert!(added.is_empty() || added.len() == len, "length of what is added");
     }
-    let larger = |a: f32, b: f32| if b > a { b } else { a };
-    let largest = fold(row, f32::NEG_INFINITY, larger, larger);
-    let mut sums = [0.0; LANES];
-    let exponentials = |part: &mut [f32; LANES]| {
-        part.iter_mut().for_each(|x| *x = exp_of_negative::<FUSED>((*x - largest) * scale));
-    };
-    let mut parts = row.chunks_exact_mut(LANES);
-    for part in &mut parts {
-        if let Some(part) = part.first_chunk_mut() {
-            exponentials(part);
-            sums.iter_mut().zip(part).for_each(|(sum, x)| *sum += *x);
+    let (whole, rest) = registers(len);
+    // Differences can be scaled as well, in a pass that there is anyway.
+    let scaled_first = scale <= 0.0 || !(bias.is_empty() && mask.is_empty());
+    let (early, late) = if scaled_first { (scale, 1.0) } else { (1.0, scale) };
+    let (scores, to) = (row.as_mut_ptr(), out.as_mut_ptr());
+    let (bias_at, mask_at) = (bias.as_ptr(), mask.as_ptr());
+    // SAFETY: registers are within slices of `len`; the caller has the instruction set.
+    unsafe {
+        let (early, late) = (L::splat(early), L::splat(late));
+        let mut largest = L::splat(f32::NEG_INFINITY);
+        for first in (0..whole).step_by(LANES) {
+            let mut x = L::load(scores.add(first));
+            if scaled_first {
+                x = x.multiply(early);
+                if !bias.is_empty() {
+                    x = x.add(L::load(bias_at.add(first)));
+                }
+                if !mask.is_empty() {
+                    x = x.add(L::load(mask_at.add(first)));
+                }
+                x.store(scores.add(first));
+            }
+            largest = x.larger(largest);
+        }
+        let mut last = L::splat(f32::NEG_INFINITY);
+        if rest > 0 {
+            last = L::load_first(scores.add(whole), rest, 0.0).multiply(early);
+            if !bias.is_empty() {
+                last = last.add(L::load_first(bias_at.add(whole), rest, 0.0));
+            }
+            if !mask.is_empty() {
+                last = last.add(L::load_first(mask_at.add(whole), rest, 0.0));
+            }
+            last = last.first(rest, f32::NEG_INFINITY);
+            largest = last.larger(largest);
+        }
+        let largest = L::splat(largest.largest());
+        let mut sums = L::splat(0.0);
+        for first in (0..whole).step_by(LANES) {
+            let x = L::load(scores.add(first)).subtract(largest).multiply(late);
+            let x = exp_of_negative(x);
+            x.store(scores.add(first));
+            sums = sums.add(x);
+        }
+        if rest > 0 {
+            // What is beyond the row is next to nothing, and the largest score counts 1.
+            last = exp_of_negative(last.subtract(largest).multiply(late));
+            sums = sums.add(last);
+        }
+        let factor = L::splat(1.0 / sums.sum());
+        for first in (0..whole).step_by(LANES) {
+            L::load(scores.add(first)).multiply(factor).store(to.add(first));
+        }
+        if rest > 0 {
+            last.multiply(factor).store_first(to.add(whole), rest);
         }
     }
-    // What is left as a whole register, too: one at a time, exponentials cost as much each.
-    let rest = parts.into_remainder();
-    let mut whole = [largest; LANES];
-    whole[..rest.len()].copy_from_slice(rest);
-    exponentials(&mut whole);
-    rest.copy_from_slice(&whole[..rest.len()]);
-    sums.iter_mut().zip(rest).for_each(|(sum, x)| *sum += *x);
-    let factor = 1.0 / sums.into_iter().fold(0.0, |sum, lane| sum + lane);
-    row.iter_mut().for_each(|x| *x *= factor);
 }
 
 #[inline(always)]
-fn layer_norm_loop<const FUSED: bool>(x: &[f32], norm: NormRow<'_>, out: &mut [f32]) {
-    let count = x.len() as f32;
-    let mean = sum(x) / count;
-    let square = |sum, x: f32| multiply_add::<FUSED>(x - mean, x - mean, sum);
-    let squares = fold(x, 0.0, square, |a, b| a + b);
-    let factor = 1.0 / (squares / count + norm.eps).sqrt();
-    let columns = x.iter().zip(norm.weight).zip(norm.bias).zip(out);
-    for (((x, weight), bias), out) in columns {
-        *out = multiply_add::<FUSED>((x - mean) * factor, *weight, *bias);
+unsafe fn layer_norm_of<L: Lanes>(x: &[f32], norm: NormRow<'_>, out: &mut [f32]) {
+    let NormRow { weight, bias, eps } = norm;
+    let len = x.len();
+    assert!(out.len() == len && weight.len() == len && bias.len() == len, "length of the norm");
+    let (whole, rest) = registers(len);
+    let (from, to) = (x.as_ptr(), out.as_mut_ptr());
+    let (weight, bias) = (weight.as_ptr(), bias.as_ptr());
+    // SAFETY: registers are within slices of `len`; the caller has the instruction set.
+    unsafe {
+        let mut sums = L::splat(0.0);
+        for first in (0..whole).step_by(LANES) {
+            sums = sums.add(L::load(from.add(first)));
+        }
+        if rest > 0 {
+            sums = sums.add(L::load_first(from.add(whole), rest, 0.0));
+        }
+        let mean = sums.sum() / len as f32;
+        let (all, mut squares) = (L::splat(mean), L::splat(0.0));
+        for first in (0..whole).step_by(LANES) {
+            let x = L::load(from.add(first)).subtract(all);
+            squares = x.multiply_add(x, squares);
+        }
+        if rest > 0 {
+            let x = L::load_first(from.add(whole), rest, mean).subtract(all);
+            squares = x.multiply_add(x, squares);
+        }
+        let factor = L::splat(1.0 / (squares.sum() / len as f32 + eps).sqrt());
+        for first in (0..whole).step_by(LANES) {
+            let x = L::load(from.add(first)).subtract(all).multiply(factor);
+            let y = x.multiply_add(L::load(weight.add(first)), L::load(bias.add(first)));
+            y.store(to.add(first));
+        }
+        if rest > 0 {
+            let x = L::load_first(from.add(whole), rest, 0.0).subtract(all).multiply(factor);
+            let weight = L::load_first(weight.add(whole), rest, 0.0);
+            let bias = L::load_first(bias.add(whole), rest, 0.0);
+            x.multiply_add(weight, bias).store_first(to.add(whole), rest);
+        }
     }
 }
 
@@ -293,7 +333,10 @@ mod tests {
                     ScoreRow { scale, bias: floats(&bias).unwrap(), mask: floats(&mask).unwrap() };
                 let scaled = x.to_kind(Kind::Double) * f64::from(scale);
                 for (terms, scores) in [(plain, &scaled), (full, &(&scaled + &bias + &mask))] {
-                    let found = by_rows(&x, |row| softmax(row, terms));
+                    let found = by_rows(&x, |row| {
+                        let mut scores = row.to_vec();
+                        softmax(&mut scores, terms, row);
+                    });
                     assert!(difference(&found, &scores.softmax(-1, Kind::Double)) < 1e-6);
                 }
             }

@@ -1,10 +1,13 @@
 //! Every instruction set of this machine against the plain loops, and against each other.
 
+use std::sync::Mutex;
+
 use proptest::prelude::*;
 
 use crate::kernels::pack::{Operand, Uses};
 use crate::kernels::{
-    Codes, CodesTerm, InstructionSet, PackedRhs, Workers, batch_with, product_on, reference,
+    Codes, CodesTerm, InstructionSet, PackedRhs, Passing, Workers, batch_with, pass_batch, pass_on,
+    product_on, reference,
 };
 
 /// Shapes and grids of one product.
@@ -120,8 +123,8 @@ impl Case {
 }
 
 fn available() -> impl Iterator<Item = InstructionSet> {
-    let all = InstructionSet::ALL.into_iter().chain([InstructionSet::Like512]);
-    all.filter(|set| set.is_available())
+    let shapes = [InstructionSet::Like512, InstructionSet::LikeAvxVnni];
+    InstructionSet::ALL.into_iter().chain(shapes).filter(|set| set.is_available())
 }
 
 fn pack(lhs: &Codes, rhs: &Codes, set: InstructionSet) -> PackedRhs {
@@ -270,7 +273,7 @@ proptest! {
         let rhs = draw(case.rhs, [batch * case.n, k, 1], &mut random);
         for set in available() {
             let mut out = vec![f32::NAN; batch * case.m * case.n];
-            batch_with(set, &Workers::new(2), (&lhs, &rhs), (batch, None), &mut out);
+            batch_with(set, &Workers::new(2), (&lhs, &rhs), batch, &mut out);
             for (i, out) in out.chunks_exact(case.m * case.n).enumerate() {
                 let one = Operands {
                     lhs: rows(&lhs, i * case.m, case.m),
@@ -306,26 +309,42 @@ fn every_part_is_finished_once() {
             let packed = pack(lhs, rhs, set);
             product_on(&workers, lhs, &packed, (bias.as_deref(), Some(&finish)), &mut found);
             assert_eq!(bits(&found), bits(&expected), "{set:?}, {threads} threads");
+            // The same, kept by nobody but who is told.
+            let found = Mutex::new(vec![0.0; m * n]);
+            let seen = |row: usize, first: usize, part: &mut [f32]| {
+                let mut found = found.lock().unwrap();
+                for (offset, value) in part.iter().enumerate() {
+                    found[row * n + first + offset] += value + place(row, first + offset);
+                }
+            };
+            pass_on(&workers, (lhs, &packed), bias.as_deref(), &seen);
+            let found = found.into_inner().unwrap();
+            assert_eq!(bits(&found), bits(&expected), "{set:?}, {threads} threads");
         }
     }
 }
 
 #[test]
-fn rows_of_a_batch_are_finished_whole() {
+fn a_batch_passes_in_parts_or_rows() {
     // So many columns that a product of weights would not keep their panels together.
-    let (batch, m, n, k) = if cfg!(miri) { (2, 3, 70, 8) } else { (3, 5, 2500, 64) };
+    let (batch, m, n, k) = if cfg!(miri) { (2, 3, 70, 8) } else { (3, 17, 2500, 64) };
     let mut random = Random(5);
     let lhs = draw(PLAIN, [batch * m, k, 1], &mut random);
     let rhs = draw(PLAIN, [batch * n, k, 1], &mut random);
     for set in available() {
-        let mut found = vec![f32::NAN; batch * m * n];
-        let finish = |row: usize, first: usize, part: &mut [f32]| {
-            assert_eq!((first, part.len()), (0, n));
-            part.fill(row as f32);
-        };
-        batch_with(set, &Workers::new(2), (&lhs, &rhs), (batch, Some(&finish)), &mut found);
-        for (row, found) in found.chunks_exact(n).enumerate() {
-            assert!(found.iter().all(|value| *value == row as f32));
+        let mut expected = vec![f32::NAN; batch * m * n];
+        batch_with(set, &Workers::new(1), (&lhs, &rhs), batch, &mut expected);
+        for passing in [Passing::Parts, Passing::Rows] {
+            let found = Mutex::new(vec![0.0; batch * m * n]);
+            let seen = |row: usize, first: usize, part: &mut [f32]| {
+                assert!(passing == Passing::Parts || (first, part.len()) == (0, n));
+                let mut found = found.lock().unwrap();
+                for (value, part) in found[row * n + first..].iter_mut().zip(part) {
+                    *value += *part;
+                }
+            };
+            pass_batch(set, &Workers::new(2), (&lhs, &rhs), batch, (&seen, passing));
+            assert_eq!(bits(&found.into_inner().unwrap()), bits(&expected), "{set:?}");
         }
     }
 }
@@ -376,7 +395,7 @@ fn empty_products_are_empty_or_the_bias() {
         let Operands { lhs, rhs, .. } = case.operands();
         for set in available() {
             let mut out = vec![f32::NAN; m * n];
-            batch_with(set, &Workers::new(1), (&lhs, &rhs), (1, None), &mut out);
+            batch_with(set, &Workers::new(1), (&lhs, &rhs), 1, &mut out);
             assert!(out.iter().all(|&number| number == 0.0 || k > 0));
         }
     }

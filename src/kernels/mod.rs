@@ -10,6 +10,7 @@ mod cpu;
 pub mod cpu_elementwise;
 pub mod cpu_slices;
 pub mod cuda;
+pub mod fused;
 #[cfg(test)]
 mod laws;
 mod openmp;
@@ -18,18 +19,20 @@ mod packed;
 pub mod passes;
 mod prepare;
 pub mod reference;
+mod scatter;
 mod team;
 mod workers;
 
 pub use codes::{Codes, CodesTerm, MAX_GROUP_COLUMNS};
 pub use cpu::InstructionSet;
 pub use cpu::shuffle::transpose;
+pub use fused::RowOrder;
 pub use openmp::SingleThreaded;
 pub use packed::PackedRhs;
 pub use workers::Workers;
 
-use cpu::{Job, Scratch};
-use pack::{Operand, Uses};
+use cpu::{Destination, Job, Passing, Scratch};
+use pack::Operand;
 
 /// Codes of the left operand that are laid out at once, at most.
 const BLOCK_BYTES: usize = 1 << 20;
@@ -72,28 +75,15 @@ pub fn product_on(
     (bias, finish): (Option<&[f32]>, Option<Finish<'_>>),
     out: &mut [f32],
 ) {
-    lhs.check();
-    assert_eq!(lhs.columns, rhs.columns(), "length of the summed axis");
-    assert_eq!(lhs.groups, rhs.lhs_groups, "groups of the left operand");
-    assert!(lhs.max_code() <= rhs.lhs_max_code, "codes of the left operand");
-    assert!(bias.is_none_or(|bias| bias.len() == rhs.rows()), "length of the bias");
+    check(lhs, rhs, bias);
     assert_eq!(out.len(), lhs.rows * rhs.rows(), "length of the result");
     if out.is_empty() {
         return;
     }
-    let height = rhs.kernel.tile_rows(cpu::sums(lhs, rhs));
     let width = rhs.kernel.panel_columns();
-    let row_bytes = 4 * rhs.group_steps() * rhs.lhs_groups * lhs.terms.len();
-    let single = lhs.rows * rhs.rows() * lhs.columns < SMALL || workers.threads() == 1;
-    let wanted = if single { 1 } else { TASKS_PER_THREAD * workers.threads() };
-    // Rows first, while blocks are worth unpacking the right operand for them; then columns.
-    let blocks =
-        wanted.min(lhs.rows / MIN_ROWS).max((lhs.rows * row_bytes).div_ceil(BLOCK_BYTES)).max(1);
-    let block = lhs.rows.div_ceil(blocks).next_multiple_of(height);
-    let parts = wanted.div_ceil(blocks).min(rhs.panels());
-    let panels = rhs.panels().div_ceil(parts);
-
-    let mut tasks = Vec::with_capacity(blocks * parts);
+    let Division { block, panels, single } = Division::of(workers, lhs, rhs);
+    let parts = rhs.panels().div_ceil(panels);
+    let mut tasks = Vec::new();
     for (index, out) in out.chunks_mut(block * rhs.rows()).enumerate() {
         let first_row = index * block;
         let rows = first_row..first_row + out.len() / rhs.rows();
@@ -104,15 +94,15 @@ pub fn product_on(
                 slices.push(part);
             }
         }
-        for (part, out) in slices.into_iter().enumerate().filter(|(_, out)| !out.is_empty()) {
+        for (part, out) in slices.into_iter().enumerate() {
             let panels = part * panels..((part + 1) * panels).min(rhs.panels());
             let rows = rows.clone();
-            let job = Job { lhs, rows, rhs, panels, bias, finish, whole_rows: false };
+            let job = Job { lhs, rows, rhs, panels, bias, finish };
             tasks.push((job, out));
         }
     }
     let work = |(job, mut out): (Job<'_>, Vec<&mut [f32]>), scratch: &mut Scratch| {
-        rhs.kernel.run(&job, &mut out, scratch);
+        rhs.kernel.run(&job, Destination::Rows(&mut out), scratch);
     };
     if single {
         // One thread takes them one after another.
@@ -122,20 +112,81 @@ pub fn product_on(
     }
 }
 
+/// [`product`] of which nothing is kept but what `finish` makes of it: it sees every part of every row
+/// once.
+fn pass_on(
+    workers: &Workers,
+    (lhs, rhs): (&Codes, &PackedRhs),
+    bias: Option<&[f32]>,
+    finish: Finish<'_>,
+) {
+    check(lhs, rhs, bias);
+    if lhs.rows * rhs.rows() == 0 {
+        return;
+    }
+    let Division { block, panels, single } = Division::of(workers, lhs, rhs);
+    let mut tasks = Vec::new();
+    for first_row in (0..lhs.rows).step_by(block) {
+        for first_panel in (0..rhs.panels()).step_by(panels) {
+            let rows = first_row..lhs.rows.min(first_row + block);
+            let panels = first_panel..rhs.panels().min(first_panel + panels);
+            let finish = Some(finish);
+            tasks.push(Job { lhs, rows, rhs, panels, bias, finish });
+        }
+    }
+    let work = |job: Job<'_>, scratch: &mut Scratch| {
+        rhs.kernel.run(&job, Destination::Nowhere(Passing::Parts), scratch);
+    };
+    if single {
+        workers.run_here(tasks, work);
+    } else {
+        workers.run(tasks, work);
+    }
+}
+
+/// Panics unless the operands fit together.
+fn check(lhs: &Codes, rhs: &PackedRhs, bias: Option<&[f32]>) {
+    lhs.check();
+    assert_eq!(lhs.columns, rhs.columns(), "length of the summed axis");
+    assert_eq!(lhs.groups, rhs.lhs_groups, "groups of the left operand");
+    assert!(lhs.max_code() <= rhs.lhs_max_code, "codes of the left operand");
+    assert!(bias.is_none_or(|bias| bias.len() == rhs.rows()), "length of the bias");
+}
+
+/// How a product is divided into tasks.
+struct Division {
+    /// Rows of a task.
+    block: usize,
+    /// Panels of a task.
+    panels: usize,
+    /// Whether one thread does it all.
+    single: bool,
+}
+
+impl Division {
+    fn of(workers: &Workers, lhs: &Codes, rhs: &PackedRhs) -> Self {
+        let height = rhs.kernel.tile_rows(cpu::sums(lhs, rhs));
+        let row_bytes = 4 * rhs.group_steps() * rhs.lhs_groups * lhs.terms.len();
+        let single = lhs.rows * rhs.rows() * lhs.columns < SMALL || workers.threads() == 1;
+        let wanted = if single { 1 } else { TASKS_PER_THREAD * workers.threads() };
+        // Rows first, while blocks are worth unpacking the right operand for them; then columns.
+        let blocks = wanted
+            .min(lhs.rows / MIN_ROWS)
+            .max((lhs.rows * row_bytes).div_ceil(BLOCK_BYTES))
+            .max(1);
+        let block = lhs.rows.div_ceil(blocks).next_multiple_of(height);
+        let parts = wanted.div_ceil(blocks).min(rhs.panels());
+        Self { block, panels: rhs.panels().div_ceil(parts), single }
+    }
+}
+
 /// `batch` products of matrices that lie below each other in `lhs` [batch · m, k] and `rhs`
-/// [batch · n, k]: `out[batch, m, n]`, and what is to be done then; parts are whole rows here. For
-/// attention: one matrix per image and head.
+/// [batch · n, k]: `out[batch, m, n]`. For attention: one matrix per image and head.
 ///
 /// # Panics
 /// When shapes do not fit, or the rows do not divide into `batch` matrices.
-pub fn product_batch(
-    lhs: &Codes,
-    rhs: &Codes,
-    batch: usize,
-    finish: Option<Finish<'_>>,
-    out: &mut [f32],
-) {
-    product_batch_on(Workers::shared(), lhs, rhs, (batch, finish), out);
+pub fn product_batch(lhs: &Codes, rhs: &Codes, batch: usize, out: &mut [f32]) {
+    product_batch_on(Workers::shared(), lhs, rhs, batch, out);
 }
 
 /// [`product_batch`] on threads of the caller's choice.
@@ -146,44 +197,80 @@ pub fn product_batch_on(
     workers: &Workers,
     lhs: &Codes,
     rhs: &Codes,
-    (batch, finish): (usize, Option<Finish<'_>>),
+    batch: usize,
     out: &mut [f32],
 ) {
-    batch_with(InstructionSet::best(), workers, (lhs, rhs), (batch, finish), out);
+    batch_with(InstructionSet::best(), workers, (lhs, rhs), batch, out);
+}
+
+/// [`product_batch`] of which nothing is kept but what `finish` makes of it.
+fn pass_batch(
+    set: InstructionSet,
+    workers: &Workers,
+    (lhs, rhs): (&Codes, &Codes),
+    batch: usize,
+    (finish, passing): (Finish<'_>, Passing),
+) {
+    let [m, n] = batch_shape(lhs, rhs, batch);
+    let work = |index: usize, scratch: &mut Scratch| {
+        let rhs = Operand::of_batch(lhs, rhs, index * n, n);
+        let rhs = PackedRhs::pack_rows(&rhs, set);
+        let (rows, panels) = (index * m..(index + 1) * m, 0..rhs.panels());
+        let finish = Some(finish);
+        let job = Job { lhs, rows, rhs: &rhs, panels, bias: None, finish };
+        rhs.kernel.run(&job, Destination::Nowhere(passing), scratch);
+    };
+    if m * n > 0 {
+        share_batch(workers, (0..batch).collect(), m * n * lhs.columns, work);
+    }
+}
+
+/// Rows of the matrices of a batch.
+///
+/// # Panics
+/// When shapes do not fit.
+fn batch_shape(lhs: &Codes, rhs: &Codes, batch: usize) -> [usize; 2] {
+    lhs.check();
+    rhs.check();
+    assert!(lhs.rows.is_multiple_of(batch) && rhs.rows.is_multiple_of(batch), "rows of a batch");
+    assert_eq!(lhs.columns, rhs.columns, "length of the summed axis");
+    [lhs.rows / batch.max(1), rhs.rows / batch.max(1)]
+}
+
+/// Works on the products of a batch, of so many multiplications each.
+fn share_batch<T: Send>(
+    workers: &Workers,
+    tasks: Vec<T>,
+    multiplications: usize,
+    work: impl Fn(T, &mut Scratch) + Sync,
+) {
+    if tasks.len() * multiplications < SMALL {
+        workers.run_here(tasks, work);
+    } else {
+        workers.run(tasks, work);
+    }
 }
 
 fn batch_with(
     set: InstructionSet,
     workers: &Workers,
     (lhs, rhs): (&Codes, &Codes),
-    (batch, finish): (usize, Option<Finish<'_>>),
+    batch: usize,
     out: &mut [f32],
 ) {
-    lhs.check();
-    rhs.check();
-    assert!(lhs.rows.is_multiple_of(batch) && rhs.rows.is_multiple_of(batch), "rows of a batch");
-    assert_eq!(lhs.columns, rhs.columns, "length of the summed axis");
-    let (m, n) = (lhs.rows / batch.max(1), rhs.rows / batch.max(1));
+    let [m, n] = batch_shape(lhs, rhs, batch);
     assert_eq!(out.len(), batch * m * n, "length of the result");
     if out.is_empty() {
         return;
     }
-    let (lhs_groups, lhs_max_code) = (lhs.groups, lhs.max_code());
     let work = |(index, out): (usize, &mut [f32]), scratch: &mut Scratch| {
-        let (first, uses) = (index * n, Uses::Once);
-        let operand = Operand { codes: rhs, first, rows: n, lhs_groups, lhs_max_code, uses };
-        let rhs = PackedRhs::pack_rows(&operand, set);
+        let rhs = PackedRhs::pack_rows(&Operand::of_batch(lhs, rhs, index * n, n), set);
         let rows = index * m..(index + 1) * m;
-        let (panels, bias) = (0..rhs.panels(), None);
-        let job = Job { lhs, rows, rhs: &rhs, panels, bias, finish, whole_rows: true };
+        let panels = 0..rhs.panels();
+        let job = Job { lhs, rows, rhs: &rhs, panels, bias: None, finish: None };
         let mut out: Vec<&mut [f32]> = out.chunks_exact_mut(n).collect();
-        rhs.kernel.run(&job, &mut out, scratch);
+        rhs.kernel.run(&job, Destination::Rows(&mut out), scratch);
     };
-    let small = batch * m * n * lhs.columns < SMALL;
-    let tasks: Vec<_> = out.chunks_exact_mut(m * n).enumerate().collect();
-    if small {
-        workers.run_here(tasks, work);
-    } else {
-        workers.run(tasks, work);
-    }
+    let tasks = out.chunks_exact_mut(m * n).enumerate().collect();
+    share_batch(workers, tasks, m * n * lhs.columns, work);
 }

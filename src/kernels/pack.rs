@@ -26,7 +26,13 @@ pub(super) enum Uses {
     Many,
 }
 
-impl Operand<'_> {
+impl<'a> Operand<'a> {
+    /// A matrix of many in `codes`, for one product with rows like those of `lhs`.
+    pub(super) fn of_batch(lhs: &Codes, codes: &'a Codes, first: usize, rows: usize) -> Self {
+        let (lhs_groups, lhs_max_code) = (lhs.groups, lhs.max_code());
+        Self { codes, first, rows, lhs_groups, lhs_max_code, uses: Uses::Once }
+    }
+
     pub(super) fn group_steps(&self, kernel: Kernel) -> usize {
         (self.codes.columns / self.lhs_groups).div_ceil(kernel.step())
     }

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::kernels::aligned::AlignedBytes;
 use crate::kernels::cpu::sums;
+use crate::kernels::passes::vectorized;
 use crate::kernels::{Codes, CodesTerm, PackedRhs};
 
 /// A block of rows of the left operand, tile by tile.
@@ -51,6 +52,18 @@ pub(super) fn reads_plain_rows(lhs: &Codes, rhs: &PackedRhs) -> bool {
     rhs.kernel.step() == 4 && (whole || (lhs.groups == 1 && lhs.columns > 4))
 }
 
+vectorized! {
+    fn sum(codes: &[u8]) -> u32 {
+        codes.iter().map(|&code| u32::from(code)).sum()
+    }
+}
+
+vectorized! {
+    fn all_are(codes: &[u8], zero: u8) -> bool {
+        codes.iter().fold(0, |any, code| any | (code ^ zero)) == 0
+    }
+}
+
 impl BlockTerm {
     fn fill(&mut self, lhs: &Codes, term: &CodesTerm, range: Range<usize>, rhs: &PackedRhs) {
         let copied =
@@ -60,47 +73,48 @@ impl BlockTerm {
         let tiles = range.len().div_ceil(height);
         let needs_centred = rhs.terms.iter().any(|term| !term.residual.is_empty());
         let parameters = tiles * lhs.groups * height;
-        self.zero_points.clear();
         self.zero_points.resize(parameters, 0);
-        self.scales.clear();
         self.scales.resize(parameters, 0.0);
-        self.outside.clear();
         self.outside.resize(parameters, 0.0);
-        self.centred.clear();
         self.centred.resize(if needs_centred { parameters } else { 0 }, 0.0);
         self.any_outside = false;
         self.active.clear();
         // A single term is hardly ever zero throughout, and looking costs a pass.
-        self.active.resize(tiles * lhs.groups, lhs.terms.len() == 1);
+        let looked_at = lhs.terms.len() > 1;
+        self.active.resize(tiles * lhs.groups, !looked_at);
 
         let size = lhs.group_columns();
+        let largest = i32::from(term.max_code);
         for (tile, first) in range.clone().step_by(height).enumerate() {
-            for (r, row) in (first..range.end.min(first + height)).enumerate() {
-                for group in 0..lhs.groups {
-                    let (from, at) = (row * lhs.groups + group, tile * lhs.groups + group);
-                    let to = at * height + r;
+            let at = tile * lhs.groups;
+            let count = height.min(range.end - first);
+            if count < height {
+                // Rows beyond the last one are computed, too, and not stored.
+                let tile = at * height..(at + lhs.groups) * height;
+                self.zero_points[tile.clone()].fill(0);
+                self.scales[tile.clone()].fill(0.0);
+                self.outside[tile].fill(0.0);
+            }
+            for (r, row) in (first..first + count).enumerate() {
+                let of_row = row * lhs.groups..(row + 1) * lhs.groups;
+                let grids = term.zero_point[of_row.clone()].iter().zip(&term.scale[of_row]);
+                for (group, (&zero_point, &scale)) in grids.enumerate() {
+                    let to = (at + group) * height + r;
                     let codes = || &term.codes[row * lhs.columns + group * size..][..size];
-                    let (zero_point, scale) = (term.zero_point[from], term.scale[from]);
-                    if lhs.terms.len() > 1 {
-                        let inactive = u8::try_from(zero_point).is_ok_and(|zero| {
-                            codes().iter().fold(0, |any, code| any | (code ^ zero)) == 0
-                        });
-                        if inactive {
-                            continue;
-                        }
-                        self.active[at] = true;
-                    }
-                    let inside = zero_point.clamp(0, i32::from(term.max_code));
-                    self.zero_points[to] = inside;
-                    self.scales[to] = scale;
+                    let inside = zero_point.clamp(0, largest);
+                    (self.zero_points[to], self.scales[to]) = (inside, scale);
+                    self.outside[to] = 0.0;
                     if inside != zero_point {
                         let beyond = i64::from(zero_point) - i64::from(inside);
                         self.outside[to] = -scale * beyond as f32;
                         self.any_outside = true;
                     }
+                    if looked_at && !self.active[at + group] {
+                        let zero = u8::try_from(zero_point);
+                        self.active[at + group] = !zero.is_ok_and(|zero| all_are(codes(), zero));
+                    }
                     if needs_centred {
-                        let sum: u32 = codes().iter().map(|&code| u32::from(code)).sum();
-                        let sum = i64::from(sum) - i64::from(zero_point) * size as i64;
+                        let sum = i64::from(sum(codes())) - i64::from(zero_point) * size as i64;
                         self.centred[to] = scale * sum as f32;
                     }
                 }

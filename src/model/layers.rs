@@ -1,13 +1,13 @@
-//! What the families share: patch embedding, MLP, heads of an attention, and the making of sites.
+//! What the families share: patch embedding, and the making of sites and blocks.
 
 use std::sync::Arc;
 
 use tch::Tensor;
 
 use crate::error::{Error, Result};
-use crate::exec::{Executor, ScoreTerms};
+use crate::exec::Executor;
 use crate::model::{NewSite, SiteTable};
-use crate::nn::{Derived, Linear, Role, Scope, Site};
+use crate::nn::{Attention, Derived, Linear, Mlp, Role, Scope, Site};
 
 /// Makes the sites of one unit: `scope` is the unit's place in the checkpoint.
 pub(super) struct UnitBuilder<'t, 's> {
@@ -33,6 +33,31 @@ impl UnitBuilder<'_, '_> {
     /// The linear layer of `site`, which lies at `name` below the unit; shape is [out, in].
     pub(super) fn linear(&self, site: Arc<Site>, name: &str, shape: [i64; 2]) -> Result<Linear> {
         Linear::load(site, &self.scope.at(name), shape[0], shape[1])
+    }
+
+    /// Reads `mlp.fc1` [hidden, dim] and `mlp.fc2` [dim, hidden] below the unit; `norm2` feeds it.
+    pub(super) fn mlp(&mut self, dim: i64, hidden: i64) -> Result<Mlp> {
+        let fc1 = self.site("mlp.fc1", Role::Fc1, Some("norm2"));
+        let fc2 = self.site("mlp.fc2", Role::Fc2, None);
+        Ok(Mlp {
+            fc1: self.linear(fc1, "mlp.fc1", [hidden, dim])?,
+            fc2: self.linear(fc2, "mlp.fc2", [dim, hidden])?,
+        })
+    }
+
+    /// Reads `attn.qkv` and `attn.proj` below the unit; `norm1` feeds the attention.
+    pub(super) fn attention(&mut self, dim: i64, heads: i64) -> Result<Attention> {
+        let qkv = self.site("attn.qkv", Role::Qkv, Some("norm1"));
+        let query_key = self.site("attn.matmul1", Role::QueryKey, None);
+        let score_value = self.site("attn.matmul2", Role::ScoreValue, None);
+        let proj = self.site("attn.proj", Role::Proj, None);
+        Ok(Attention {
+            qkv: self.linear(qkv, "attn.qkv", [3 * dim, dim])?,
+            query_key,
+            score_value,
+            proj: self.linear(proj, "attn.proj", [dim, dim])?,
+            heads,
+        })
     }
 }
 
@@ -105,90 +130,5 @@ impl PatchEmbed {
         let side = self.shape.image;
         let reason = format!("shape {size:?} is not [n, 3, {side}, {side}] with n of at least 1");
         Error::invalid("images", reason)
-    }
-}
-
-/// Two linear layers around a GELU.
-#[derive(Debug)]
-pub(super) struct Mlp {
-    fc1: Linear,
-    fc2: Linear,
-}
-
-impl Mlp {
-    /// Reads `mlp.fc1` [hidden, dim] and `mlp.fc2` [dim, hidden] below the unit; `norm2` feeds it.
-    pub(super) fn load(builder: &mut UnitBuilder<'_, '_>, dim: i64, hidden: i64) -> Result<Self> {
-        let fc1 = builder.site("mlp.fc1", Role::Fc1, Some("norm2"));
-        let fc2 = builder.site("mlp.fc2", Role::Fc2, None);
-        Ok(Self {
-            fc1: builder.linear(fc1, "mlp.fc1", [hidden, dim])?,
-            fc2: builder.linear(fc2, "mlp.fc2", [dim, hidden])?,
-        })
-    }
-
-    /// residual + mlp(x); both [n, t, dim].
-    pub(super) fn add_to(
-        &self,
-        exec: &mut dyn Executor,
-        residual: &Tensor,
-        x: &Tensor,
-    ) -> Result<Tensor> {
-        let hidden = exec.linear_gelu(&self.fc1, x)?;
-        exec.linear_add(&self.fc2, &hidden, residual)
-    }
-}
-
-/// The four products of an attention, in forward order.
-#[derive(Debug)]
-pub(super) struct AttentionSites {
-    qkv: Linear,
-    query_key: Arc<Site>,
-    score_value: Arc<Site>,
-    proj: Linear,
-    heads: i64,
-}
-
-impl AttentionSites {
-    /// Reads `attn.qkv` and `attn.proj` below the unit; `norm1` feeds the attention.
-    pub(super) fn load(builder: &mut UnitBuilder<'_, '_>, dim: i64, heads: i64) -> Result<Self> {
-        let qkv = builder.site("attn.qkv", Role::Qkv, Some("norm1"));
-        let query_key = builder.site("attn.matmul1", Role::QueryKey, None);
-        let score_value = builder.site("attn.matmul2", Role::ScoreValue, None);
-        let proj = builder.site("attn.proj", Role::Proj, None);
-        Ok(Self {
-            qkv: builder.linear(qkv, "attn.qkv", [3 * dim, dim])?,
-            query_key,
-            score_value,
-            proj: builder.linear(proj, "attn.proj", [dim, dim])?,
-            heads,
-        })
-    }
-
-    /// x [b, t, dim] → q, k, v, each [b, heads, t, d].
-    pub(super) fn project_in(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<[Tensor; 3]> {
-        let qkv = exec.linear(&self.qkv, x)?;
-        exec.split_heads(&qkv, self.heads)
-    }
-
-    /// Softmax of q · kᵀ with its terms, times v, heads merged: [b, t, dim].
-    pub(super) fn mix(
-        &self,
-        exec: &mut dyn Executor,
-        [q, k, v]: [&Tensor; 3],
-        terms: &ScoreTerms<'_>,
-    ) -> Result<Tensor> {
-        let weights = exec.attention_weights(&self.query_key, [q, k], terms)?;
-        exec.attention_mix(&self.score_value, &weights, v)
-    }
-
-    /// The output projection.
-    pub(super) fn proj(&self) -> &Linear {
-        &self.proj
-    }
-
-    /// d^-0.5, the scale of the scores; d is the width of a head.
-    pub(super) fn scale(&self) -> f64 {
-        let dim = self.proj.weight.size()[0];
-        ((dim / self.heads) as f64).powf(-0.5)
     }
 }

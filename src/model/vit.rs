@@ -10,14 +10,14 @@ use serde_json::{Map, Value};
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::{Executor, ScoreTerms};
+use crate::exec::{AttentionTerms, Executor, ScoreTerms};
 use crate::model::args::{self, Args, BlockShape, MAX_IMAGE, MAX_SIZE, ParameterList, unusable};
-use crate::model::layers::{AttentionSites, Mlp, PatchEmbed, PatchShape, UnitBuilder};
+use crate::model::layers::{PatchEmbed, PatchShape, UnitBuilder};
 use crate::model::{
     FamilyEntry, IMAGENET_NORMALIZATION, ModelSpec, Parameter, SiteTable, TensorShapes, Unit,
     Variant,
 };
-use crate::nn::{LayerNorm, Linear, Role, Weights, mean_of_tokens};
+use crate::nn::{Attention, LayerNorm, Linear, Mlp, Role, Weights, mean_of_tokens};
 
 const EPS: f64 = 1e-6;
 /// What Google's ViT weights were trained with.
@@ -286,9 +286,9 @@ fn build(
         units.push(Box::new(Block {
             path: builder.scope.here().to_owned(),
             norm1: LayerNorm::load(&builder.scope.at("norm1"), dim, EPS)?,
-            attention: AttentionSites::load(&mut builder, dim, args.heads)?,
+            attention: builder.attention(dim, args.heads)?,
             norm2: LayerNorm::load(&builder.scope.at("norm2"), dim, EPS)?,
-            mlp: Mlp::load(&mut builder, dim, args.block.hidden)?,
+            mlp: builder.mlp(dim, args.block.hidden)?,
         }));
     }
     builder.scope = root.clone();
@@ -338,7 +338,7 @@ impl Unit for Stem {
 struct Block {
     path: String,
     norm1: LayerNorm,
-    attention: AttentionSites,
+    attention: Attention,
     norm2: LayerNorm,
     mlp: Mlp,
 }
@@ -349,14 +349,11 @@ impl Unit for Block {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let normed = exec.layer_norm(&self.norm1, x)?;
-        let [q, k, v] = self.attention.project_in(exec, &normed)?;
         // timm 0.6.13 scales the product, so a quantizer of q sees it unscaled.
-        let terms = ScoreTerms { scale: Some(self.attention.scale()), ..ScoreTerms::default() };
-        let mixed = self.attention.mix(exec, [&q, &k, &v], &terms)?;
-        let x = exec.linear_add(self.attention.proj(), &mixed, x)?;
-        let normed = exec.layer_norm(&self.norm2, &x)?;
-        self.mlp.add_to(exec, &x, &normed)
+        let scores = ScoreTerms { scale: Some(self.attention.scale()), ..ScoreTerms::default() };
+        let terms = AttentionTerms { scores, ..AttentionTerms::default() };
+        let x = exec.add_attention(&self.norm1, &self.attention, &terms, x)?;
+        exec.add_mlp(&self.norm2, &self.mlp, &x)
     }
 }
 

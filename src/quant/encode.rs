@@ -40,7 +40,7 @@ pub(super) fn codes_of(terms: &[IntTerm], code_bits: u32) -> Result<Option<Codes
 }
 
 /// Whether kernels take codes of that many bits, in rows of `columns` with that many groups.
-pub(super) fn is_taken(columns: usize, groups: usize, code_bits: u32) -> bool {
+pub(crate) fn is_taken(columns: usize, groups: usize, code_bits: u32) -> bool {
     let width = columns / groups.max(1);
     width * groups == columns
         && (groups == 1 || width >= MIN_GROUP)

@@ -7,6 +7,7 @@ use crate::error::Result;
 use crate::kernels::Codes;
 use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
+use crate::kernels::passes::Strided;
 use crate::kernels::passes::staircase::{Occurring, Passed, Rows, Staircase, Values, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
@@ -126,9 +127,12 @@ impl Log2Row {
     /// Δ of every row in memory.
     fn row_maxima(&self, x: &Tensor, dense: &Dense) -> Result<Vec<f32>> {
         let layout = self.layout.in_memory(x, dense)?;
-        let tokens = layout.extents(dense.values()?);
-        let rows = 0..layout.rows * layout.sets.len();
-        Ok(rows.map(|row| tokens[layout.token(row)].high).collect())
+        let tokens: Vec<f32> = layout
+            .extents(Strided::dense(dense.values()?, layout.width))
+            .iter()
+            .map(|extent| extent.high)
+            .collect();
+        Ok(layout.of_rows(&tokens))
     }
 }
 

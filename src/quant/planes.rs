@@ -21,11 +21,15 @@ impl Planes {
     /// # Errors
     /// As [`Dense::values`].
     pub(crate) fn of(dense: &Dense, groups: usize, code_bits: u32) -> Result<Option<Self>> {
-        let columns = dense.width();
-        let fits = is_taken(columns, groups, code_bits);
-        let rows = dense.values()?.len() / columns.max(1);
+        let rows = dense.values()?.len() / dense.width().max(1);
+        Ok(Self::new(rows, dense.width(), groups, code_bits))
+    }
+
+    /// As [`Planes::of`], for rows of `columns`.
+    pub(crate) fn new(rows: usize, columns: usize, groups: usize, code_bits: u32) -> Option<Self> {
         let codes = Codes { rows, columns, groups, terms: Vec::new() };
-        Ok((fits && columns > 0).then_some(Self { codes, code_bits }))
+        let fits = columns > 0 && is_taken(columns, groups, code_bits);
+        fits.then_some(Self { codes, code_bits })
     }
 
     /// One value for every row and group.

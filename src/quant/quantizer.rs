@@ -9,6 +9,8 @@ use tch::{Device, Tensor};
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::cuda::{GpuCodes, Rounded};
+use crate::kernels::fused::{HeadRows, RowEncoder};
+use crate::kernels::passes::affine::Grid;
 use crate::quant::BitWidth;
 use crate::quant::cost::OperandCost;
 use crate::quant::dynamic::{self, DynamicToken};
@@ -95,6 +97,25 @@ pub trait Quantizer: Debug + Send {
     /// As [`Quantizer::fake_quantize`].
     fn encode_in_a_pass(&self, _x: &Tensor) -> Result<Option<Codes>> {
         Ok(None)
+    }
+
+    /// The one grid of all values, whatever they are, where integer kernels take its codes: these can
+    /// then be made wherever values come to be.
+    fn static_grid(&self) -> Option<Grid> {
+        None
+    }
+
+    /// What makes the codes of [`Quantizer::encode`] of rows of `columns` values as they come to be,
+    /// where those of a row depend on nothing else.
+    fn row_encoder(&self, columns: usize) -> Option<Box<dyn RowEncoder>> {
+        let grid = self.static_grid().filter(|_| encode::is_taken(columns, 1, self.code_bits()))?;
+        Some(Box::new(grid))
+    }
+
+    /// The codes of [`Quantizer::encode`] of an operand of an attention whose heads lie side by side;
+    /// `None` where there is no such way.
+    fn encode_heads(&self, _x: &HeadRows<'_>) -> Option<Codes> {
+        None
     }
 
     /// `x` on its grids, for the kernels of its GPU; `None` where there are none, or none of these

@@ -113,15 +113,21 @@ impl TokenLayout {
             .f_reshape([rows, heads, free, reduce])?)
     }
 
-    /// Where the tokens of an operand are in its memory.
-    ///
-    /// # Errors
-    /// `Internal` for another number of axes.
-    pub(crate) fn in_memory(self, x: &Tensor, dense: &Dense) -> Result<Layout> {
+    /// Where the tokens are of an operand whose rows, tokens of `blocks` windows of `free`, have all
+    /// `width` values of their heads side by side; `None` where heads have nothing in common.
+    pub(crate) fn of_rows(self, blocks: usize, free: usize, width: usize) -> Option<Layout> {
+        if self.heads == Heads::Apart {
+            return None;
+        }
+        let (sets, set_count) = self.sets(blocks, 1);
+        let tokens_per_image = if self.windows == 1 { free } else { 4 * free };
+        Some(Layout { width, rows: free, sets, set_count, tokens_per_image, along: Along::Rows })
+    }
+
+    /// The set of tokens of every block, heads of `rows` windows, and how many there are.
+    fn sets(self, rows: usize, heads: usize) -> (Vec<usize>, usize) {
         let size = |n: i64| usize::try_from(n).unwrap_or(0);
-        let [rows, heads, free, reduce] = shape4(x)?.map(size);
         let (windows, half) = (size(self.windows), size(side_of(self.windows) / 2));
-        let quadrants = if self.windows == 1 { 1 } else { 4 };
         let set = |window: usize, head: usize| match (self.heads, self.windows) {
             (Heads::Apart, _) => window * heads + head,
             (Heads::Merged, 1) => window,
@@ -133,11 +139,23 @@ impl TokenLayout {
         };
         let sets: Vec<usize> =
             (0..rows * heads).map(|block| set(block / heads, block % heads)).collect();
+        let count = sets.iter().max().map_or(0, |last| last + 1);
+        (sets, count)
+    }
+
+    /// Where the tokens of an operand are in its memory.
+    ///
+    /// # Errors
+    /// `Internal` for another number of axes.
+    pub(crate) fn in_memory(self, x: &Tensor, dense: &Dense) -> Result<Layout> {
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
+        let [rows, heads, free, reduce] = shape4(x)?.map(size);
+        let quadrants = if self.windows == 1 { 1 } else { 4 };
+        let (sets, set_count) = self.sets(rows, heads);
         let tokens_per_image = match self.heads {
             Heads::Apart => heads * free,
             Heads::Merged => quadrants * free,
         };
-        let set_count = sets.iter().max().map_or(0, |last| last + 1);
         let (height, width, along) = if dense.swapped() {
             (reduce, free, Along::Columns)
         } else {

@@ -7,10 +7,10 @@ use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::codes::buffer;
 use crate::kernels::cuda::Rounded;
+use crate::kernels::fused::codes_on;
 use crate::kernels::passes::affine::{Grid, encode_whole};
 use crate::quant::dense::Dense;
-use crate::quant::planes::Planes;
-use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState, Slope};
+use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState, Slope, encode};
 use crate::tensor::round_straight_through;
 
 /// Kind name in artifacts.
@@ -149,21 +149,27 @@ impl Quantizer for Uniform {
         Rounded::fixed(x, parameters, max_code as f32, self.integral)
     }
 
+    fn static_grid(&self) -> Option<Grid> {
+        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
+            return None;
+        }
+        let value = |x: &Tensor| Some(x.f_view([1]).ok()?.f_double_value(&[0]).ok()? as f32);
+        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
+        Some(Grid { scale, zero_point, max_code: self.bits.max_code() as f32 })
+    }
+
     // Bytes on one grid for the whole; `None` for other grids.
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        if !self.integral || self.scale.numel() != 1 || self.zero_point.numel() != 1 {
+        let (Some(grid), Some(dense)) = (self.static_grid(), Dense::rows(x)?) else {
+            return Ok(None);
+        };
+        if !encode::is_taken(dense.width(), 1, self.code_bits()) {
             return Ok(None);
         }
-        let Some(dense) = Dense::rows(x)? else { return Ok(None) };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let value = |x: &Tensor| -> Result<f32> { Ok(x.f_view([1])?.f_double_value(&[0])? as f32) };
-        let (scale, zero_point) = (value(&self.scale)?, value(&self.zero_point)?);
-        let grid = Grid { scale, zero_point, max_code: self.bits.max_code() as f32 };
         let x = dense.values()?;
         let mut codes = buffer(x.len());
         encode_whole(x, grid, &mut codes);
-        planes.push(codes, planes.repeated(scale), planes.repeated(zero_point as i32));
-        Ok(Some(planes.finish()))
+        Ok(Some(codes_on(grid, dense.width(), codes)))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

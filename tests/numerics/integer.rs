@@ -7,10 +7,10 @@ use vitq::calib::StemHeadPolicy;
 use vitq::calib::progress::Unwatched;
 use vitq::engine::QuantizedModel;
 use vitq::engine::pipeline::{CalibrationImages, quantize};
-use vitq::exec::{Backend, Executor, Integer, Packer, Simulated, WeightSource};
+use vitq::exec::{Backend, Executor, Integer, Packer, ScoreTerms, Simulated, WeightSource};
 use vitq::model::Checkpoint;
 use vitq::model::generated::{GeneratedOptions, generate, images};
-use vitq::nn::{Linear, Site};
+use vitq::nn::{LayerNorm, Linear, Site};
 use vitq::tensor::to_vec_f64;
 
 use crate::digits::{Digits, request};
@@ -70,6 +70,36 @@ impl Executor for Twice<'_> {
     }
 }
 
+/// Computes blocks step by step.
+struct Steps<'a>(Integer<'a>);
+
+impl Executor for Steps<'_> {
+    fn linear(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        self.0.linear(op, x)
+    }
+
+    fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
+        self.0.matmul(site, lhs, rhs)
+    }
+
+    fn layer_norm(&mut self, norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
+        self.0.layer_norm(norm, x)
+    }
+
+    fn linear_gelu(&mut self, op: &Linear, x: &Tensor) -> Result<Tensor> {
+        self.0.linear_gelu(op, x)
+    }
+
+    fn attention_weights(
+        &mut self,
+        site: &Site,
+        operands: [&Tensor; 2],
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Tensor> {
+        self.0.attention_weights(site, operands, terms)
+    }
+}
+
 /// Products that have no integer form.
 fn simulated_sites(model: &str, method: &str) -> usize {
     match (method, model) {
@@ -99,6 +129,14 @@ fn check(name: &str, artifact: &Artifact, images: &Tensor) {
     let _ = simulated.model().forward(&mut twice, &images.narrow(0, 0, 4)).unwrap();
     let worst = twice.differences.iter().max_by(|a, b| a.0.total_cmp(&b.0)).unwrap();
     assert!(worst.0 <= PRODUCT_BOUND, "{name}: {worst:?}");
+
+    // What a block does in one go are the bits of its steps.
+    let some = images.narrow(0, 0, 3);
+    let mut by_steps = Steps(Integer::new(simulated.plan(), &sites));
+    let by_steps = simulated.model().forward(&mut by_steps, &some).unwrap();
+    let at_once = Integer::new(simulated.plan(), &sites);
+    let at_once = simulated.model().forward(&mut { at_once }, &some).unwrap();
+    assert!(at_once.equal(&by_steps), "{name}: blocks are not their steps");
 
     let expected = simulated.forward(images).unwrap();
     let found = integer.forward(images).unwrap();

@@ -7,23 +7,38 @@ use crate::exec::ScoreTerms;
 use crate::kernels::cpu_elementwise::{self, NormRow, ScoreRow};
 use crate::kernels::cpu_slices::{filled, floats};
 use crate::kernels::passes::for_rows;
-use crate::kernels::transpose;
+use crate::kernels::{RowOrder, transpose};
 use crate::nn::LayerNorm;
 
 /// Elements of a row where there are none by nature.
 const RUN: usize = 1024;
 
+/// A layer norm as its pass takes it.
+pub(super) fn norm_row(norm: &LayerNorm) -> Result<NormRow<'_>> {
+    let (weight, bias, eps) = norm.parameters();
+    Ok(NormRow { weight: floats(weight)?, bias: floats(bias)?, eps: eps as f32 })
+}
+
 /// Layer norm of x [.., dim].
 pub(super) fn layer_norm(norm: &LayerNorm, x: &Tensor) -> Result<Tensor> {
+    normed(norm, x, None, &x.size())
+}
+
+/// Layer norm of x [n, t, dim], whose rows stand in some order then: in that shape.
+pub(super) fn normed(
+    norm: &LayerNorm,
+    x: &Tensor,
+    order: Option<&RowOrder>,
+    shape: &[i64],
+) -> Result<Tensor> {
     let x = x.f_contiguous()?;
-    let (weight, bias, eps) = norm.parameters();
-    let norm = NormRow { weight: floats(weight)?, bias: floats(bias)?, eps: eps as f32 };
+    let norm = norm_row(norm)?;
     let (values, width) = (floats(&x)?, norm.weight.len());
-    filled(&x.size(), |out| {
+    filled(shape, |out| {
         for_rows(out, width, |first, part| {
-            let rows = values[first * width..].chunks_exact(width);
-            for (x, out) in rows.zip(part.chunks_exact_mut(width)) {
-                cpu_elementwise::layer_norm(x, norm, out);
+            for (place, out) in part.chunks_exact_mut(width).enumerate() {
+                let row = RowOrder::row(order, first + place);
+                cpu_elementwise::layer_norm(&values[row * width..][..width], norm, out);
             }
         });
         Ok(())
@@ -50,20 +65,23 @@ pub(super) fn changed(x: &Tensor, operation: impl FnOnce(&mut [f32])) -> Result<
 
 /// [b, t, 3·heads·d] → q, k, v, each [b, heads, t, d]; v is a view of vᵀ, which its product takes.
 pub(super) fn split_heads(qkv: &Tensor, heads: i64) -> Result<[Tensor; 3]> {
+    let part = |index| head_matrices(qkv, heads, index);
+    Ok([part(0)?, part(1)?, part(2)?.f_transpose(-2, -1)?])
+}
+
+/// q [b, heads, t, d], k alike, or vᵀ [b, heads, d, t] of qkv [b, t, 3·heads·d].
+pub(super) fn head_matrices(qkv: &Tensor, heads: i64, index: usize) -> Result<Tensor> {
     let (b, t, width) = qkv.size3()?;
-    let qkv = qkv.f_contiguous()?;
-    let d = width / (3 * heads);
-    let matrices = |index, shape: [i64; 4], copy: CopyHead| {
-        let part = HeadsPart::new(&qkv, (heads, d), index)?;
-        filled(&shape, |out| {
-            part.each(out, copy);
-            Ok(())
-        })
+    let (qkv, d) = (qkv.f_contiguous()?, width / (3 * heads));
+    let part = HeadsPart::new(&qkv, (heads, d), index as i64)?;
+    let (shape, copy): (_, CopyHead) = match index {
+        2 => ([b, heads, d, t], copy_transposed),
+        _ => ([b, heads, t, d], copy_rows),
     };
-    let q = matrices(0, [b, heads, t, d], copy_rows)?;
-    let k = matrices(1, [b, heads, t, d], copy_rows)?;
-    let v = matrices(2, [b, heads, d, t], copy_transposed)?;
-    Ok([q, k, v.f_transpose(-2, -1)?])
+    filled(&shape, |out| {
+        part.each(out, copy);
+        Ok(())
+    })
 }
 
 /// Copies a head, whose first value comes first, to its matrix.
@@ -156,13 +174,14 @@ pub(super) struct Softmax {
 
 impl Softmax {
     pub(super) fn new(terms: &ScoreTerms<'_>, heads: i64, tokens: i64) -> Result<Self> {
+        let size = |n: i64| usize::try_from(n).unwrap_or(0);
         let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
         Ok(Self {
             scale: terms.scale.map_or(1.0, |scale| scale as f32),
             bias: dense(terms.bias)?,
             mask: dense(terms.mask)?,
-            heads: usize::try_from(heads).unwrap_or(0),
-            tokens: usize::try_from(tokens).unwrap_or(0),
+            heads: size(heads),
+            tokens: size(tokens),
         })
     }
 
@@ -187,8 +206,8 @@ pub(super) struct SoftmaxRows<'a> {
 }
 
 impl SoftmaxRows<'_> {
-    /// Of the row of that number, in place.
-    pub(super) fn apply(&self, row: usize, scores: &mut [f32]) {
+    /// Of the row of that number, whose scores are used up.
+    pub(super) fn apply(&self, row: usize, scores: &mut [f32], out: &mut [f32]) {
         let &Self { scale, bias, mask, heads, tokens, windows } = self;
         let (matrix, query) = (row / tokens, row % tokens);
         let row_of = |matrix: usize| {
@@ -200,14 +219,16 @@ impl SoftmaxRows<'_> {
             0 => mask,
             windows => &mask[row_of(matrix / heads % windows)],
         };
-        cpu_elementwise::softmax(scores, ScoreRow { scale, bias, mask });
+        cpu_elementwise::softmax(scores, ScoreRow { scale, bias, mask }, out);
     }
 
     /// Of all rows, in place.
     pub(super) fn apply_to_all(&self, scores: &mut [f32]) {
         for_rows(scores, self.tokens, |first, part| {
+            let mut scores = vec![0.0; self.tokens];
             for (offset, row) in part.chunks_exact_mut(self.tokens).enumerate() {
-                self.apply(first + offset, row);
+                scores.copy_from_slice(row);
+                self.apply(first + offset, &mut scores, row);
             }
         });
     }

@@ -6,15 +6,16 @@
 //! so that an image does not depend on its batch.
 
 mod between;
+mod blocks;
 mod gpu;
 mod sites;
 
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::{Executor, ScoreTerms, Simulated, WeightSource};
+use crate::exec::{AttentionTerms, Executor, ScoreTerms, Simulated, WeightSource, attention};
 use crate::kernels::{self, Codes, Finish, PackedRhs, cpu_elementwise, cpu_slices};
-use crate::nn::{LayerNorm, Linear, Operand, Site};
+use crate::nn::{Attention, LayerNorm, Linear, Mlp, Operand, Site};
 use crate::quant::QuantPlan;
 
 use sites::{Form, encode};
@@ -56,20 +57,15 @@ impl<'a> Integer<'a> {
         })
     }
 
-    /// `lhs · rhsᵀ` [b, heads, m, n] in integers, and what is done to its rows at once.
-    fn multiplied(
-        &self,
-        site: &Site,
-        [lhs, rhs]: [&Tensor; 2],
-        finish: Option<Finish<'_>>,
-    ) -> Result<Tensor> {
+    /// `lhs · rhsᵀ` [b, heads, m, n] in integers.
+    fn multiplied(&self, site: &Site, [lhs, rhs]: [&Tensor; 2]) -> Result<Tensor> {
         let (b, heads, m, _) = lhs.size4()?;
         let shape = [b, heads, m, rhs.size()[2]];
         let left = self.encode(site, Operand::Lhs, lhs)?;
         let right = self.encode(site, Operand::Rhs, rhs)?;
         let matrices = usize::try_from(b * heads).unwrap_or(0);
         cpu_slices::filled(&shape, |out| {
-            kernels::product_batch(&left, &right, matrices, finish, out);
+            kernels::product_batch(&left, &right, matrices, out);
             left.recycle();
             right.recycle();
             Ok(())
@@ -87,7 +83,7 @@ impl Executor for Integer<'_> {
 
     fn matmul(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Tensor> {
         match self.sites.form(site) {
-            Form::Matmul => self.multiplied(site, [lhs, rhs], None),
+            Form::Matmul => self.multiplied(site, [lhs, rhs]),
             Form::Linear(_) | Form::Simulated | Form::Float => {
                 self.simulated.matmul(site, lhs, rhs)
             }
@@ -134,18 +130,31 @@ impl Executor for Integer<'_> {
         let (_, heads, t, _) = q.size4()?;
         let softmax = between::Softmax::new(terms, heads, t)?;
         let softmax = softmax.rows()?;
-        match self.sites.form(site) {
-            Form::Matmul => {
-                self.multiplied(site, [q, k], Some(&|row, _, scores| softmax.apply(row, scores)))
-            }
-            Form::Linear(_) | Form::Simulated | Form::Float => {
-                let scores = self.simulated.matmul(site, q, k)?;
-                between::changed(&scores, |out| softmax.apply_to_all(out))
-            }
-        }
+        let scores = self.matmul(site, q, k)?;
+        between::changed(&scores, |out| softmax.apply_to_all(out))
     }
 
     fn attention_mix(&mut self, site: &Site, weights: &Tensor, v: &Tensor) -> Result<Tensor> {
         between::merge_heads(&self.matmul(site, weights, &v.f_transpose(-2, -1)?)?)
+    }
+
+    fn add_attention(
+        &mut self,
+        norm: &LayerNorm,
+        op: &Attention,
+        terms: &AttentionTerms<'_>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        match self.attention_of_integers(norm, op, terms, x)? {
+            Some(y) => Ok(y),
+            None => attention::add_attention(self, norm, op, terms, x),
+        }
+    }
+
+    fn add_mlp(&mut self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Tensor> {
+        match self.mlp_of_integers(norm, op, x)? {
+            Some(y) => Ok(y),
+            None => attention::add_mlp(self, norm, op, x),
+        }
     }
 }

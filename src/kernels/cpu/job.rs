@@ -27,8 +27,23 @@ pub(in crate::kernels) struct Job<'a> {
     pub(in crate::kernels) bias: Option<&'a [f32]>,
     /// What is done to the result.
     pub(in crate::kernels) finish: Option<Finish<'a>>,
-    /// Whether that takes whole rows.
-    pub(in crate::kernels) whole_rows: bool,
+}
+
+/// Where the result of a job goes.
+pub(in crate::kernels) enum Destination<'a, 'b> {
+    /// Each row's part: the columns of the job's panels.
+    Rows(&'a mut [&'b mut [f32]]),
+    /// Nowhere but to what is done to the result.
+    Nowhere(Passing),
+}
+
+/// What is seen of a result that is not kept.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(in crate::kernels) enum Passing {
+    /// Every part of a row once.
+    Parts,
+    /// Every row at once.
+    Rows,
 }
 
 impl Job<'_> {
@@ -50,6 +65,8 @@ pub(in crate::kernels) struct Scratch {
     panels: Vec<Panel>,
     /// Padded to whole panels.
     bias: Vec<f32>,
+    /// The rows of a tile whose result is not kept.
+    rows: Vec<f32>,
 }
 
 /// A panel of one right term as the kernel reads it.
@@ -63,20 +80,23 @@ struct Panel {
     group_sums: Vec<f32>,
 }
 
-/// Runs a job. `out` holds each row's part of the result: the columns of the job's panels.
+/// Runs a job.
 ///
 /// # Safety
 /// The instruction set of `V` must be available.
 #[inline(always)]
 pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
     job: &Job<'_>,
-    out: &mut [&mut [f32]],
+    mut out: Destination<'_, '_>,
     scratch: &mut Scratch,
 ) {
     let columns = WIDTH * V::LANES;
     let (lhs, rhs) = (job.lhs, job.rhs);
     assert!(rhs.kernel.tile_rows(job.sums()) == ROWS && rhs.kernel.panel_columns() == columns);
-    assert!(rhs.kernel.step() == V::STEP && out.len() == job.rows.len());
+    assert!(rhs.kernel.step() == V::STEP);
+    if let Destination::Rows(out) = &out {
+        assert!(out.len() == job.rows.len());
+    }
     let group_steps = rhs.group_steps();
     let extent = Extent {
         groups: lhs.groups,
@@ -84,7 +104,7 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
         run_steps: rhs.run_steps,
         runs: group_steps.div_ceil(rhs.run_steps),
     };
-    let Scratch { block, panels, bias } = scratch;
+    let Scratch { block, panels, bias, rows: kept } = scratch;
     block.fill(lhs, job.rows.clone(), rhs);
     bias.clear();
     if let Some(all) = job.bias {
@@ -114,10 +134,12 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
     let terms = rhs.terms.len();
     let mut together =
         (PANEL_BYTES / (row_bytes * columns * terms).max(1)).clamp(1, job.panels.len());
-    if job.whole_rows {
+    let whole_rows = matches!(out, Destination::Nowhere(Passing::Rows));
+    if whole_rows {
         together = job.panels.len();
     }
     panels.resize_with(panels.len().max(together * terms), Panel::default);
+    let job_columns = rhs.rows().min(job.panels.end * columns) - job.panels.start * columns;
     for first_panel in job.panels.clone().step_by(together) {
         let last_panel = (first_panel + together).min(job.panels.end);
         let count = (last_panel - first_panel) * terms;
@@ -146,25 +168,49 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                 residual: if term.residual.is_empty() { &[] } else { &term.residual[range] },
             });
         }
-        for (index, out) in out.chunks_mut(ROWS).enumerate() {
+        let start = (first_panel - job.panels.start) * columns;
+        let end = job_columns.min(start + (last_panel - first_panel) * columns);
+        // Rows that are not kept have room for whole tiles.
+        let kept_columns = (last_panel - first_panel) * columns;
+        if let Destination::Nowhere(_) = &out {
+            kept.resize(kept.len().max(ROWS * kept_columns), 0.0);
+        }
+        for (index, first_row) in (0..job.rows.len()).step_by(ROWS).enumerate() {
+            // Rows of the tile, and the job's column with which they begin.
+            let mut rows: [&mut [f32]; ROWS] = std::array::from_fn(|_| &mut [][..]);
+            let count = ROWS.min(job.rows.len() - first_row);
+            let (rows, first_column) = match &mut out {
+                Destination::Rows(out) => {
+                    for (row, out) in rows.iter_mut().zip(&mut out[first_row..]) {
+                        *row = out;
+                    }
+                    (&mut rows[..count], 0)
+                }
+                Destination::Nowhere(_) => {
+                    for (row, kept) in rows.iter_mut().zip(kept.chunks_exact_mut(kept_columns)) {
+                        *row = kept;
+                    }
+                    (&mut rows[..], start)
+                }
+            };
             let tile = Tile::<ROWS>::new(&left, extent, stride, last_row, index);
             for panel in first_panel..last_panel {
                 let right = &right[(panel - first_panel) * terms..][..terms];
-                let start = (panel - job.panels.start) * columns;
-                let bias = &bias[start..start + columns];
-                for out in out.iter() {
+                let panel_start = (panel - job.panels.start) * columns;
+                let bias = &bias[panel_start..panel_start + columns];
+                let start = panel_start - first_column;
+                for row in rows.iter() {
                     // SAFETY: a hint about an address within the row.
-                    unsafe { V::prefetch(out[start..].as_ptr()) };
+                    unsafe { V::prefetch(row[start..].as_ptr()) };
                 }
                 // SAFETY: operands are as long as said above; the instruction set is available.
-                unsafe { tile.multiply::<V, WIDTH>(right, bias, Target { rows: out, start }) };
+                unsafe { tile.multiply::<V, WIDTH>(right, bias, Target { rows, start }) };
             }
             let Some(finish) = job.finish else { continue };
-            let start = (first_panel - job.panels.start) * columns;
-            for (r, row) in out.iter_mut().enumerate() {
-                let end = row.len().min(start + (last_panel - first_panel) * columns);
-                let column = job.panels.start * columns + start;
-                finish(job.rows.start + index * ROWS + r, column, &mut row[start..end]);
+            let column = job.panels.start * columns + start;
+            for (r, row) in rows.iter_mut().enumerate().take(count) {
+                let part = &mut row[start - first_column..][..end - start];
+                finish(job.rows.start + first_row + r, column, part);
             }
         }
     }

@@ -4,6 +4,7 @@
 #![allow(clippy::needless_range_loop, reason = "rows and columns of a tile are plainer by index")]
 
 mod job;
+pub(super) mod lanes;
 mod peak;
 mod portable;
 pub(super) mod shuffle;
@@ -14,7 +15,7 @@ mod x86;
 
 use std::sync::OnceLock;
 
-pub(super) use job::{Job, Scratch, sums};
+pub(super) use job::{Destination, Job, Passing, Scratch, sums};
 use portable::Portable;
 
 /// Whether the processor has the parts of AVX-512 that plain loops are compiled for.
@@ -42,6 +43,9 @@ pub enum InstructionSet {
     /// Plain code in the shape of AVX-512's kernel, whose blocking is so tested without it.
     #[cfg(test)]
     Like512,
+    /// The kernel for AVX-VNNI with the instruction as AVX-512 encodes it: so it is tested without it.
+    #[cfg(test)]
+    LikeAvxVnni,
 }
 
 impl InstructionSet {
@@ -57,6 +61,11 @@ impl InstructionSet {
                 Self::Portable => true,
                 #[cfg(test)]
                 Self::Like512 => true,
+                #[cfg(test)]
+                Self::LikeAvxVnni => {
+                    avx2 && is_x86_feature_detected!("avx512vl")
+                        && is_x86_feature_detected!("avx512vnni")
+                }
                 Self::Avx2 => avx2,
                 Self::AvxVnni => avx2 && is_x86_feature_detected!("avxvnni"),
                 Self::Avx512Vnni => {
@@ -67,6 +76,10 @@ impl InstructionSet {
         }
         #[cfg(not(all(target_arch = "x86_64", not(miri))))]
         {
+            #[cfg(test)]
+            if self == Self::LikeAvxVnni {
+                return false;
+            }
             !matches!(self, Self::Avx2 | Self::AvxVnni | Self::Avx512Vnni)
         }
     }
@@ -89,6 +102,8 @@ impl InstructionSet {
             Self::Avx512Vnni => "avx512_vnni",
             #[cfg(test)]
             Self::Like512 => "like_512",
+            #[cfg(test)]
+            Self::LikeAvxVnni => "like_avx_vnni",
         }
     }
 
@@ -111,6 +126,8 @@ impl InstructionSet {
             Self::Avx512Vnni => Kernel::Avx512Vnni,
             #[cfg(test)]
             Self::Like512 => Kernel::Like512,
+            #[cfg(test)]
+            Self::LikeAvxVnni => Kernel::LikeAvxVnni,
         }
     }
 }
@@ -125,6 +142,8 @@ pub(super) enum Kernel {
     Avx512Vnni,
     #[cfg(test)]
     Like512,
+    #[cfg(test)]
+    LikeAvxVnni,
 }
 
 impl Kernel {
@@ -138,6 +157,8 @@ impl Kernel {
             Self::Avx512Vnni => 12,
             #[cfg(test)]
             Self::Like512 => Self::Avx512Vnni.tile_rows(sums),
+            #[cfg(test)]
+            Self::LikeAvxVnni => Self::AvxVnni.tile_rows(sums),
         }
     }
 
@@ -148,6 +169,8 @@ impl Kernel {
             Self::Avx512Vnni => 32,
             #[cfg(test)]
             Self::Like512 => 32,
+            #[cfg(test)]
+            Self::LikeAvxVnni => Self::AvxVnni.panel_columns(),
         }
     }
 
@@ -157,12 +180,12 @@ impl Kernel {
             Self::Avx2Wide => 2,
             Self::Portable | Self::Avx2Narrow | Self::AvxVnni | Self::Avx512Vnni => 4,
             #[cfg(test)]
-            Self::Like512 => 4,
+            Self::Like512 | Self::LikeAvxVnni => 4,
         }
     }
 
-    /// Runs a job. `out` holds each row's part of the result: the columns of the job's panels.
-    pub(super) fn run(self, job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
+    /// Runs a job.
+    pub(super) fn run(self, job: &Job<'_>, out: Destination<'_, '_>, scratch: &mut Scratch) {
         assert!(job.rhs.kernel == self, "packed for another kernel");
         // SAFETY: plain code is always available; an operand can only be packed for instruction sets
         // that are.
@@ -179,6 +202,8 @@ impl Kernel {
                 (Self::Avx2Wide, _) => x86::run_avx2_wide(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
                 (Self::AvxVnni, _) => x86::run_avx_vnni(job, out, scratch),
+                #[cfg(all(test, target_arch = "x86_64"))]
+                (Self::LikeAvxVnni, _) => x86::run_like_avx_vnni(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
                 (Self::Avx512Vnni, 6) => x86::run_avx512_vnni_sums(job, out, scratch),
                 #[cfg(target_arch = "x86_64")]
@@ -187,6 +212,8 @@ impl Kernel {
                 (Self::Avx2Narrow | Self::Avx2Wide | Self::AvxVnni | Self::Avx512Vnni, _) => {
                     unreachable!("not available on this processor")
                 }
+                #[cfg(all(test, not(target_arch = "x86_64")))]
+                (Self::LikeAvxVnni, _) => unreachable!("not available on this processor"),
             }
         }
     }
@@ -206,6 +233,10 @@ impl Kernel {
                 Self::Avx2Wide => x86::spin_avx2_wide(steps),
                 #[cfg(target_arch = "x86_64")]
                 Self::AvxVnni => x86::spin_avx_vnni(steps),
+                #[cfg(all(test, target_arch = "x86_64"))]
+                Self::LikeAvxVnni => x86::spin_like_avx_vnni(steps),
+                #[cfg(all(test, not(target_arch = "x86_64")))]
+                Self::LikeAvxVnni => unreachable!("not available on this processor"),
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx512Vnni => x86::spin_avx512_vnni(steps),
                 #[cfg(not(target_arch = "x86_64"))]
@@ -225,6 +256,8 @@ impl Kernel {
             Self::Avx512Vnni => InstructionSet::Avx512Vnni,
             #[cfg(test)]
             Self::Like512 => InstructionSet::Like512,
+            #[cfg(test)]
+            Self::LikeAvxVnni => InstructionSet::LikeAvxVnni,
         }
     }
 }

@@ -6,7 +6,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::job::{self, Job, Scratch};
+use super::job::{self, Destination, Job, Scratch};
 use super::peak;
 use super::vector::Vector;
 
@@ -16,6 +16,9 @@ pub(super) struct Avx2Narrow;
 pub(super) struct Avx2Wide;
 /// 256-bit VNNI (`vpdpbusd`, VEX).
 pub(super) struct AvxVnni;
+/// 256-bit VNNI as AVX-512 encodes it (`vpdpbusd`, EVEX).
+#[cfg(test)]
+pub(super) struct LikeAvxVnni;
 /// 512-bit VNNI (`vpdpbusd`, EVEX).
 pub(super) struct Avx512Vnni;
 
@@ -23,7 +26,7 @@ pub(super) struct Avx512Vnni;
 macro_rules! run {
     ($vector:ident, $rows:literal, $width:literal, $features:literal, $run:ident) => {
         #[target_feature(enable = $features)]
-        pub(super) fn $run(job: &Job<'_>, out: &mut [&mut [f32]], scratch: &mut Scratch) {
+        pub(super) fn $run(job: &Job<'_>, out: Destination<'_, '_>, scratch: &mut Scratch) {
             // SAFETY: this function enables the instruction set.
             unsafe { job::run::<$vector, $rows, $width>(job, out, scratch) }
         }
@@ -54,6 +57,16 @@ macro_rules! entry_points {
 entry_points!(Avx2Narrow, 6, 2, "avx2,fma", ymm_reg, run_avx2_narrow, spin_avx2_narrow);
 entry_points!(Avx2Wide, 6, 2, "avx2,fma", ymm_reg, run_avx2_wide, spin_avx2_wide);
 entry_points!(AvxVnni, 6, 2, "avx2,fma,avxvnni", ymm_reg, run_avx_vnni, spin_avx_vnni);
+#[cfg(test)]
+entry_points!(
+    LikeAvxVnni,
+    6,
+    2,
+    "avx2,fma,avx512f,avx512vl,avx512vnni",
+    ymm_reg,
+    run_like_avx_vnni,
+    spin_like_avx_vnni
+);
 entry_points!(
     Avx512Vnni,
     12,
@@ -197,6 +210,19 @@ impl Vector for AvxVnni {
     unsafe fn dot(sums: __m256i, row: __m256i, columns: __m256i) -> __m256i {
         // SAFETY: the caller has AVX-VNNI.
         unsafe { _mm256_dpbusd_avx_epi32(sums, row, columns) } // vpdpbusd
+    }
+}
+
+#[cfg(test)]
+impl Vector for LikeAvxVnni {
+    vector_256!();
+    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_set1_epi32);
+    const STEP: usize = 4;
+
+    #[inline(always)]
+    unsafe fn dot(sums: __m256i, row: __m256i, columns: __m256i) -> __m256i {
+        // SAFETY: the caller has AVX-512 VNNI and VL.
+        unsafe { _mm256_dpbusd_epi32(sums, row, columns) } // vpdpbusd
     }
 }
 

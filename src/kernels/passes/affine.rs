@@ -1,13 +1,19 @@
 //! Affine grids: q = clamp(round(x/δ) + z, 0, L), x̂ = (q − z)·δ.
 
-use super::extent::Extent;
+#![allow(unsafe_code, reason = "registers, and their loads")]
+
+use super::extent::{Extent, extent_of};
 use super::{for_rows, rows_of, vectorized};
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
+
+/// 2^23: from here on, the last bits of a float32 count ones.
+pub(super) const COUNTS_ONES: f32 = 8_388_608.0;
 
 /// Smallest scale of a dynamic grid.
 const MIN_SCALE: f32 = 1e-8;
 
 /// One affine grid.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Grid {
     /// Step δ.
     pub scale: f32,
@@ -41,8 +47,7 @@ pub(super) fn at_most(a: f32, most: f32) -> f32 {
 /// The low byte of an integer 0..=255 that is held as a float.
 #[inline(always)]
 pub(super) fn byte(code: f32) -> u8 {
-    // From 2^23 on, the last bits of a float32 count ones.
-    (code + 8_388_608.0).to_bits() as u8
+    (code + COUNTS_ONES).to_bits() as u8
 }
 
 impl Grid {
@@ -73,41 +78,94 @@ impl Grid {
     }
 }
 
-vectorized! {
+for_lanes!(
     /// x̂ of all of `x` on one grid.
-    pub fn quantize(x: &[f32], grid: Grid, out: &mut [f32]) {
-        for (value, x) in out.iter_mut().zip(x) {
-            *value = grid.value(*x);
+    pub fn quantize, quantize_of, (x: &[f32], grid: Grid, out: &mut [f32])
+);
+
+/// The codes of 16 values, as [`Grid::code`] gives them.
+#[inline(always)]
+pub(super) unsafe fn codes_of<L: Lanes>(x: L, grid: Grid) -> L {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let code = x.divide(L::splat(grid.scale)).round().add(L::splat(grid.zero_point));
+        L::splat(grid.max_code).smaller(L::splat(0.0).larger(code)) // NaN stays
+    }
+}
+
+#[inline(always)]
+unsafe fn quantize_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [f32]) {
+    let len = x.len().min(out.len());
+    let whole = len - len % LANES;
+    // SAFETY: registers are within both; the caller has the instruction set.
+    unsafe {
+        let (zero_point, scale) = (L::splat(grid.zero_point), L::splat(grid.scale));
+        for first in (0..whole).step_by(LANES) {
+            let code = codes_of(L::load(x.as_ptr().add(first)), grid);
+            code.subtract(zero_point).multiply(scale).store(out.as_mut_ptr().add(first));
+        }
+        if whole < len {
+            let code = codes_of(L::load_first(x.as_ptr().add(whole), len - whole, 0.0), grid);
+            let value = code.subtract(zero_point).multiply(scale);
+            value.store_first(out.as_mut_ptr().add(whole), len - whole);
         }
     }
 }
 
-vectorized! {
+for_lanes!(
     /// Codes of all of `x` on one grid, as bytes.
-    pub fn encode(x: &[f32], grid: Grid, out: &mut [u8]) {
-        for (code, x) in out.iter_mut().zip(x) {
-            *code = byte(grid.code(*x));
+    pub fn encode, encode_of, (x: &[f32], grid: Grid, out: &mut [u8])
+);
+
+/// Writes what `$code` makes of 16 values of a slice at a time, as bytes. It is no closure: that would not
+/// be compiled for the instruction set.
+macro_rules! encode_registers {
+    ($lanes:ident, $from:ident, $out:ident, |$x:ident| $code:expr) => {{
+        use $crate::kernels::cpu::lanes::LANES;
+        let len = $from.len().min($out.len());
+        let whole = len - len % LANES;
+        let ones = $lanes::splat($crate::kernels::passes::affine::COUNTS_ONES);
+        for first in (0..whole).step_by(LANES) {
+            let $x = $lanes::load($from.as_ptr().add(first));
+            let code = $code;
+            code.add(ones).store_bytes($out.as_mut_ptr().add(first));
         }
+        if whole < len {
+            let $x = $lanes::load_first($from.as_ptr().add(whole), len - whole, 0.0);
+            let code = $code;
+            code.add(ones).store_first_bytes($out.as_mut_ptr().add(whole), len - whole);
+        }
+    }};
+}
+pub(super) use encode_registers;
+
+#[inline(always)]
+unsafe fn encode_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [u8]) {
+    // SAFETY: registers are within both; the caller has the instruction set.
+    unsafe { encode_registers!(L, x, out, |x| codes_of(x, grid)) };
+}
+
+for_lanes!(
+    fn quantize_runs, quantize_runs_of, (x: &[f32], grids: &[Grid], width: usize, out: &mut [f32])
+);
+
+#[inline(always)]
+unsafe fn quantize_runs_of<L: Lanes>(x: &[f32], grids: &[Grid], width: usize, out: &mut [f32]) {
+    for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
+        // SAFETY: the caller has the instruction set.
+        unsafe { quantize_of::<L>(x, *grid, out) };
     }
 }
 
-vectorized! {
-    fn quantize_runs(x: &[f32], grids: &[Grid], width: usize, out: &mut [f32]) {
-        for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
-            for (value, x) in out.iter_mut().zip(x) {
-                *value = grid.value(*x);
-            }
-        }
-    }
-}
+for_lanes!(
+    fn encode_runs, encode_runs_of, (x: &[f32], grids: &[Grid], width: usize, out: &mut [u8])
+);
 
-vectorized! {
-    fn encode_runs(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
-        for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
-            for (code, x) in out.iter_mut().zip(x) {
-                *code = byte(grid.code(*x));
-            }
-        }
+#[inline(always)]
+unsafe fn encode_runs_of<L: Lanes>(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
+    for ((x, out), grid) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)).zip(grids) {
+        // SAFETY: the caller has the instruction set.
+        unsafe { encode_of::<L>(x, *grid, out) };
     }
 }
 
@@ -135,6 +193,13 @@ pub fn encode_rows(x: &[f32], grids: &[Grid], width: usize, out: &mut [u8]) {
         let rows = part.len() / width;
         encode_runs(rows_of(x, width, first, rows), &grids[first..first + rows], width, part);
     });
+}
+
+vectorized! {
+    /// Multiplies all of `values` by a factor.
+    pub fn scale(values: &mut [f32], factor: f32) {
+        values.iter_mut().for_each(|value| *value *= factor);
+    }
 }
 
 vectorized! {
@@ -239,14 +304,24 @@ pub fn encode_columns(
     });
 }
 
-vectorized! {
+for_lanes!(
     /// Every run of `width` elements on the dynamic grid over its own extent, in one visit.
-    fn quantize_dynamic_runs(x: &[f32], max_code: f32, width: usize, out: &mut [f32]) {
-        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-            let grid = Grid::over(super::extent::extent_of(x), max_code, Constants::Exact);
-            for (value, x) in out.iter_mut().zip(x) {
-                *value = grid.value(*x);
-            }
+    fn quantize_dynamic_runs, quantize_dynamic_runs_of,
+    (x: &[f32], max_code: f32, width: usize, out: &mut [f32])
+);
+
+#[inline(always)]
+unsafe fn quantize_dynamic_runs_of<L: Lanes>(
+    x: &[f32],
+    max_code: f32,
+    width: usize,
+    out: &mut [f32],
+) {
+    for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let grid = Grid::over(extent_of::<L>(x), max_code, Constants::Exact);
+            quantize_of::<L>(x, grid, out);
         }
     }
 }
@@ -257,6 +332,15 @@ pub fn quantize_dynamic(x: &[f32], max_code: f32, width: usize, out: &mut [f32])
         let rows = part.len() / width;
         quantize_dynamic_runs(rows_of(x, width, first, rows), max_code, width, part);
     });
+}
+
+vectorized! {
+    /// The grid over every extent, up to the largest code beside it.
+    pub(super) fn grids_over(extents: &[Extent], max_codes: &[f32], constants: Constants, out: &mut [Grid]) {
+        for ((grid, extent), max_code) in out.iter_mut().zip(extents).zip(max_codes) {
+            *grid = Grid::over(*extent, *max_code, constants);
+        }
+    }
 }
 
 /// The dynamic grid of every run of `width` elements.

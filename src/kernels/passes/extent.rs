@@ -1,6 +1,9 @@
 //! Smallest and largest values, of rows, of groups within rows, and of columns.
 
-use super::{for_parts, rows_of, vectorized};
+#![allow(unsafe_code, reason = "registers, and their loads")]
+
+use super::{Strided, for_parts, rows_of, vectorized};
+use crate::kernels::cpu::lanes::{LANES as REGISTER, Lanes, for_lanes};
 
 /// Lanes of a vector register; four registers are independent chains that keep the units busy.
 const LANES: usize = 8;
@@ -37,113 +40,45 @@ fn largest(a: f32, b: f32) -> f32 {
     if a > b || a.is_nan() { a } else { b }
 }
 
-vectorized! {
+for_lanes!(
     /// The extent of `x`.
-    pub fn extent(x: &[f32]) -> Extent {
-        extent_of(x)
-    }
-}
+    pub fn extent, extent_of, (x: &[f32]) -> Extent
+);
 
-/// The body of [`extent`], for other vectorized functions.
+/// The body of [`extent`], for other functions of registers.
 #[inline(always)]
-pub(super) fn extent_of(x: &[f32]) -> Extent {
-    if x.len() < 2 * LANES {
-        return short_extent(x);
-    }
-    let mut running = Running::new();
-    let mut chunks = x.chunks_exact(4 * LANES);
-    for chunk in &mut chunks {
-        running.take(chunk);
-    }
-    let mut short = chunks.remainder().chunks_exact(LANES);
-    for chunk in &mut short {
-        running.take(chunk);
-    }
-    let found = running.finish();
-    short.remainder().iter().fold(found, |found, v| found.merge(Extent { low: *v, high: *v }))
-}
-
-/// The extent of a few values: half a register at a time, which is less to join in the end.
-#[inline(always)]
-fn short_extent(x: &[f32]) -> Extent {
-    const HALF: usize = LANES / 2;
-    let (mut low, mut high) = ([f32::INFINITY; HALF], [f32::NEG_INFINITY; HALF]);
-    let mut nan = [0; HALF];
-    let (chunks, rest) = x.as_chunks::<HALF>();
-    for chunk in chunks {
-        for lane in 0..HALF {
-            note(chunk[lane], &mut low[lane], &mut high[lane], &mut nan[lane]);
+pub(super) unsafe fn extent_of<L: Lanes>(x: &[f32]) -> Extent {
+    let whole = x.len() - x.len() % REGISTER;
+    let from = x.as_ptr();
+    // SAFETY: registers are within the values; the caller has the instruction set.
+    unsafe {
+        let (mut low, mut high) = (L::splat(f32::INFINITY), L::splat(f32::NEG_INFINITY));
+        let mut nan = false;
+        for first in (0..whole).step_by(REGISTER) {
+            let x = L::load(from.add(first));
+            (low, high, nan) = (x.smaller(low), x.larger(high), nan | x.has_nan());
         }
-    }
-    for (lane, value) in rest.iter().enumerate() {
-        note(*value, &mut low[lane], &mut high[lane], &mut nan[lane]);
-    }
-    if nan.iter().fold(0, |all, lane| all | lane) != 0 {
-        return Extent { low: f32::NAN, high: f32::NAN };
-    }
-    let least = |least: f32, low: &f32| if *low < least { *low } else { least };
-    let most = |most: f32, high: &f32| if *high > most { *high } else { most };
-    Extent {
-        low: low.iter().fold(f32::INFINITY, least),
-        high: high.iter().fold(f32::NEG_INFINITY, most),
-    }
-}
-
-/// Running extremes of many lanes, which ignore NaN, and a note of NaN.
-struct Running {
-    low: [f32; 4 * LANES],
-    high: [f32; 4 * LANES],
-    nan: [u32; LANES],
-}
-
-impl Running {
-    #[inline(always)]
-    fn new() -> Self {
-        Self {
-            low: [f32::INFINITY; 4 * LANES],
-            high: [f32::NEG_INFINITY; 4 * LANES],
-            nan: [0; LANES],
+        if let Some(&one) = x.get(whole) {
+            let x = L::load_first(from.add(whole), x.len() - whole, one);
+            (low, high, nan) = (x.smaller(low), x.larger(high), nan | x.has_nan());
         }
-    }
-
-    /// At most as many values as there are lanes, a multiple of [`LANES`].
-    #[inline(always)]
-    fn take(&mut self, x: &[f32]) {
-        for ((value, low), high) in x.iter().zip(&mut self.low).zip(&mut self.high) {
-            *low = if *value < *low { *value } else { *low };
-            *high = if *value > *high { *value } else { *high };
-        }
-        for part in x.chunks_exact(LANES) {
-            for (value, nan) in part.iter().zip(&mut self.nan) {
-                *nan |= u32::from(value.is_nan());
-            }
-        }
-    }
-
-    #[inline(always)]
-    fn finish(mut self) -> Extent {
-        let mut width = 2 * LANES;
-        while width > 0 {
-            for lane in 0..width {
-                let (low, high) = (self.low[lane + width], self.high[lane + width]);
-                self.low[lane] = if low < self.low[lane] { low } else { self.low[lane] };
-                self.high[lane] = if high > self.high[lane] { high } else { self.high[lane] };
-            }
-            width /= 2;
-        }
-        if self.nan.iter().fold(0, |all, lane| all | lane) != 0 {
+        if nan {
             return Extent { low: f32::NAN, high: f32::NAN };
         }
-        Extent { low: self.low[0], high: self.high[0] }
+        Extent { low: low.smallest(), high: high.largest() }
     }
 }
 
-vectorized! {
+for_lanes!(
     /// The extent of every run of `width` elements.
-    fn extents(x: &[f32], width: usize, out: &mut [Extent]) {
-        for (run, found) in x.chunks_exact(width).zip(out) {
-            *found = extent_of(run);
-        }
+    fn extents, extents_of, (x: &[f32], width: usize, out: &mut [Extent])
+);
+
+#[inline(always)]
+unsafe fn extents_of<L: Lanes>(x: &[f32], width: usize, out: &mut [Extent]) {
+    for (run, found) in x.chunks_exact(width).zip(out) {
+        // SAFETY: the caller has the instruction set.
+        *found = unsafe { extent_of::<L>(run) };
     }
 }
 
@@ -152,6 +87,20 @@ pub fn of_rows(x: &[f32], width: usize) -> Vec<Extent> {
     let mut found = vec![Extent::EMPTY; x.len() / width.max(1)];
     for_parts(&mut found, 1, width, |first, part| {
         extents(rows_of(x, width, first, part.len()), width, part);
+    });
+    found
+}
+
+/// The extent of each of `count` rows.
+pub fn of_strided_rows(rows: Strided<'_>, count: usize) -> Vec<Extent> {
+    if rows.stride == rows.width {
+        return of_rows(&rows.values[..count * rows.width], rows.width);
+    }
+    let mut found = vec![Extent::EMPTY; count];
+    for_parts(&mut found, 1, rows.width, |first, part| {
+        for (index, found) in part.iter_mut().enumerate() {
+            *found = extent(rows.row(first + index));
+        }
     });
     found
 }

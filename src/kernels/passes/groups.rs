@@ -1,12 +1,15 @@
 //! UBB's grids of linear inputs: one for every token and group of channels, perhaps with the post-GELU
 //! stretch of negatives.
 
+#![allow(unsafe_code, reason = "registers, and their loads")]
+
 use super::affine::{self, Constants, Grid, encode_rows, quantize_rows};
 use super::extent::{self, Extent};
 use super::ranking::Rules;
-use super::tokens::{allocate, count_within, within};
+use super::tokens::{allocate, count_within, within_of};
 use super::{PARALLEL_ELEMENTS, PIECE_ELEMENTS, for_rows, rows_of, share, vectorized};
 use crate::kernels::codes::buffer;
+use crate::kernels::cpu::lanes::{Lanes, for_lanes};
 
 /// A linear input [images · tokens, channels], each token in groups of channels.
 #[derive(Clone, Copy, Debug)]
@@ -76,14 +79,16 @@ impl GroupGrids {
         let counts: Vec<u32> = facts.iter().map(|facts| facts.count).collect();
         let max_codes = allocate(&ranges, &counts, shape.tokens, rules);
         let per_token = shape.channels / shape.group;
-        let stretches: Option<Vec<f32>> =
-            shift.map(|shift| extents.iter().map(|extent| shift.stretch(*extent)).collect());
-        let grid = |(index, extent): (usize, &Extent)| {
-            let stretch = stretches.as_ref().map(|stretches| stretches[index]);
-            grid_of(*extent, stretch, max_codes[index / per_token], constants)
+        let max_codes: Vec<f32> =
+            max_codes.iter().flat_map(|code| std::iter::repeat_n(*code, per_token)).collect();
+        let mut grids = vec![Grid::default(); extents.len()];
+        let Some(shift) = shift else {
+            affine::grids_over(&extents, &max_codes, constants, &mut grids);
+            return Self { shape, grids, stretches: None };
         };
-        let grids = extents.iter().enumerate().map(grid).collect();
-        Self { shape, grids, stretches }
+        let mut stretches = vec![1.0; extents.len()];
+        stretched_grids(&extents, &max_codes, (constants, shift), (&mut grids, &mut stretches));
+        Self { shape, grids, stretches: Some(stretches) }
     }
 
     /// x̂.
@@ -112,15 +117,16 @@ impl GroupGrids {
     ///
     /// Positive values have codes `stretch` times as wide as negative ones. Where they fit a byte in
     /// steps of the latter and `fold` allows it, the first term is the whole and the second nothing; else
-    /// they are the positive and the negative values.
-    pub fn encode_signs(&self, x: &[f32], stretches: &[f32], fold: bool) -> [SignCodes; 2] {
+    /// they are the positive and the negative values. Without the second, if it is nothing throughout.
+    pub fn encode_signs(&self, x: &[f32], stretches: &[f32], fold: bool) -> Vec<SignCodes> {
         let group = self.shape.group;
         let pairs = || self.grids.iter().copied().zip(stretches.iter().copied());
         let folded: Vec<bool> =
             pairs().map(|(grid, stretch)| fold && folds(grid, stretch)).collect();
-        let mut codes = [buffer(x.len()), buffer(x.len())];
-        for (sign, codes) in codes.iter_mut().enumerate() {
-            for_rows(codes, group, |first, part| {
+        let signs = if folded.iter().all(|folded| *folded) { 1 } else { 2 };
+        let encode = |sign: usize| {
+            let mut codes = buffer(x.len());
+            for_rows(&mut codes, group, |first, part| {
                 for (row, out) in part.chunks_exact_mut(group).enumerate() {
                     let row = first + row;
                     let (grid, stretch) = (self.grids[row], stretches[row]);
@@ -129,24 +135,21 @@ impl GroupGrids {
                         (true, 0) => encode_folded(x, grid, stretch, out),
                         (true, _) => out.fill(0),
                         (false, 0) => {
-                            encode_stretched(x, grid, (stretch, (zeros[0], grid.max_code)), out);
+                            encode_stretched(x, grid, stretch, (zeros[0], grid.max_code), out);
                         }
-                        (false, _) => encode_stretched(x, grid, (stretch, (0.0, zeros[1])), out),
+                        (false, _) => encode_stretched(x, grid, stretch, (0.0, zeros[1]), out),
                     }
                 }
             });
-        }
-        let mut sign = 0;
-        codes.map(|codes| {
             let term = |((grid, stretch), folded): ((Grid, f32), &bool)| {
                 let fine = *folded || sign == 1;
                 let zero_point = if *folded && sign == 1 { 0.0 } else { zero_points(grid)[sign] };
                 (if fine { grid.scale / stretch } else { grid.scale }, zero_point as i32)
             };
             let (scale, zero_point) = pairs().zip(&folded).map(term).unzip();
-            sign += 1;
             SignCodes { codes, scale, zero_point }
-        })
+        };
+        (0..signs).map(encode).collect()
     }
 }
 
@@ -181,6 +184,23 @@ pub(super) fn grid_of(
     Grid::over(Extent { low, ..extent }, max_code, constants)
 }
 
+vectorized! {
+    /// The stretch of every extent and the grid with it, up to the largest code beside it.
+    fn stretched_grids(
+        extents: &[Extent],
+        max_codes: &[f32],
+        rules: (Constants, Shift<'_>),
+        out: (&mut [Grid], &mut [f32]),
+    ) {
+        let (constants, shift) = rules;
+        let out = out.0.iter_mut().zip(out.1);
+        for ((extent, max_code), (grid, stretch)) in extents.iter().zip(max_codes).zip(out) {
+            *stretch = shift.stretch(*extent);
+            *grid = grid_of(*extent, Some(*stretch), *max_code, constants);
+        }
+    }
+}
+
 /// x̂ of a value on the grid of stretched negatives.
 #[inline(always)]
 pub(super) fn stretched_value(x: f32, grid: Grid, stretch: f32) -> f32 {
@@ -197,23 +217,55 @@ vectorized! {
     }
 }
 
-vectorized! {
-    fn encode_stretched(x: &[f32], grid: Grid, stretched: (f32, (f32, f32)), out: &mut [u8]) {
-        let (stretch, (least, most)) = stretched;
-        for (code, x) in out.iter_mut().zip(x) {
-            let all = grid.code(if *x < 0.0 { *x * stretch } else { *x });
-            *code = affine::byte(affine::at_most(affine::at_least(all, least), most));
-        }
+for_lanes!(
+    /// Codes of the values of one sign: those between the two limits.
+    fn encode_stretched, encode_stretched_of,
+    (x: &[f32], grid: Grid, stretch: f32, limits: (f32, f32), out: &mut [u8])
+);
+
+#[inline(always)]
+unsafe fn encode_stretched_of<L: Lanes>(
+    x: &[f32],
+    grid: Grid,
+    stretch: f32,
+    (least, most): (f32, f32),
+    out: &mut [u8],
+) {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        affine::encode_registers!(L, x, out, |x| {
+            let all = stretched_codes(x, grid, stretch);
+            L::splat(most).smaller(L::splat(least).larger(all)) // NaN stays
+        });
     }
 }
 
-vectorized! {
-    fn encode_folded(x: &[f32], grid: Grid, stretch: f32, out: &mut [u8]) {
-        for (code, x) in out.iter_mut().zip(x) {
-            let all = grid.code(if *x < 0.0 { *x * stretch } else { *x });
-            let above = (all - grid.zero_point) * stretch + grid.zero_point;
-            *code = affine::byte(if all > grid.zero_point { above } else { all });
-        }
+for_lanes!(
+    /// Codes of both signs in steps of the negative ones.
+    fn encode_folded, encode_folded_of, (x: &[f32], grid: Grid, stretch: f32, out: &mut [u8])
+);
+
+#[inline(always)]
+unsafe fn encode_folded_of<L: Lanes>(x: &[f32], grid: Grid, stretch: f32, out: &mut [u8]) {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let zero_point = L::splat(grid.zero_point);
+        affine::encode_registers!(L, x, out, |x| {
+            let all = stretched_codes(x, grid, stretch);
+            // Farther from the zero point, by a factor of at least 1: larger above it, smaller below.
+            let wide = all.subtract(zero_point).multiply(L::splat(stretch)).add(zero_point);
+            wide.larger(all)
+        });
+    }
+}
+
+/// The codes of values whose negatives are stretched.
+#[inline(always)]
+unsafe fn stretched_codes<L: Lanes>(x: L, grid: Grid, stretch: f32) -> L {
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        // A factor of at least 1 makes negative values smaller, and positive ones larger.
+        affine::codes_of(x.multiply(L::splat(stretch)).smaller(x), grid)
     }
 }
 
@@ -252,16 +304,20 @@ fn survey(x: &[f32], shape: Grouped, rules: &Rules) -> (Vec<Extent>, Vec<TokenFa
     (extents, facts)
 }
 
-vectorized! {
+for_lanes!(
     /// Extents of a token's groups, and the range of the whole.
-    fn survey_token(x: &[f32], group: usize, extents: &mut [Extent]) -> f32 {
-        let mut whole = Extent::EMPTY;
-        for (x, found) in x.chunks_exact(group).zip(extents) {
-            *found = extent::extent_of(x);
-            whole = whole.merge(*found);
-        }
-        whole.high - whole.low
+    fn survey_token, survey_token_of, (x: &[f32], group: usize, extents: &mut [Extent]) -> f32
+);
+
+#[inline(always)]
+unsafe fn survey_token_of<L: Lanes>(x: &[f32], group: usize, extents: &mut [Extent]) -> f32 {
+    let mut whole = Extent::EMPTY;
+    for (x, found) in x.chunks_exact(group).zip(extents) {
+        // SAFETY: the caller has the instruction set.
+        *found = unsafe { extent::extent_of::<L>(x) };
+        whole = whole.merge(*found);
     }
+    whole.high - whole.low
 }
 
 /// Extents of groups and ranges of tokens alone.
@@ -275,11 +331,16 @@ pub(super) fn extents_and_ranges(
     (extents, facts.into_iter().map(|facts| facts.range).collect())
 }
 
-vectorized! {
+for_lanes!(
     /// Values of a token in each of several windows.
-    pub(super) fn count_windows(x: &[f32], windows: &[(f32, f32)], counts: &mut [u32]) {
-        for ((low, high), count) in windows.iter().zip(counts) {
-            *count = within(x, *low, *high);
-        }
+    pub(super) fn count_windows, count_windows_of,
+    (x: &[f32], windows: &[(f32, f32)], counts: &mut [u32])
+);
+
+#[inline(always)]
+unsafe fn count_windows_of<L: Lanes>(x: &[f32], windows: &[(f32, f32)], counts: &mut [u32]) {
+    for ((low, high), count) in windows.iter().zip(counts) {
+        // SAFETY: the caller has the instruction set.
+        *count = unsafe { within_of::<L>(x, *low, *high) };
     }
 }

@@ -18,7 +18,7 @@ use crate::kernels::workers::Tasks;
 use crate::kernels::{Workers, openmp};
 
 /// Elements from which on threads share the work; below, handing it out costs more than it saves.
-const PARALLEL_ELEMENTS: usize = 1 << 15;
+pub(super) const PARALLEL_ELEMENTS: usize = 1 << 15;
 
 /// Elements of a piece of work: as much as fits the first-level cache beside its result.
 const PIECE_ELEMENTS: usize = 1 << 12;
@@ -111,11 +111,38 @@ pub(crate) fn for_parts<T: Send>(
 /// those of the integer kernels where libtorch is kept to one.
 fn share<T: Send>(pieces: impl Iterator<Item = T>, work: impl Fn(T) + Sync) {
     let pieces: Vec<T> = pieces.collect();
+    if pieces.len() <= 1 {
+        return pieces.into_iter().for_each(work);
+    }
     if !openmp::has_team() {
         return Workers::shared().run(pieces, |piece, _| work(piece));
     }
     let pieces = Tasks::new(pieces);
     openmp::on_team(&|| pieces.drain(&work));
+}
+
+/// Rows of `width` values that begin `stride` values apart.
+#[derive(Clone, Copy, Debug)]
+pub struct Strided<'a> {
+    /// From the first value of the first row on.
+    pub values: &'a [f32],
+    /// Values from row to row.
+    pub stride: usize,
+    /// Values of a row.
+    pub width: usize,
+}
+
+impl<'a> Strided<'a> {
+    /// Rows that follow each other.
+    pub(crate) fn dense(values: &'a [f32], width: usize) -> Self {
+        Self { values, stride: width, width }
+    }
+
+    /// A row.
+    #[inline(always)]
+    pub(crate) fn row(self, index: usize) -> &'a [f32] {
+        &self.values[index * self.stride..][..self.width]
+    }
 }
 
 /// The rows `first..` that belong to a piece of `len` elements.

@@ -1,11 +1,15 @@
 //! UBB's dynamic grids (token-wise bits): ranges, density counts, ranking and values in two visits.
 
+#![allow(unsafe_code, reason = "registers, and their loads")]
+
 use super::affine::{
-    ColumnGrids, Constants, Grid, encode_columns, encode_rows, quantize_columns, quantize_rows,
+    ColumnGrids, Constants, Grid, encode_columns, encode_rows, grids_over, quantize_columns,
+    quantize_rows,
 };
 use super::extent::{self, Extent};
 use super::ranking::Rules;
-use super::{for_parts, rows_of, share, vectorized};
+use super::{Strided, for_parts, rows_of, share, vectorized};
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
 
 /// Where an operand's tokens are: blocks (a head of a window) of `rows` rows of `width` elements.
 #[derive(Clone, Debug)]
@@ -56,11 +60,23 @@ impl Layout {
         }
     }
 
-    /// The extent of every token.
-    pub fn extents(&self, x: &[f32]) -> Vec<Extent> {
+    /// What each row has of its token (of its first column's, where columns are tokens).
+    pub fn of_rows<T: Copy>(&self, tokens: &[T]) -> Vec<T> {
+        let mut rows = Vec::with_capacity(self.sets.len() * self.rows);
+        for set in &self.sets {
+            match self.along {
+                Along::Rows => rows.extend_from_slice(&tokens[set * self.rows..][..self.rows]),
+                Along::Columns => rows.extend(vec![tokens[set * self.width]; self.rows]),
+            }
+        }
+        rows
+    }
+
+    /// The extent of every token; where columns are tokens, rows have to follow each other.
+    pub fn extents(&self, x: Strided<'_>) -> Vec<Extent> {
         let parts = match self.along {
-            Along::Rows => extent::of_rows(x, self.width),
-            Along::Columns => extent::of_columns(x, self.rows, self.width),
+            Along::Rows => extent::of_strided_rows(x, self.sets.len() * self.rows),
+            Along::Columns => extent::of_columns(x.values, self.rows, self.width),
         };
         let mut tokens = vec![Extent::EMPTY; self.set_count * self.tokens_per_set()];
         for (parts, set) in parts.chunks(self.tokens_per_set()).zip(&self.sets) {
@@ -73,15 +89,14 @@ impl Layout {
     }
 
     /// How many values of each token are in its window.
-    fn counts(&self, x: &[f32], windows: &Windows) -> Vec<u32> {
+    fn counts(&self, x: Strided<'_>, windows: &Windows) -> Vec<u32> {
         let per_set = self.tokens_per_set();
         let mut parts = vec![0u32; self.sets.len() * per_set];
         match self.along {
             Along::Rows => for_parts(&mut parts, 1, self.width, |first, part| {
                 for (row, count) in part.iter_mut().enumerate() {
                     let (row, token) = (first + row, self.token(first + row));
-                    let x = rows_of(x, self.width, row, 1);
-                    *count = count_within(x, windows.low[token], windows.high[token]);
+                    *count = count_within(x.row(row), windows.low[token], windows.high[token]);
                 }
             }),
             Along::Columns => {
@@ -91,7 +106,8 @@ impl Layout {
                         let token = self.sets[first + index] * self.width;
                         let low = &windows.low[token..token + self.width];
                         let high = &windows.high[token..token + self.width];
-                        count_columns(rows_of(x, block, first + index, 1), low, high, counts);
+                        let x = rows_of(x.values, block, first + index, 1);
+                        count_columns(x, low, high, counts);
                     }
                 });
             }
@@ -112,16 +128,27 @@ struct Windows {
     high: Vec<f32>,
 }
 
-vectorized! {
+for_lanes!(
     /// Values of a run within a window.
-    pub(super) fn count_within(x: &[f32], low: f32, high: f32) -> u32 {
-        within(x, low, high)
-    }
-}
+    pub(super) fn count_within, within_of, (x: &[f32], low: f32, high: f32) -> u32
+);
 
 #[inline(always)]
-pub(super) fn within(x: &[f32], low: f32, high: f32) -> u32 {
-    x.iter().map(|x| u32::from((*x >= low) & (*x < high))).sum()
+pub(super) unsafe fn within_of<L: Lanes>(x: &[f32], low: f32, high: f32) -> u32 {
+    let whole = x.len() - x.len() % LANES;
+    // SAFETY: registers are within the values; the caller has the instruction set.
+    unsafe {
+        // Exact: each lane counts up to 2^24.
+        let (low, high, mut counts) = (L::splat(low), L::splat(high), L::splat(0.0));
+        for first in (0..whole).step_by(LANES) {
+            counts = L::load(x.as_ptr().add(first)).count_between(low, high, counts);
+        }
+        if whole < x.len() {
+            let last = L::load_first(x.as_ptr().add(whole), x.len() - whole, f32::NAN);
+            counts = last.count_between(low, high, counts);
+        }
+        counts.sum() as u32
+    }
 }
 
 vectorized! {
@@ -147,13 +174,15 @@ pub struct TokenGrids<'a> {
 impl<'a> TokenGrids<'a> {
     /// Ranks the tokens of `x` and makes their grids.
     pub fn new(x: &[f32], layout: &'a Layout, rules: &Rules, constants: Constants) -> Self {
+        Self::of(Strided::dense(x, layout.width), layout, rules, constants)
+    }
+
+    /// The same for rows that need not follow each other, if they are tokens.
+    pub fn of(x: Strided<'_>, layout: &'a Layout, rules: &Rules, constants: Constants) -> Self {
         let extents = layout.extents(x);
         let max_codes = token_codes(x, layout, &extents, rules);
-        let grids = extents
-            .iter()
-            .zip(max_codes)
-            .map(|(extent, max_code)| Grid::over(*extent, max_code, constants))
-            .collect();
+        let mut grids = vec![Grid::default(); extents.len()];
+        grids_over(&extents, &max_codes, constants, &mut grids);
         Self { layout, grids }
     }
 
@@ -185,13 +214,12 @@ impl<'a> TokenGrids<'a> {
 
     /// The grid of every row.
     pub fn row_grids(&self) -> Vec<Grid> {
-        let rows = self.layout.rows * self.layout.sets.len();
-        (0..rows).map(|row| self.grids[self.layout.token(row)]).collect()
+        self.layout.of_rows(&self.grids)
     }
 }
 
 /// Largest code of every token.
-fn token_codes(x: &[f32], layout: &Layout, extents: &[Extent], rules: &Rules) -> Vec<f32> {
+fn token_codes(x: Strided<'_>, layout: &Layout, extents: &[Extent], rules: &Rules) -> Vec<f32> {
     let tokens = layout.tokens_per_image;
     let ranges = ranges(extents, tokens, rules);
     let counts = match rules.density {

@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::quantizer::{Layout, Part};
 use crate::error::Result;
+use crate::kernels::passes::Strided;
 use crate::kernels::passes::affine::Grid;
 use crate::kernels::passes::tokens::{self, Along, TokenGrids};
 use crate::quant::BitWidth;
@@ -41,7 +42,7 @@ impl Layout {
 
     /// Smallest and largest value of every part, as [`Layout::range`], from a pass over memory.
     fn range_in_memory(self, x: &Tensor, dense: &Dense, layout: &tokens::Layout) -> Result<Range> {
-        let extents = layout.extents(dense.values()?);
+        let extents = layout.extents(Strided::dense(dense.values()?, layout.width));
         let size = x.size();
         let images = size[0] / self.windows;
         let shape = match self.part {

@@ -15,11 +15,13 @@ use crate::error::{Error, Result};
 use crate::kernels::Codes;
 use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
+use crate::kernels::fused::RowEncoder;
 use crate::kernels::passes::staircase::{
     Occurring, Passed, Staircase, Values, keep_near_largest, values_of,
 };
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
+use crate::quant::encode::is_taken;
 use crate::quant::log2::ZeroCode;
 use crate::quant::once::Once;
 use crate::quant::planes::Planes;
@@ -130,6 +132,47 @@ impl LogSqrt2 {
             Ok(Staircase::new(steps, Passed::AtLeast).map(|stairs| (stairs, values_of(&values))))
         })
     }
+
+    /// Codes by comparison, without terms that are zero throughout; `None` where kernels take none.
+    fn encode_rows(&self, x: &[f32], columns: usize) -> Option<Codes> {
+        let (stairs, _) = self.stairs()?;
+        let mut planes = Planes::new(x.len() / columns.max(1), columns, 1, self.code_bits())?;
+        let mut counts = stairs.count_all(x);
+        if stairs.len() > usize::from(NEGLIGIBLE) {
+            keep_near_largest(&mut counts, columns, NEGLIGIBLE);
+        }
+        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
+        let last = beyond / 2;
+        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
+        for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
+            for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
+                let end = (first + TERM_EXPONENTS - 1).min(last);
+                let inside = |steps: u8| {
+                    let exponent = beyond - i64::from(steps);
+                    let halved = (exponent + 1) / 2; // j
+                    let here = exponent % 2 == parity && (first..=end).contains(&halved);
+                    (steps > 0 && here).then_some(end - halved)
+                };
+                let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
+                if first > 0 && !occurring.as_ref().is_some_and(occurs) {
+                    continue;
+                }
+                let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
+                let scale = planes.repeated((self.largest * factor * power) as f32);
+                let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
+                planes.push_steps((&counts, stairs.len()), code, scale);
+            }
+        }
+        recycle(counts);
+        Some(planes.finish())
+    }
+}
+
+impl RowEncoder for LogSqrt2 {
+    fn encode(&self, rows: &[f32], columns: usize) -> Codes {
+        // There is no encoder of rows that kernels do not take.
+        self.encode_rows(rows, columns).unwrap_or_default()
+    }
 }
 
 impl Quantizer for LogSqrt2 {
@@ -167,39 +210,16 @@ impl Quantizer for LogSqrt2 {
         Rounded::stairs(x, &described)
     }
 
+    fn row_encoder(&self, columns: usize) -> Option<Box<dyn RowEncoder>> {
+        let taken = self.stairs().is_some() && is_taken(columns, 1, self.code_bits());
+        taken.then(|| Box::new(self.clone()) as Box<dyn RowEncoder>)
+    }
+
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
-        let (Some(dense), Some((stairs, _))) = (Dense::rows(x)?, self.stairs()) else {
-            return Ok(None);
-        };
-        let Some(mut planes) = Planes::of(&dense, 1, self.code_bits())? else { return Ok(None) };
-        let mut counts = stairs.count_all(dense.values()?);
-        if stairs.len() > usize::from(NEGLIGIBLE) {
-            keep_near_largest(&mut counts, dense.width(), NEGLIGIBLE);
+        match Dense::rows(x)? {
+            Some(dense) => Ok(self.encode_rows(dense.values()?, dense.width())),
+            None => Ok(None),
         }
-        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
-        let last = beyond / 2;
-        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
-        for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
-            for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
-                let end = (first + TERM_EXPONENTS - 1).min(last);
-                let inside = |steps: u8| {
-                    let exponent = beyond - i64::from(steps);
-                    let halved = (exponent + 1) / 2; // j
-                    let here = exponent % 2 == parity && (first..=end).contains(&halved);
-                    (steps > 0 && here).then_some(end - halved)
-                };
-                let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
-                if first > 0 && !occurring.as_ref().is_some_and(occurs) {
-                    continue;
-                }
-                let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
-                let scale = planes.repeated((self.largest * factor * power) as f32);
-                let code = |steps: u8| inside(steps).map_or(0, |power| 1 << power);
-                planes.push_steps((&counts, stairs.len()), code, scale);
-            }
-        }
-        recycle(counts);
-        Ok(Some(planes.finish()))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -7,6 +7,7 @@ use super::allocation::{Allocation, Scalars};
 use crate::error::{Error, Result};
 use crate::kernels::codes::buffer;
 use crate::kernels::cuda::{self, Rounded, Tokens};
+use crate::kernels::fused::{HeadRows, Heads};
 use crate::kernels::passes::groups::{self as passes, GroupGrids};
 use crate::kernels::passes::tokens::TokenGrids;
 use crate::kernels::{Codes, InstructionSet};
@@ -218,9 +219,10 @@ impl Quantizer for UbbLinear {
         };
         // Kernels for which small codes are faster have two products of these rather than one.
         let fold = !InstructionSet::best().prefers_small_codes();
-        let [first, second] = grids.encode_signs(x, stretches, fold);
-        planes.push_up_to(if fold { u8::MAX } else { encode::max_code(bits) }, first);
-        planes.push_up_to(encode::max_code(bits), second);
+        for (sign, codes) in grids.encode_signs(x, stretches, fold).into_iter().enumerate() {
+            let largest = if fold && sign == 0 { u8::MAX } else { encode::max_code(bits) };
+            planes.push_up_to(largest, codes);
+        }
         Ok(Some(planes.finish()))
     }
 
@@ -353,6 +355,17 @@ impl Quantizer for UbbAttention {
         grids.encode(x, &mut codes);
         planes.push_grids(codes, &grids.row_grids());
         Ok(Some(planes.finish()))
+    }
+
+    fn encode_heads(&self, x: &HeadRows<'_>) -> Option<Codes> {
+        let (bits, Heads { tokens, width, .. }) = (self.code_bits(), x.shape);
+        if bits > u8::BITS || !encode::is_taken(width, 1, bits) {
+            return None;
+        }
+        let layout = self.layout.of_rows(x.count / tokens, tokens, x.rows.width)?;
+        let rules = self.allocation.rules(&self.scalars, layout.features());
+        let grids = TokenGrids::of(x.rows, &layout, &rules, self.constants.into());
+        Some(x.encode(&grids.row_grids(), encode::max_code(bits)))
     }
 
     fn quantize(&self, x: &Tensor) -> Result<Option<Vec<IntTerm>>> {

@@ -12,13 +12,13 @@ use std::collections::BTreeSet;
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::{Executor, ScoreTerms};
-use crate::model::layers::{AttentionSites, Mlp, PatchEmbed, UnitBuilder};
+use crate::exec::{AttentionTerms, Executor, ScoreTerms};
+use crate::model::layers::{PatchEmbed, UnitBuilder};
 use crate::model::{FamilyEntry, IMAGENET_NORMALIZATION, ModelSpec, SiteTable, Unit, Variant};
-use crate::nn::{Derived, LayerNorm, Linear, Role, Weights, mean_of_tokens};
+use crate::nn::{Attention, Derived, LayerNorm, Linear, Mlp, Role, Weights, mean_of_tokens};
 
 use args::{Stage, SwinArgs};
-use window::{Windows, relative_bias};
+use window::{ShiftedWindows, relative_bias};
 
 const EPS: f64 = 1e-5;
 /// timm's name of the relative position bias, below an attention.
@@ -112,8 +112,8 @@ fn build(
     })];
     for (index, stage) in args.stages.iter().enumerate() {
         let layer = root.at("layers").at(index);
-        let plain = Windows::new(stage, 0)?;
-        let shifted = Windows::new(stage, stage.shift)?;
+        let plain = ShiftedWindows::new(stage, 0)?;
+        let shifted = ShiftedWindows::new(stage, stage.shift)?;
         for block in 0..stage.depth {
             builder.scope = layer.at("blocks").at(block);
             builder.unit = units.len();
@@ -159,9 +159,9 @@ impl Unit for Stem {
 #[derive(Debug)]
 struct Block {
     path: String,
-    windows: Windows,
+    windows: ShiftedWindows,
     norm1: LayerNorm,
-    attention: AttentionSites,
+    attention: Attention,
     /// Relative position bias [1, heads, window², window²].
     bias: Derived,
     norm2: LayerNorm,
@@ -169,8 +169,12 @@ struct Block {
 }
 
 impl Block {
-    fn load(builder: &mut UnitBuilder<'_, '_>, stage: &Stage, windows: &Windows) -> Result<Self> {
-        builder.windows = windows.per_image();
+    fn load(
+        builder: &mut UnitBuilder<'_, '_>,
+        stage: &Stage,
+        windows: &ShiftedWindows,
+    ) -> Result<Self> {
+        builder.windows = windows.tokens().per_image();
         let scope = builder.scope.clone();
         let rows = (2 * stage.window - 1).pow(2);
         let table = scope.at("attn").get(SCORE_TABLE, &[rows, stage.heads])?;
@@ -178,10 +182,10 @@ impl Block {
             path: scope.here().to_owned(),
             windows: windows.to_device(table.device())?,
             norm1: LayerNorm::load(&scope.at("norm1"), stage.dim, EPS)?,
-            attention: AttentionSites::load(builder, stage.dim, stage.heads)?,
+            attention: builder.attention(stage.dim, stage.heads)?,
             bias: Derived::new(table, relative_bias)?,
             norm2: LayerNorm::load(&scope.at("norm2"), stage.dim, EPS)?,
-            mlp: Mlp::load(builder, stage.dim, stage.hidden)?,
+            mlp: builder.mlp(stage.dim, stage.hidden)?,
         })
     }
 }
@@ -196,18 +200,16 @@ impl Unit for Block {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let normed = exec.layer_norm(&self.norm1, x)?;
-        let windows = self.windows.split(&normed)?; // [n·windows, window², dim]
-        let [q, k, v] = self.attention.project_in(exec, &windows)?;
-        // timm scales q before the product, so a quantizer of q sees it scaled.
-        let q = q.f_mul_scalar(self.attention.scale())?;
         let bias = self.bias.get()?;
-        let terms = ScoreTerms { scale: None, bias: Some(&bias), mask: self.windows.score_mask() };
-        let mixed = self.attention.mix(exec, [&q, &k, &v], &terms)?;
-        let mixed = exec.linear(self.attention.proj(), &mixed)?;
-        let x = x.f_add(&self.windows.join(&mixed)?)?;
-        let normed = exec.layer_norm(&self.norm2, &x)?;
-        self.mlp.add_to(exec, &x, &normed)
+        let mask = self.windows.score_mask();
+        let terms = AttentionTerms {
+            // timm scales q before the product, so a quantizer of q sees it scaled.
+            query_scale: Some(self.attention.scale()),
+            scores: ScoreTerms { scale: None, bias: Some(&bias), mask },
+            windows: Some(self.windows.tokens()),
+        };
+        let x = exec.add_attention(&self.norm1, &self.attention, &terms, x)?;
+        exec.add_mlp(&self.norm2, &self.mlp, &x)
     }
 }
 

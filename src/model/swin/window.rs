@@ -4,103 +4,73 @@ use tch::{Device, Tensor};
 
 use crate::error::Result;
 use crate::model::swin::args::Stage;
+use crate::nn::Windows;
 
 /// What timm adds to a score across the border of a shifted window.
 const MASKED: f32 = -100.0;
 
-/// How the tokens of a block are split into windows.
+/// The windows of a block, and what lies at their borders.
 #[derive(Debug)]
-pub(super) struct Windows {
-    /// Tokens along a side of the image.
-    resolution: i64,
-    /// Tokens along a side of a window.
-    window: i64,
-    /// Cyclic shift in tokens before splitting; 0 for none.
-    shift: i64,
+pub(super) struct ShiftedWindows {
+    tokens: Windows,
     /// [windows, 1, window², window²], 0 or −100; only with a shift.
     mask: Option<Tensor>,
 }
 
-impl Windows {
-    /// The windows of a stage, shifted by `shift` tokens.
+impl ShiftedWindows {
+    /// The windows of a stage, of whose tokens the first `shift` rows and columns move to the end.
     pub(super) fn new(stage: &Stage, shift: i64) -> Result<Self> {
         let &Stage { resolution, window, .. } = stage;
-        let mut windows = Self { resolution, window, shift, mask: None };
-        if shift > 0 {
-            windows.mask = Some(windows.shift_mask()?);
-        }
-        Ok(windows)
+        let side = resolution / window;
+        let token = |place: i64| {
+            let (index, place) = (place / (window * window), place % (window * window));
+            let row = index / side * window + place / window;
+            let column = index % side * window + place % window;
+            ((row + shift) % resolution * resolution + (column + shift) % resolution) as usize
+        };
+        let tokens = Windows::new(side * side, (0..resolution * resolution).map(token).collect())?;
+        let mask = (shift > 0).then(|| shift_mask(stage, shift)).transpose()?;
+        Ok(Self { tokens, mask })
     }
 
-    /// The same windows with the mask on a device.
+    /// The same windows on a device.
     pub(super) fn to_device(&self, device: Device) -> Result<Self> {
         let mask = self.mask.as_ref().map(|mask| mask.f_to(device)).transpose()?;
-        let &Self { resolution, window, shift, .. } = self;
-        Ok(Self { resolution, window, shift, mask })
+        Ok(Self { tokens: self.tokens.to_device(device)?, mask })
     }
 
-    /// Windows of an image.
-    pub(super) fn per_image(&self) -> i64 {
-        (self.resolution / self.window).pow(2)
-    }
-
-    /// [n, resolution², c] → [n · windows, window², c].
-    pub(super) fn split(&self, x: &Tensor) -> Result<Tensor> {
-        let &Self { resolution, window, shift, .. } = self;
-        let (n, _, c) = x.size3()?;
-        let side = resolution / window;
-        let mut x = x.f_reshape([n, resolution, resolution, c])?;
-        if shift > 0 {
-            x = x.f_roll([-shift, -shift], [1, 2])?;
-        }
-        Ok(x.f_reshape([n, side, window, side, window, c])?
-            .f_permute([0, 1, 3, 2, 4, 5])?
-            .f_reshape([n * side * side, window * window, c])?)
-    }
-
-    /// The inverse of [`Windows::split`].
-    pub(super) fn join(&self, x: &Tensor) -> Result<Tensor> {
-        let &Self { resolution, window, shift, .. } = self;
-        let (b, _, c) = x.size3()?;
-        let side = resolution / window;
-        let n = b / (side * side);
-        let mut x = x
-            .f_reshape([n, side, side, window, window, c])?
-            .f_permute([0, 1, 3, 2, 4, 5])?
-            .f_reshape([n, resolution, resolution, c])?;
-        if shift > 0 {
-            x = x.f_roll([shift, shift], [1, 2])?;
-        }
-        Ok(x.f_reshape([n, resolution * resolution, c])?)
+    /// Which token stands where.
+    pub(super) fn tokens(&self) -> &Windows {
+        &self.tokens
     }
 
     /// What is added to the scores of each window, [windows, 1, window², window²], if anything.
     pub(super) fn score_mask(&self) -> Option<&Tensor> {
         self.mask.as_ref()
     }
+}
 
-    /// After the shift, a window at the border holds tokens from opposite sides of the image: tokens
-    /// of different regions must not see each other.
-    fn shift_mask(&self) -> Result<Tensor> {
-        let &Self { resolution, window, shift, .. } = self;
-        let band = |at: i64| match at {
-            at if at < resolution - window => 0,
-            at if at < resolution - shift => 1,
-            _ => 2,
-        };
-        let side = resolution / window;
-        let tokens = window * window;
-        let mut values = Vec::new();
-        for index in 0..side * side {
-            let (top, left) = (index / side * window, index % side * window);
-            let region = |token: i64| (band(top + token / window), band(left + token % window));
-            for i in 0..tokens {
-                let row = (0..tokens).map(|j| if region(i) == region(j) { 0.0 } else { MASKED });
-                values.extend(row);
-            }
+/// After the shift, a window at the border holds tokens from opposite sides of the image: tokens
+/// of different regions must not see each other.
+fn shift_mask(stage: &Stage, shift: i64) -> Result<Tensor> {
+    let &Stage { resolution, window, .. } = stage;
+    let band = |at: i64| match at {
+        at if at < resolution - window => 0,
+        at if at < resolution - shift => 1,
+        _ => 2,
+    };
+    let side = resolution / window;
+    let tokens = window * window;
+    let mut values = Vec::new();
+    for index in 0..side * side {
+        let (top, left) = (index / side * window, index % side * window);
+        let region = |token: i64| (band(top + token / window), band(left + token % window));
+        for i in 0..tokens {
+            let row = (0..tokens).map(|j| if region(i) == region(j) { 0.0 } else { MASKED });
+            values.extend(row);
         }
-        Ok(Tensor::f_from_slice(&values)?.f_reshape([side * side, 1, tokens, tokens])?)
     }
+    Ok(Tensor::f_from_slice(&values)?.f_reshape([side * side, 1, tokens, tokens])?)
 }
 
 /// Looks up the bias of every pair of tokens in `table` [(2·window − 1)², heads] by their distance:
@@ -146,20 +116,26 @@ mod tests {
     }
 
     #[test]
-    fn joining_undoes_splitting() {
+    fn tokens_are_shifted_and_split_as_timm_does() {
         for (resolution, window, shift) in [(6, 3, 0), (6, 3, 1), (8, 4, 2), (7, 7, 0)] {
-            let windows = Windows::new(&stage(resolution, window), shift).unwrap();
-            let x = Tensor::arange(2 * resolution * resolution * 4, (Kind::Float, Device::Cpu))
-                .reshape([2, resolution * resolution, 4]);
-            let split = windows.split(&x).unwrap();
-            assert_eq!(split.size(), [2 * windows.per_image(), window * window, 4]);
-            assert_eq!(windows.join(&split).unwrap(), x);
+            let windows = ShiftedWindows::new(&stage(resolution, window), shift).unwrap();
+            let (side, tokens) = (resolution / window, resolution * resolution);
+            let x = Tensor::arange(2 * tokens * 4, (Kind::Float, Device::Cpu));
+            let expected = x
+                .reshape([2, resolution, resolution, 4])
+                .roll([-shift, -shift], [1, 2])
+                .reshape([2, side, window, side, window, 4])
+                .permute([0, 1, 3, 2, 4, 5])
+                .reshape([2 * side * side, window * window, 4]);
+            let x = x.reshape([2, tokens, 4]);
+            assert_eq!(windows.tokens().split(&x).unwrap(), expected);
+            assert_eq!(windows.tokens().join(&expected).unwrap(), x);
         }
     }
 
     #[test]
     fn tokens_from_opposite_borders_do_not_see_each_other() {
-        let windows = Windows::new(&stage(4, 2), 1).unwrap();
+        let windows = ShiftedWindows::new(&stage(4, 2), 1).unwrap();
         let mask = windows.mask.as_ref().unwrap();
         // The first window is whole; the last holds the four corners of the image.
         assert_eq!(mask.get(0).abs().max().double_value(&[]), 0.0);
