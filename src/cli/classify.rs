@@ -1,10 +1,13 @@
 //! `vitq classify`: the most probable labels of images.
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
+use tonic::Request;
 
+use crate::cli::args;
 use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::{Failure, inner_status, status_json};
 use crate::cli::output::Output;
@@ -32,6 +35,9 @@ pub(super) struct Args {
     /// Whether somebody waits for the answer.
     #[arg(long, value_name = "NAME", default_value = "interactive")]
     priority: Priority,
+    /// Seconds that a call, of at most 32 images, may take; without it, the server's 10.
+    #[arg(long, value_name = "SECONDS", value_parser = args::seconds)]
+    timeout: Option<Duration>,
     /// JPEG, PNG or WebP files.
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<PathBuf>,
@@ -70,12 +76,15 @@ impl Args {
             let mut answers = Vec::new();
             for count in calls(&sizes) {
                 let images = contents.by_ref().take(count);
-                let request = ClassifyRequest {
+                let mut request = Request::new(ClassifyRequest {
                     model: self.model.clone(),
                     images: images.map(|content| Image { content: content.into() }).collect(),
                     top_k: self.top_k,
                     priority: self.priority.into(),
-                };
+                });
+                if let Some(timeout) = self.timeout {
+                    request.set_timeout(timeout);
+                }
                 answers.push(client.classify(request).await?.into_inner());
             }
             show(&self.images, &answers, output)

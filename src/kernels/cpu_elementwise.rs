@@ -343,6 +343,42 @@ mod tests {
         }
     }
 
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn registers_of_both_widths_give_the_same_bits() {
+        use crate::kernels::cpu::has_avx512;
+        use crate::kernels::cpu::lanes::{Avx2, Avx512};
+
+        /// Everything that is done to rows.
+        unsafe fn all<L: Lanes>(x: &[f32], other: &[f32]) -> Vec<u32> {
+            let mut found = [x.to_vec(), x.to_vec(), x.to_vec(), x.to_vec(), x.to_vec()];
+            // SAFETY: the caller has the instruction set.
+            unsafe {
+                gelu_of::<L>(&mut found[0]);
+                sums_of::<L>(&mut found[1], other);
+                let norm = NormRow { weight: x, bias: other, eps: 1e-6 };
+                layer_norm_of::<L>(other, norm, &mut found[2]);
+                for (index, (bias, mask)) in
+                    [(&[][..], &[][..]), (other, x)].into_iter().enumerate()
+                {
+                    let terms = ScoreRow { scale: 0.3, bias, mask };
+                    softmax_of::<L>(&mut x.to_vec(), terms, &mut found[3 + index]);
+                }
+            }
+            found.concat().into_iter().map(f32::to_bits).collect()
+        }
+        if !has_avx512() {
+            return;
+        }
+        for width in WIDTHS {
+            let (x, other) = (sample(&[width], 1) * 5.0, sample(&[width], 2));
+            let (x, other) = (floats(&x).unwrap(), floats(&other).unwrap());
+            // SAFETY: the processor has both.
+            let (narrow, wide) = unsafe { (all::<Avx2>(x, other), all::<Avx512>(x, other)) };
+            assert_eq!(narrow, wide, "{width}");
+        }
+    }
+
     #[test]
     fn layer_norm_is_libtorchs() {
         for width in WIDTHS {

@@ -10,6 +10,7 @@ use tempfile::TempDir;
 use vitq::digest::sha256_hex;
 
 const FAILED: i32 = 1;
+const USAGE: i32 = 2;
 
 struct Server {
     process: Child,
@@ -129,6 +130,13 @@ fn a_model_is_made_used_and_removed() {
     let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(answers["images"][0]["labels"].as_array().unwrap().len(), 5);
     assert!(answers["images"][1]["error"]["message"].is_string());
+
+    let patient = ["classify", "--model", "tiny", "--timeout", "60", images[0]];
+    assert!(server.run(&patient).status.success());
+    let hasty = ["classify", "--model", "tiny", "--timeout", "0.000001", images[0]];
+    assert_eq!(server.run(&hasty).status.code(), Some(FAILED));
+    let wrong = ["classify", "--model", "tiny", "--timeout", "-1", images[0]];
+    assert_eq!(server.run(&wrong).status.code(), Some(USAGE));
 
     assert_eq!(server.json(&["models", "get", "tiny"])["model"]["state"], "ready");
     assert_eq!(server.json(&["models", "unload", "tiny"])["state"], "stored");

@@ -348,3 +348,58 @@ pub fn dynamic_grids(x: &[f32], max_code: f32, width: usize) -> Vec<Grid> {
     let grid = |extent: &Extent| Grid::over(*extent, max_code, Constants::Exact);
     super::extent::of_rows(x, width).iter().map(grid).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::cpu::lanes::Plain;
+
+    /// Codes and values by registers.
+    unsafe fn found<L: Lanes>(x: &[f32], grid: Grid) -> (Vec<u8>, Vec<u32>) {
+        let (mut codes, mut values) = (vec![99; x.len()], vec![99.0; x.len()]);
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            encode_of::<L>(x, grid, &mut codes);
+            quantize_of::<L>(x, grid, &mut values);
+        }
+        (codes, values.into_iter().map(f32::to_bits).collect())
+    }
+
+    #[test]
+    fn registers_give_the_bits_of_single_values() {
+        let mut x: Vec<f32> = (0..83).map(|i| (i as f32 * 0.37).sin() * 6.0).collect();
+        // Between two codes, at and beyond both ends.
+        x.extend([0.05, 0.15, -0.25, 0.0, -0.0, 1e30, -1e30, f32::INFINITY, f32::NEG_INFINITY]);
+        for (zero_point, max_code) in [(0.0, 15.0), (7.0, 15.0), (131.0, 255.0), (-3.0, 7.0)] {
+            let grid = Grid { scale: 0.1, zero_point, max_code };
+            for len in [0, 1, 15, 16, 49, x.len()] {
+                let x = &x[..len];
+                let codes: Vec<u8> = x.iter().map(|x| byte(grid.code(*x))).collect();
+                let values: Vec<u32> = x.iter().map(|x| grid.value(*x).to_bits()).collect();
+                let expected = (codes, values);
+                // SAFETY: plain code is always available, the others were asked for.
+                unsafe {
+                    assert_eq!(found::<Plain>(x, grid), expected);
+                    #[cfg(target_arch = "x86_64")]
+                    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                        use crate::kernels::cpu::lanes::Avx2;
+                        assert_eq!(found::<Avx2>(x, grid), expected);
+                    }
+                    #[cfg(target_arch = "x86_64")]
+                    if crate::kernels::cpu::has_avx512() {
+                        use crate::kernels::cpu::lanes::Avx512;
+                        assert_eq!(found::<Avx512>(x, grid), expected);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_number_stays_none() {
+        let grid = Grid { scale: 0.1, zero_point: 3.0, max_code: 15.0 };
+        let mut values = [0.0; 19];
+        quantize(&[f32::NAN; 19], grid, &mut values);
+        assert!(values.iter().all(|value| value.is_nan()));
+    }
+}
