@@ -173,7 +173,7 @@ impl Staircase {
     }
 
     /// Number of steps passed by what `fill` makes of rows.
-    fn counted(&self, len: usize, width: usize, fill: impl Fn(usize, &mut Vec<f32>)) -> Vec<u8> {
+    fn counted(&self, len: usize, width: usize, fill: impl Fn(usize, &mut [f32])) -> Vec<u8> {
         let mut counts = buffer(len);
         self.count(&filled_rows(len, width, fill), &mut counts);
         counts
@@ -264,25 +264,29 @@ pub struct Rows<'a> {
     pub least_ratio: f32,
 }
 
-/// `len` numbers in rows, which `fill` appends. Rows are counted together: one by one, the ends of short
+/// `len` numbers in rows, which `fill` writes. Rows are counted together: one by one, the ends of short
 /// ones would cost more than all the rest.
-fn filled_rows(len: usize, width: usize, fill: impl Fn(usize, &mut Vec<f32>)) -> Vec<f32> {
-    let mut numbers = Vec::with_capacity(len);
-    for row in 0..len / width {
-        fill(row, &mut numbers);
+fn filled_rows(len: usize, width: usize, fill: impl Fn(usize, &mut [f32])) -> Vec<f32> {
+    let mut numbers = vec![0.0; len];
+    for (row, numbers) in numbers.chunks_exact_mut(width).enumerate() {
+        fill(row, numbers);
     }
     numbers
 }
 
 vectorized! {
-    fn ratios(x: &[f32], largest: f32, least: f32, out: &mut Vec<f32>) {
-        out.extend(x.iter().map(|x| super::affine::at_least(x / largest, least)));
+    fn ratios(x: &[f32], largest: f32, least: f32, out: &mut [f32]) {
+        for (ratio, x) in out.iter_mut().zip(x) {
+            *ratio = super::affine::at_least(x / largest, least);
+        }
     }
 }
 
 vectorized! {
-    fn multiples(x: &[f32], factor: f32, out: &mut Vec<f32>) {
-        out.extend(x.iter().map(|x| x * factor));
+    fn multiples(x: &[f32], factor: f32, out: &mut [f32]) {
+        for (multiple, x) in out.iter_mut().zip(x) {
+            *multiple = x * factor;
+        }
     }
 }
 
