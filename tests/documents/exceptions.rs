@@ -144,7 +144,6 @@ pub(crate) const OTHERS_FLAGS: &[Rule] = &[
     rule("docs/performance.md", "models", "benches/serving"),
     rule("docs/performance.md", "seconds", "benches/serving"),
     rule("docs/performance.md", "threads", "benches/serving"),
-    rule("docs/performance.md", "rounds", "benches/serving"),
 ];
 
 /// Variables in code spans that are no flag's, and whose.
