@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code, reason = "registers, and their loads")]
 
-use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes, registers};
 
 /// What is added to a row of scores before its softmax.
 #[derive(Clone, Copy, Debug)]
@@ -52,12 +52,6 @@ for_lanes!(
     /// When lengths differ.
     pub fn layer_norm, layer_norm_of, (x: &[f32], norm: NormRow<'_>, out: &mut [f32])
 );
-
-/// The numbers in whole registers of `len`, and how many are left.
-#[inline(always)]
-fn registers(len: usize) -> (usize, usize) {
-    (len - len % LANES, len % LANES)
-}
 
 /// Value of a polynomial, highest coefficient first.
 #[inline(always)]

@@ -104,12 +104,7 @@ pub fn product_on(
     let work = |(job, mut out): (Job<'_>, Vec<&mut [f32]>), scratch: &mut Scratch| {
         rhs.kernel.run(&job, Destination::Rows(&mut out), scratch);
     };
-    if single {
-        // One thread takes them one after another.
-        workers.run_here(tasks, work);
-    } else {
-        workers.run(tasks, work);
-    }
+    share(workers, tasks, single, work);
 }
 
 /// [`product`] of which nothing is kept but what `finish` makes of it: it sees every part of every row
@@ -137,11 +132,7 @@ fn pass_on(
     let work = |job: Job<'_>, scratch: &mut Scratch| {
         rhs.kernel.run(&job, Destination::Nowhere(Passing::Parts), scratch);
     };
-    if single {
-        workers.run_here(tasks, work);
-    } else {
-        workers.run(tasks, work);
-    }
+    share(workers, tasks, single, work);
 }
 
 /// Panics unless the operands fit together.
@@ -244,7 +235,18 @@ fn share_batch<T: Send>(
     multiplications: usize,
     work: impl Fn(T, &mut Scratch) + Sync,
 ) {
-    if tasks.len() * multiplications < SMALL {
+    let single = tasks.len() * multiplications < SMALL;
+    share(workers, tasks, single, work);
+}
+
+/// Works on tasks, on one thread one after another or on all.
+fn share<T: Send>(
+    workers: &Workers,
+    tasks: Vec<T>,
+    single: bool,
+    work: impl Fn(T, &mut Scratch) + Sync,
+) {
+    if single {
         workers.run_here(tasks, work);
     } else {
         workers.run(tasks, work);

@@ -7,6 +7,12 @@ use std::arch::x86_64::*;
 /// Numbers of [`Lanes`].
 pub(in crate::kernels) const LANES: usize = 16;
 
+/// The numbers in whole registers of `len`, and how many are left.
+#[inline(always)]
+pub(in crate::kernels) fn registers(len: usize) -> (usize, usize) {
+    (len - len % LANES, len % LANES)
+}
+
 /// Sixteen `f32`.
 ///
 /// # Safety
@@ -28,7 +34,15 @@ pub(in crate::kernels) trait Lanes: Copy {
     /// Stores the lowest byte of every number's bits.
     unsafe fn store_bytes(self, to: *mut u8);
     /// As [`Lanes::store_bytes`], of the first `count` numbers, fewer than 16.
-    unsafe fn store_first_bytes(self, to: *mut u8, count: usize);
+    #[inline(always)]
+    unsafe fn store_first_bytes(self, to: *mut u8, count: usize) {
+        let mut all = [0; LANES];
+        // SAFETY: the caller's pointer is valid for as many.
+        unsafe {
+            self.store_bytes(all.as_mut_ptr());
+            to.copy_from_nonoverlapping(all.as_ptr(), count.min(LANES));
+        }
+    }
     /// `self + other`.
     unsafe fn add(self, other: Self) -> Self;
     /// `self − other`.
@@ -161,16 +175,6 @@ impl Lanes for Plain {
         }
         // SAFETY: the caller's pointer is valid for 16 bytes.
         unsafe { to.cast::<[u8; LANES]>().write_unaligned(bytes) };
-    }
-
-    #[inline(always)]
-    unsafe fn store_first_bytes(self, to: *mut u8, count: usize) {
-        let mut all = [0; LANES];
-        // SAFETY: the caller's pointer is valid for as many.
-        unsafe {
-            self.store_bytes(all.as_mut_ptr());
-            to.copy_from_nonoverlapping(all.as_ptr(), count.min(LANES));
-        }
     }
 
     #[inline(always)]
@@ -497,16 +501,6 @@ impl Lanes for Avx2 {
             let bytes = _mm256_packus_epi16(words, words); // vpackuswb
             let bytes = _mm256_permute4x64_epi64::<0b1101_1000>(bytes);
             _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(bytes));
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store_first_bytes(self, to: *mut u8, count: usize) {
-        let mut all = [0; LANES];
-        // SAFETY: the caller's pointer is valid for as many.
-        unsafe {
-            self.store_bytes(all.as_mut_ptr());
-            to.copy_from_nonoverlapping(all.as_ptr(), count.min(LANES));
         }
     }
 

@@ -4,7 +4,7 @@
 
 use super::extent::{Extent, extent_of};
 use super::{for_rows, rows_of, vectorized};
-use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes, registers};
 
 /// 2^23: from here on, the last bits of a float32 count ones.
 pub(super) const COUNTS_ONES: f32 = 8_388_608.0;
@@ -95,8 +95,7 @@ pub(super) unsafe fn codes_of<L: Lanes>(x: L, grid: Grid) -> L {
 
 #[inline(always)]
 unsafe fn quantize_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [f32]) {
-    let len = x.len().min(out.len());
-    let whole = len - len % LANES;
+    let (whole, rest) = registers(x.len().min(out.len()));
     // SAFETY: registers are within both; the caller has the instruction set.
     unsafe {
         let (zero_point, scale) = (L::splat(grid.zero_point), L::splat(grid.scale));
@@ -104,10 +103,10 @@ unsafe fn quantize_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [f32]) {
             let code = codes_of(L::load(x.as_ptr().add(first)), grid);
             code.subtract(zero_point).multiply(scale).store(out.as_mut_ptr().add(first));
         }
-        if whole < len {
-            let code = codes_of(L::load_first(x.as_ptr().add(whole), len - whole, 0.0), grid);
+        if rest > 0 {
+            let code = codes_of(L::load_first(x.as_ptr().add(whole), rest, 0.0), grid);
             let value = code.subtract(zero_point).multiply(scale);
-            value.store_first(out.as_mut_ptr().add(whole), len - whole);
+            value.store_first(out.as_mut_ptr().add(whole), rest);
         }
     }
 }
@@ -121,19 +120,18 @@ for_lanes!(
 /// be compiled for the instruction set.
 macro_rules! encode_registers {
     ($lanes:ident, $from:ident, $out:ident, |$x:ident| $code:expr) => {{
-        use $crate::kernels::cpu::lanes::LANES;
-        let len = $from.len().min($out.len());
-        let whole = len - len % LANES;
+        use $crate::kernels::cpu::lanes::{LANES, registers};
+        let (whole, rest) = registers($from.len().min($out.len()));
         let ones = $lanes::splat($crate::kernels::passes::affine::COUNTS_ONES);
         for first in (0..whole).step_by(LANES) {
             let $x = $lanes::load($from.as_ptr().add(first));
             let code = $code;
             code.add(ones).store_bytes($out.as_mut_ptr().add(first));
         }
-        if whole < len {
-            let $x = $lanes::load_first($from.as_ptr().add(whole), len - whole, 0.0);
+        if rest > 0 {
+            let $x = $lanes::load_first($from.as_ptr().add(whole), rest, 0.0);
             let code = $code;
-            code.add(ones).store_first_bytes($out.as_mut_ptr().add(whole), len - whole);
+            code.add(ones).store_first_bytes($out.as_mut_ptr().add(whole), rest);
         }
     }};
 }

@@ -3,10 +3,7 @@
 #![allow(unsafe_code, reason = "registers, and their loads")]
 
 use super::{Strided, for_parts, rows_of, vectorized};
-use crate::kernels::cpu::lanes::{LANES as REGISTER, Lanes, for_lanes};
-
-/// Lanes of a vector register; four registers are independent chains that keep the units busy.
-const LANES: usize = 8;
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes, registers};
 
 /// Smallest and largest value; both NaN where a value is NaN.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -48,18 +45,18 @@ for_lanes!(
 /// The body of [`extent`], for other functions of registers.
 #[inline(always)]
 pub(super) unsafe fn extent_of<L: Lanes>(x: &[f32]) -> Extent {
-    let whole = x.len() - x.len() % REGISTER;
+    let (whole, rest) = registers(x.len());
     let from = x.as_ptr();
     // SAFETY: registers are within the values; the caller has the instruction set.
     unsafe {
         let (mut low, mut high) = (L::splat(f32::INFINITY), L::splat(f32::NEG_INFINITY));
         let mut nan = false;
-        for first in (0..whole).step_by(REGISTER) {
+        for first in (0..whole).step_by(LANES) {
             let x = L::load(from.add(first));
             (low, high, nan) = (x.smaller(low), x.larger(high), nan | x.has_nan());
         }
         if let Some(&one) = x.get(whole) {
-            let x = L::load_first(from.add(whole), x.len() - whole, one);
+            let x = L::load_first(from.add(whole), rest, one);
             (low, high, nan) = (x.smaller(low), x.larger(high), nan | x.has_nan());
         }
         if nan {
@@ -106,7 +103,7 @@ pub fn of_strided_rows(rows: Strided<'_>, count: usize) -> Vec<Extent> {
 }
 
 /// Columns seen at once: their extremes stay in registers.
-const STRIP: usize = 4 * LANES;
+const STRIP: usize = 2 * LANES;
 
 /// Rows of a block that one task looks at.
 const STRIP_ROWS: usize = 64;

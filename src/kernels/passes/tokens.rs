@@ -2,6 +2,8 @@
 
 #![allow(unsafe_code, reason = "registers, and their loads")]
 
+use std::iter;
+
 use super::affine::{
     ColumnGrids, Constants, Grid, encode_columns, encode_rows, grids_over, quantize_columns,
     quantize_rows,
@@ -9,7 +11,7 @@ use super::affine::{
 use super::extent::{self, Extent};
 use super::ranking::Rules;
 use super::{Strided, for_parts, rows_of, share, vectorized};
-use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes};
+use crate::kernels::cpu::lanes::{LANES, Lanes, for_lanes, registers};
 
 /// Where an operand's tokens are: blocks (a head of a window) of `rows` rows of `width` elements.
 #[derive(Clone, Debug)]
@@ -66,7 +68,7 @@ impl Layout {
         for set in &self.sets {
             match self.along {
                 Along::Rows => rows.extend_from_slice(&tokens[set * self.rows..][..self.rows]),
-                Along::Columns => rows.extend(vec![tokens[set * self.width]; self.rows]),
+                Along::Columns => rows.extend(iter::repeat_n(tokens[set * self.width], self.rows)),
             }
         }
         rows
@@ -135,7 +137,7 @@ for_lanes!(
 
 #[inline(always)]
 pub(super) unsafe fn within_of<L: Lanes>(x: &[f32], low: f32, high: f32) -> u32 {
-    let whole = x.len() - x.len() % LANES;
+    let (whole, rest) = registers(x.len());
     // SAFETY: registers are within the values; the caller has the instruction set.
     unsafe {
         // Exact: each lane counts up to 2^24.
@@ -143,8 +145,8 @@ pub(super) unsafe fn within_of<L: Lanes>(x: &[f32], low: f32, high: f32) -> u32 
         for first in (0..whole).step_by(LANES) {
             counts = L::load(x.as_ptr().add(first)).count_between(low, high, counts);
         }
-        if whole < x.len() {
-            let last = L::load_first(x.as_ptr().add(whole), x.len() - whole, f32::NAN);
+        if rest > 0 {
+            let last = L::load_first(x.as_ptr().add(whole), rest, f32::NAN);
             counts = last.count_between(low, high, counts);
         }
         counts.sum() as u32
