@@ -2,7 +2,7 @@
 # Accuracy and speed on a machine with a GPU, beside PyTorch in the same run. Needs this repository,
 # a binary built elsewhere, and a Python 3 with torch of the binary's version; no network.
 # Usage: [OUT=DIR] scripts/gpu_check.sh BINARY [DEVICE]; DEVICE is cuda:0 unless given.
-# Prints one table; leaves h200.json and the benches' own files in $OUT.
+# Prints one table; leaves h200.json and the benches' own files in $OUT. Under eight minutes on one of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -65,8 +65,25 @@ timeout 180 "$vitq" bench "${checkpoints[@]}" --calib demo/datasets/digits/calib
   --executor simulated,integer --batch-size "$batches" --device "$device" --out "$out/forward" --json >/dev/null
 
 say "the same forwards in PyTorch"
-timeout 150 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" \
+timeout 150 "$python" scripts/torch_forward.py --models "$models" --batches "$batches" --deadline 90 \
   --kinds "${KINDS:-float32,float16,compiled_float16}" --device "${device%%:*}" >"$out/torch.json"
+
+say "a server on $device: the demo, and what it tells of GPUs"
+VITQ_DEVICE=$device VITQ_EXECUTOR=integer timeout 60 scripts/demo.sh "$vitq"
+"$vitq" serve --listen 127.0.0.1:0 --ops-listen 127.0.0.1:9187 --device "$device" --data-dir "$work/data" \
+  >/dev/null 2>"$work/server.log" &
+server=$!
+timeout 60 "$python" - <<'PYTHON'
+import time, urllib.request
+while True:
+    try:
+        metrics = urllib.request.urlopen("http://127.0.0.1:9187/metrics").read().decode()
+        break
+    except OSError:
+        time.sleep(0.2)
+print("\n".join(line for line in metrics.splitlines() if line.startswith(("vitq_gpu_", "vitq_build_info"))))
+PYTHON
+kill "$server" && wait "$server"
 
 say "report"
 "$python" scripts/gpu_report.py --machine "$work/machine" --memory "$work/memory" \

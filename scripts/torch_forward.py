@@ -100,16 +100,21 @@ def main():
     parser.add_argument("--compiled-batches", default="64", help="compiling takes long")
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which nothing is begun")
     args = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    rows = []
+    rows, end = [], time.monotonic() + args.deadline
     with torch.inference_mode():
-        for name in args.models.split(","):
-            for kind in args.kinds.split(","):
+        # Kinds that compile come last, so that a deadline leaves the others.
+        for kind in args.kinds.split(","):
+            for name in args.models.split(","):
                 compiled = kind.startswith("compiled")
                 batches = args.compiled_batches if compiled else args.batches
                 for batch in map(int, batches.split(",")):
+                    if time.monotonic() > end:
+                        print(f"{name} {kind} {batch}: no time left", file=sys.stderr)
+                        continue
                     rows.append(measure(name, kind, batch, args))
                     print(rows[-1], file=sys.stderr)
     json.dump({"torch": torch.__version__, "rows": rows}, sys.stdout, indent=1)

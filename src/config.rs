@@ -152,7 +152,7 @@ pub struct ProcessConfig {
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
-    /// Arithmetic of the models: simulated, integer (on the CPU; elsewhere simulated), float.
+    /// Arithmetic of the models: simulated, integer (on CPUs and NVIDIA GPUs), float.
     #[arg(long, env = "VITQ_EXECUTOR", default_value_t = Backend::Simulated, value_name = "NAME")]
     pub executor: Backend,
     /// Largest batch on a device, in images.

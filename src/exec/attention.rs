@@ -47,8 +47,7 @@ pub(super) fn add_attention<E: Executor + ?Sized>(
     if let Some(scale) = terms.query_scale {
         q = q.f_mul_scalar(scale)?;
     }
-    let weights = exec.attention_weights(&op.query_key, [&q, &k], &terms.scores)?;
-    let mixed = exec.attention_mix(&op.score_value, &weights, &v)?;
+    let mixed = exec.attend(op, [&q, &k, &v], &terms.scores)?;
     let Some(windows) = terms.windows else { return exec.linear_add(&op.proj, &mixed, x) };
     let mixed = exec.linear(&op.proj, &mixed)?;
     Ok(x.f_add(&windows.join(&mixed)?)?)

@@ -31,9 +31,9 @@ pub(super) fn linear(
     weight: &Tensor,
     bias: Option<&Tensor>,
 ) -> Result<Tensor> {
-    if let (Role::Embed, Some(bias)) = (site.role, bias) {
-        // The convolution that the stem is in timm starts its sums from the bias. Quantizers turn a
-        // last bit into a step now and then, so the order is kept.
+    if let (Role::Embed, Some(bias), Device::Cpu) = (site.role, bias, x.device()) {
+        // The convolution that the stem is in timm starts its sums from the bias on a CPU. Quantizers turn
+        // a last bit into a step now and then, so the order is kept.
         let ones = x.f_narrow(-1, 0, 1)?.f_ones_like()?;
         let x = Tensor::f_cat(&[&ones, x], -1)?;
         let weight = Tensor::f_cat(&[&bias.f_unsqueeze(1)?, weight], 1)?;

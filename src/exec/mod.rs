@@ -90,6 +90,21 @@ pub trait Executor {
         attention::merge_heads(&self.matmul(site, weights, &v.f_transpose(-2, -1)?)?)
     }
 
+    /// The softmax of q·kᵀ with its `terms` times v, heads merged: [b, t, heads·d]; q, k and v as
+    /// [`Executor::split_heads`] gives them.
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn attend(
+        &mut self,
+        op: &Attention,
+        [q, k, v]: [&Tensor; 3],
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Tensor> {
+        let weights = self.attention_weights(&op.query_key, [q, k], terms)?;
+        self.attention_mix(&op.score_value, &weights, v)
+    }
+
     /// `x` [n, t, dim] plus the attention over its norm.
     ///
     /// # Errors

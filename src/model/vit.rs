@@ -386,7 +386,8 @@ impl Unit for Head {
     }
 
     fn forward(&self, exec: &mut dyn Executor, x: &Tensor) -> Result<Tensor> {
-        let pooled = if self.norm_last {
+        // A norm of single tokens may as well come last.
+        let pooled = if self.norm_last || matches!(self.pool, Pool::Token) {
             exec.layer_norm(&self.norm, &self.pooled(x)?)?
         } else {
             self.pooled(&exec.layer_norm(&self.norm, x)?)?

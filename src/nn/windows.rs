@@ -57,6 +57,11 @@ impl Windows {
         &self.order
     }
 
+    /// The same as a tensor on the device of the windows: int64 [tokens].
+    pub fn tokens(&self) -> &Tensor {
+        &self.tokens
+    }
+
     /// x [n, tokens, c] → [n·windows, tokens of a window, c].
     ///
     /// # Errors

@@ -168,7 +168,7 @@ impl Quantizer for Log2Row {
             stairs: &stairs,
             values: &values,
             relative: Some((self.layout.on_gpu(x)?, MIN_RATIO as f32)),
-            planes: Plane::powers(beyond - 1, 1.0, exponent),
+            planes: Plane::powers(0..=beyond - 1, 1.0, exponent),
         };
         Rounded::stairs(x, &described)
     }

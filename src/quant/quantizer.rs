@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
-use crate::kernels::cuda::{GpuCodes, Rounded};
+use crate::kernels::cuda::{GpuCodes, Rounded, Stairs};
 use crate::kernels::fused::{HeadRows, RowEncoder};
 use crate::kernels::passes::affine::Grid;
 use crate::quant::BitWidth;
@@ -105,6 +105,11 @@ pub trait Quantizer: Debug + Send {
         None
     }
 
+    /// The stairs of all values, whatever they are, with the terms of their integer form.
+    fn static_stairs(&self) -> Option<Stairs<'_>> {
+        None
+    }
+
     /// What makes the codes of [`Quantizer::encode`] of rows of `columns` values as they come to be,
     /// where those of a row depend on nothing else.
     fn row_encoder(&self, columns: usize) -> Option<Box<dyn RowEncoder>> {
@@ -124,6 +129,15 @@ pub trait Quantizer: Debug + Send {
     /// # Errors
     /// As [`Quantizer::fake_quantize`].
     fn on_gpu(&self, _x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        Ok(None)
+    }
+
+    /// [`Quantizer::on_gpu`] on grids that do not depend on `x`, so that something may be done to it before it
+    /// is rounded.
+    ///
+    /// # Errors
+    /// As [`Quantizer::fake_quantize`].
+    fn fixed_on_gpu(&self, _x: &Tensor) -> Result<Option<Rounded<'static>>> {
         Ok(None)
     }
 

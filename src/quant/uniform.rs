@@ -145,6 +145,10 @@ impl Quantizer for Uniform {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        self.fixed_on_gpu(x)
+    }
+
+    fn fixed_on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
         let (parameters, max_code) = ((&self.scale, &self.zero_point), self.bits.max_code());
         Rounded::fixed(x, parameters, max_code as f32, self.integral)
     }

@@ -37,7 +37,7 @@ impl Integer<'_> {
 
     /// The one grid of an operand of a product in integers.
     fn grid(&self, site: &Site, operand: Operand) -> Option<Grid> {
-        self.plan.get(site.id, operand)?.static_grid()
+        self.sites.fixed(site, operand).copied()
     }
 
     /// Codes of the norm of `x` [n, t, dim], in windows where there are any.

@@ -1,13 +1,17 @@
-//! Integer execution on a GPU. What lies between the products is libtorch's; bias, GELU and residual
-//! belong to them.
+//! Integer execution on a GPU. Where the grids of a block's operands are known beforehand, nothing but
+//! codes and the residual stream is in memory. Else what lies between the products is libtorch's; bias,
+//! GELU and residual belong to them.
 
 use tch::Tensor;
 
 use super::sites::{Cuda, Form, IntegerSites, encode};
 use crate::error::Result;
-use crate::exec::{Executor, Simulated, WeightSource};
-use crate::kernels::cuda::{Epilogue, Gpu, GpuCodes, GpuWeight};
-use crate::nn::{Linear, Operand, Site, gelu};
+use crate::exec::{AttentionTerms, Executor, Simulated, WeightSource, attention};
+use crate::kernels::cuda::{
+    Epilogue, FixedGrid, Gpu, GpuCodes, GpuWeight, HeadShape, ScoreOffsets,
+};
+use crate::kernels::passes::affine::Grid;
+use crate::nn::{Attention, LayerNorm, Linear, Mlp, Operand, Site, Windows, gelu};
 use crate::quant::QuantPlan;
 
 /// Executes sites that have an integer form in integers on a GPU, and the others as [`Simulated`] does.
@@ -40,6 +44,88 @@ impl<'a> IntegerOnGpu<'a> {
         let codes = self.encode(&op.site, Operand::Lhs, x)?;
         let epilogue = Epilogue { bias: op.bias.as_ref(), ..epilogue };
         Ok(self.gpu.product(&codes, weight, epilogue)?.f_reshape(op.output_shape(x))?)
+    }
+
+    fn weight(&self, op: &Linear) -> Option<&GpuWeight> {
+        match self.sites.form(&op.site) {
+            Form::Linear(weight) => Some(weight),
+            Form::Matmul | Form::Simulated | Form::Float => None,
+        }
+    }
+
+    /// The uniform grid of an operand, if it is known before its values.
+    fn grid(&self, site: &Site, operand: Operand) -> Option<Grid> {
+        match self.sites.fixed(site, operand)? {
+            FixedGrid::Uniform(grid) => Some(*grid),
+            FixedGrid::Stepped(_) => None,
+        }
+    }
+
+    /// `x` plus the MLP of its norm; `None` where grids are not known beforehand.
+    fn mlp_of_codes(&self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Option<Tensor>> {
+        let (Some(fc1), Some(fc2)) = (self.weight(&op.fc1), self.weight(&op.fc2)) else {
+            return Ok(None);
+        };
+        let grid = |op: &Linear| self.grid(&op.site, Operand::Lhs);
+        let (Some(input), Some(hidden)) = (grid(&op.fc1), grid(&op.fc2)) else { return Ok(None) };
+        let dim = x.size3()?.2;
+        if !Gpu::takes_norm(dim) || op.fc1.output_width() % 2 != 0 {
+            return Ok(None);
+        }
+        let codes = self.gpu.normed(x, norm.parameters(), None, input)?;
+        let codes = self.gpu.encoded(&codes, fc1, (op.fc1.bias.as_ref(), true), hidden)?;
+        self.gpu.added(&codes, fc2, op.fc2.bias.as_ref(), x, None).map(Some)
+    }
+
+    /// `x` plus the attention over its norm; `None` where grids are not known beforehand, or there is no
+    /// kernel for such heads.
+    fn attention_of_codes(
+        &self,
+        norm: &LayerNorm,
+        op: &Attention,
+        terms: &AttentionTerms<'_>,
+        x: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let (Some(qkv), Some(proj)) = (self.weight(&op.qkv), self.weight(&op.proj)) else {
+            return Ok(None);
+        };
+        let is_matmul = |site| matches!(self.sites.form(site), Form::Matmul);
+        if !is_matmul(&op.query_key) || !is_matmul(&op.score_value) {
+            return Ok(None);
+        }
+        let (Some(input), Some(q), Some(k), Some(v), Some(mixed), Some(scores)) = (
+            self.grid(&op.qkv.site, Operand::Lhs),
+            self.grid(&op.query_key, Operand::Lhs),
+            self.grid(&op.query_key, Operand::Rhs),
+            self.grid(&op.score_value, Operand::Rhs),
+            self.grid(&op.proj.site, Operand::Lhs),
+            self.sites.fixed(&op.score_value, Operand::Lhs),
+        ) else {
+            return Ok(None);
+        };
+        let (n, tokens, dim) = x.size3()?;
+        let per_image = terms.windows.map_or(1, Windows::per_image);
+        let shape = HeadShape {
+            windows: n * per_image,
+            tokens: tokens / per_image,
+            heads: op.heads,
+            width: dim / op.heads,
+        };
+        if !Gpu::takes_norm(dim) || !shape.is_taken(scores) {
+            return Ok(None);
+        }
+        let order = terms.windows.map(Windows::tokens);
+        let codes = self.gpu.normed(x, norm.parameters(), order, input)?;
+        let query_scale = terms.query_scale.map(|scale| scale as f32);
+        let heads = (shape, query_scale, [q, k, v]);
+        let codes = self.gpu.split_heads(&codes, qkv, op.qkv.bias.as_ref(), heads)?;
+        let offsets = ScoreOffsets {
+            scale: terms.scores.scale.map_or(1.0, |scale| scale as f32),
+            bias: terms.scores.bias,
+            mask: terms.scores.mask,
+        };
+        let codes = self.gpu.attention(&codes, offsets, scores, mixed)?;
+        self.gpu.added(&codes, proj, op.proj.bias.as_ref(), x, order).map(Some)
     }
 }
 
@@ -80,6 +166,26 @@ impl Executor for IntegerOnGpu<'_> {
             Form::Matmul | Form::Simulated | Form::Float => {
                 Ok(residual.f_add(&self.simulated.linear(op, x)?)?)
             }
+        }
+    }
+
+    fn add_attention(
+        &mut self,
+        norm: &LayerNorm,
+        op: &Attention,
+        terms: &AttentionTerms<'_>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        match self.attention_of_codes(norm, op, terms, x)? {
+            Some(y) => Ok(y),
+            None => attention::add_attention(self, norm, op, terms, x),
+        }
+    }
+
+    fn add_mlp(&mut self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Tensor> {
+        match self.mlp_of_codes(norm, op, x)? {
+            Some(y) => Ok(y),
+            None => attention::add_mlp(self, norm, op, x),
         }
     }
 }

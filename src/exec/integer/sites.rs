@@ -8,7 +8,8 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::exec::{Executor, Simulated, WeightSource};
-use crate::kernels::cuda::{GpuCodes, GpuWeight};
+use crate::kernels::cuda::{Bins, FixedGrid, Gpu, GpuCodes, GpuWeight};
+use crate::kernels::passes::affine::Grid;
 use crate::kernels::{Codes, PackedRhs};
 use crate::nn::{Linear, Operand, Site, SiteId};
 use crate::quant::{QuantPlan, Quantizer};
@@ -19,6 +20,8 @@ pub trait Kernels: fmt::Debug {
     type Codes;
     /// A packed weight.
     type Weight: fmt::Debug;
+    /// A grid of an operand that is known before any of its values.
+    type Fixed: fmt::Debug;
 
     /// The codes of an operand, if it has an integer form.
     ///
@@ -37,6 +40,13 @@ pub trait Kernels: fmt::Debug {
 
     /// Bytes of a packed weight.
     fn resident_bytes(weight: &Self::Weight) -> u64;
+
+    /// The grid of an operand like `x`, if it is known before any of its values and kernels make codes
+    /// on it wherever values come to be.
+    ///
+    /// # Errors
+    /// `Device` when memory is short.
+    fn fixed(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<Self::Fixed>>;
 }
 
 /// The kernels of `kernels::cpu`.
@@ -46,6 +56,7 @@ pub struct Cpu;
 impl Kernels for Cpu {
     type Codes = Codes;
     type Weight = PackedRhs;
+    type Fixed = Grid;
 
     fn encode(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<Codes>> {
         quantizer.encode(x)
@@ -62,6 +73,10 @@ impl Kernels for Cpu {
     fn resident_bytes(weight: &PackedRhs) -> u64 {
         weight.resident_bytes()
     }
+
+    fn fixed(quantizer: &dyn Quantizer, _x: &Tensor) -> Result<Option<Grid>> {
+        Ok(quantizer.static_grid())
+    }
 }
 
 /// The kernels of `kernels::cuda`.
@@ -71,6 +86,7 @@ pub struct Cuda;
 impl Kernels for Cuda {
     type Codes = GpuCodes;
     type Weight = GpuWeight;
+    type Fixed = FixedGrid;
 
     fn encode(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<GpuCodes>> {
         quantizer.encode_on_gpu(x)
@@ -86,6 +102,16 @@ impl Kernels for Cuda {
 
     fn resident_bytes(weight: &GpuWeight) -> u64 {
         weight.resident_bytes()
+    }
+
+    fn fixed(quantizer: &dyn Quantizer, x: &Tensor) -> Result<Option<FixedGrid>> {
+        if let Some(grid) = quantizer.static_grid() {
+            return Ok(Some(FixedGrid::Uniform(grid)));
+        }
+        match (Gpu::of(x), quantizer.static_stairs()) {
+            (Some(gpu), Some(stairs)) => Ok(Bins::new(gpu, &stairs)?.map(FixedGrid::Stepped)),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -141,9 +167,15 @@ impl fmt::Display for SiteCounts {
 #[derive(Debug)]
 pub struct IntegerSites<K: Kernels> {
     forms: BTreeMap<SiteId, Form<K::Weight>>,
+    fixed: BTreeMap<(SiteId, Operand), K::Fixed>,
 }
 
 impl<K: Kernels> IntegerSites<K> {
+    /// The grid of an operand of a product of integers, if it is known before its values.
+    pub(super) fn fixed(&self, site: &Site, operand: Operand) -> Option<&K::Fixed> {
+        self.fixed.get(&(site.id, operand))
+    }
+
     pub(super) fn form(&self, site: &Site) -> &Form<K::Weight> {
         self.forms.get(&site.id).unwrap_or(&Form::Simulated)
     }
@@ -189,7 +221,11 @@ impl<'a, K: Kernels> Packer<'a, K> {
     /// A packer of a model with decoded weights.
     pub fn new(plan: &'a QuantPlan) -> Self {
         let simulated = Simulated::new(plan, WeightSource::Decoded);
-        Self { plan, simulated, sites: IntegerSites { forms: BTreeMap::new() } }
+        Self {
+            plan,
+            simulated,
+            sites: IntegerSites { forms: BTreeMap::new(), fixed: BTreeMap::new() },
+        }
     }
 
     /// What was found.
@@ -197,7 +233,7 @@ impl<'a, K: Kernels> Packer<'a, K> {
         self.sites
     }
 
-    fn form(&self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Form<K::Weight>> {
+    fn form(&mut self, site: &Site, lhs: &Tensor, rhs: &Tensor) -> Result<Form<K::Weight>> {
         let quantizers =
             [Operand::Lhs, Operand::Rhs].map(|operand| self.plan.get(site.id, operand));
         let (left, right) = match quantizers {
@@ -208,6 +244,13 @@ impl<'a, K: Kernels> Packer<'a, K> {
         let (Some(left), Some(right)) = (K::encode(left, lhs)?, K::encode(right, rhs)?) else {
             return Ok(Form::Simulated);
         };
+        for (operand, quantizer, x) in
+            [(Operand::Lhs, quantizers[0], lhs), (Operand::Rhs, quantizers[1], rhs)]
+        {
+            if let Some(fixed) = quantizer.map(|q| K::fixed(q, x)).transpose()?.flatten() {
+                self.sites.fixed.insert((site.id, operand), fixed);
+            }
+        }
         if site.role.is_matmul() {
             return Ok(if K::is_right(&right) { Form::Matmul } else { Form::Simulated });
         }

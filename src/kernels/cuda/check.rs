@@ -3,14 +3,15 @@
 
 use tch::{Kind, Tensor};
 
-use super::codes::{GpuCodes, GpuWeight};
+use super::attention::{Bins, FixedGrid, HeadShape, ScoreOffsets};
+use super::codes::{FixedCodes, GpuCodes, GpuWeight};
 use super::gpu::Gpu;
 use super::operand::Tokens;
 use super::product::Epilogue;
 use super::quantize::{Affine, Plane, Rounded, Stairs, Stretch};
 use crate::error::{Error, Result};
 use crate::kernels::cpu_slices::{filled, floats};
-use crate::kernels::passes::affine::Constants;
+use crate::kernels::passes::affine::{Constants, Grid};
 use crate::kernels::passes::groups::{GroupGrids, Grouped, Shift};
 use crate::kernels::passes::ranking::{Density, Rules};
 use crate::kernels::passes::staircase::{Passed, Rows, Staircase, values_of};
@@ -22,6 +23,8 @@ const SHAPE: [usize; 3] = [3, 37, 88];
 const GROUPS: usize = 4;
 /// Rows of the weight.
 const OUT: i64 = 70;
+/// Of scores, so that a softmax of them is neither flat nor of one value.
+const SCALE: f64 = 1e-5;
 /// Relative to the largest value: roundings of sums in float32.
 const TOLERANCE: f64 = 1e-5;
 
@@ -34,7 +37,8 @@ pub(super) fn run(gpu: &Gpu) -> Result<()> {
     for stretched in [false, true] {
         linear_inputs(gpu, stretched)?;
     }
-    attention(gpu)
+    attention(gpu)?;
+    blocks(gpu)
 }
 
 fn rules() -> Rules {
@@ -76,7 +80,7 @@ fn linear_inputs(gpu: &Gpu, stretched: bool) -> Result<()> {
     let expected = expected.f_reshape([rows, channels as i64])?;
     near(&codes.decode()?, &expected, "codes")?;
     for bits in [4, 8] {
-        let weight = weight_codes(gpu, bits)?;
+        let weight = weight_codes(gpu, bits, [OUT, SHAPE[2] as i64])?;
         let packed = GpuWeight::pack(&weight, GROUPS as i64)?.ok_or_else(|| wrong("weight"))?;
         let bias = numbers(&[OUT], 3)?.f_to_device(gpu.device())?;
         let residual = numbers(&[rows, OUT], 4)?.f_to_device(gpu.device())?;
@@ -142,7 +146,7 @@ fn attention(gpu: &Gpu) -> Result<()> {
         stairs: &stairs,
         values: &values_of_steps,
         relative: Some((plain, least_ratio)),
-        planes: Plane::powers(15, 1.0, exponent),
+        planes: Plane::powers(0..=15, 1.0, exponent),
     };
     let rounded = Rounded::stairs_on(gpu, scores.f_to_device(gpu.device())?, &described)?;
     same(&rounded.values()?, &expected, "stairs")?;
@@ -171,17 +175,157 @@ fn softmax(gpu: &Gpu) -> Result<()> {
         let by_window = by_window.f_reshape([2, windows, heads, tokens, tokens])?.f_add(&mask)?;
         let expected = by_window.f_softmax(-1, Kind::Double)?.f_reshape_as(&scores)?;
         let [scores, bias, mask] = [scores, bias, mask].map(|x| x.f_to_device(gpu.device()));
-        let found = gpu.softmax(&scores?, 0.5, [Some(&bias?), Some(&mask?)])?;
-        near(&found, &expected, "softmax")?;
+        let (scores, bias, mask) = (scores?, bias?, mask?);
+        let terms = [Some(&bias), Some(&mask)];
+        near(&gpu.softmax(&scores, 0.5, terms)?, &expected, "softmax")?;
+        let grid = Grid { scale: 0.01, zero_point: 3.0, max_code: 63.0 };
+        let scores = on_grid(gpu, scores, grid)?;
+        let found = scores.after_softmax(0.5, terms)?.ok_or_else(|| wrong("softmax"))?;
+        rounded(&found, &expected, (grid, 0.0), "rounded softmax")?;
+    }
+    let grid = Grid { scale: 0.03, zero_point: 9.0, max_code: 63.0 };
+    for width in [37, 48] {
+        let x = numbers(&[5, width], 18)?;
+        let expected = x.f_to_kind(Kind::Double)?.f_gelu("none")?;
+        let x = on_grid(gpu, x.f_to_device(gpu.device())?, grid)?;
+        let found = x.after_gelu()?.ok_or_else(|| wrong("GELU"))?;
+        rounded(&found, &expected, (grid, 0.0), "rounded GELU")?;
     }
     Ok(())
 }
 
-fn weight_codes(gpu: &Gpu, bits: u32) -> Result<GpuCodes> {
-    let codes =
-        numbers(&[OUT, SHAPE[2] as i64], 2)?.f_abs()?.f_mul_scalar(f64::from(1 << bits) / 4.0)?;
+fn on_grid(gpu: &Gpu, x: Tensor, grid: Grid) -> Result<Rounded<'_>> {
+    let number = |n: f32| Tensor::f_from_slice(&[n])?.f_to_device(gpu.device());
+    let (scale, zero) = (number(grid.scale)?, number(grid.zero_point)?);
+    Rounded::fixed_on(gpu, x, (&scale, &zero), grid.max_code, true)
+}
+
+/// What a block does between codes: layer norm, q, k and v, attention, MLP and residuals, in windows.
+fn blocks(gpu: &Gpu) -> Result<()> {
+    let shape = HeadShape { windows: 4, tokens: 19, heads: 3, width: 32 };
+    let (images, places, dim, hidden) = (2, 38, 96, 110);
+    let to_gpu = |x: Tensor| -> Result<Tensor> { Ok(x.f_to_device(gpu.device())?) };
+    let x = numbers(&[images, places, dim], 10)?;
+    let order: Vec<i64> = (0..places).map(|place| (place * 7 + 3) % places).collect();
+    let order = Tensor::f_from_slice(&order)?;
+    let [factors, offsets] = [numbers(&[dim], 11)?, numbers(&[dim], 12)?];
+    let expected = x.f_index_select(1, &order)?.f_layer_norm(
+        &[dim],
+        Some(&factors),
+        Some(&offsets),
+        1e-5,
+        false,
+    )?;
+    let [x, order, factors, offsets] = [x, order, factors, offsets].map(to_gpu);
+    let (x, order) = (x?, order?);
+    let grid = |scale: f32, zero_point: f32| Grid { scale, zero_point, max_code: 255.0 };
+    let input = grid(0.1, 120.0);
+    let codes = gpu.normed(&x, (&factors?, &offsets?, 1e-5), Some(&order), input)?;
+    rounded(&codes.decode()?, &expected.f_reshape([-1, dim])?, (input, 0.0), "normed")?;
+
+    let double = |x: Tensor| -> Result<Tensor> {
+        Ok(x.f_to_kind(Kind::Double)?.f_to_device(tch::Device::Cpu)?)
+    };
+    let weight = |rows: i64, columns: i64, bits: u32| -> Result<(GpuWeight, Tensor)> {
+        let codes = weight_codes(gpu, bits, [rows, columns])?;
+        let decoded = double(codes.decode()?)?;
+        Ok((GpuWeight::pack(&codes, 1)?.ok_or_else(|| wrong("weight"))?, decoded))
+    };
+    let (packed, decoded) = weight(3 * dim, dim, 4)?;
+    let bias = to_gpu(numbers(&[3 * dim], 13)?)?;
+    let product = |lhs: &FixedCodes, weight: &Tensor, bias: &Tensor| -> Result<Tensor> {
+        Ok(double(lhs.decode()?)?
+            .f_matmul(&weight.f_tr()?)?
+            .f_add(&double(bias.shallow_clone())?)?)
+    };
+    let expected = product(&codes, &decoded, &bias)?;
+    let grids = [grid(6.0, 128.0), grid(11.0, 120.0), grid(9.0, 140.0)];
+    let qkv = gpu.split_heads(&codes, &packed, Some(&bias), (shape, Some(0.5), grids))?;
+    for (index, (part, grid)) in qkv.decode()?.iter().zip(grids).enumerate() {
+        let expected = expected.f_narrow(1, index as i64 * dim, dim)?;
+        let factor = if index == 0 { 0.5 } else { 1.0 };
+        rounded(part, &expected.f_mul_scalar(factor)?, (grid, 0.0), "heads of a product")?;
+    }
+
+    let [q, k, v] = qkv.decode()?.map(|x| -> Result<Tensor> {
+        let HeadShape { windows, tokens, heads, width } = shape;
+        Ok(double(x)?.f_reshape([windows, tokens, heads, width])?.f_transpose(1, 2)?)
+    });
+    let (v, bias, mask) = (
+        v?,
+        numbers(&[1, 3, 19, 19], 14)?,
+        numbers(&[2, 1, 19, 19], 15)?.f_ge(-1.0)?.f_to_kind(Kind::Float)?.f_sub_scalar(1.0)?,
+    );
+    let masks = mask.f_mul_scalar(9.0)?.f_repeat([2, 1, 1, 1])?;
+    let weights =
+        q?.f_matmul(&k?.f_transpose(2, 3)?)?.f_mul_scalar(SCALE)?.f_add(&bias)?.f_add(&masks)?;
+    let weights = weights.f_softmax(-1, Kind::Double)?;
+    let [bias, mask] = [bias, mask.f_mul_scalar(9.0)?].map(to_gpu);
+    let (bias, mask) = (bias?, mask?);
+    let offsets = ScoreOffsets { scale: SCALE as f32, bias: Some(&bias), mask: Some(&mask) };
+    let uniform = Grid { scale: 0.01, zero_point: 3.0, max_code: 63.0 };
+    let on_grid = weights.f_div_scalar(0.01)?.f_round()?.f_clamp(-3.0, 60.0)?.f_mul_scalar(0.01)?;
+    let thresholds: Vec<f32> = (0..16i16).rev().map(|e| 0.7 * 0.5f32.powi(i32::from(e))).collect();
+    let stairs = Staircase::new(thresholds, Passed::AtLeast).ok_or_else(|| wrong("stairs"))?;
+    let powers: Vec<f32> = (0..=16i16).map(|steps| 0.5f32.powi(16 - i32::from(steps))).collect();
+    let values = values_of(&powers);
+    let exponent = |steps: u8| (1..=16).contains(&steps).then(|| 16 - i64::from(steps));
+    let planes = Plane::powers(0..=15, 1.0, exponent);
+    let mut steps = weights.f_zeros_like()?;
+    for threshold in stairs.thresholds() {
+        steps = steps.f_add(&weights.f_ge(f64::from(*threshold))?.f_to_kind(Kind::Double)?)?;
+    }
+    let on_stairs =
+        steps.f_sub_scalar(16.0)?.f_exp2()?.f_mul(&steps.f_gt(0.0)?.f_to_kind(Kind::Double)?)?;
+    let stairs = Stairs { stairs: &stairs, values: &values, relative: None, planes };
+    let stepped = Bins::new(gpu, &stairs)?.ok_or_else(|| wrong("bins"))?;
+    // One weight may be so near to the border of two codes that float32 takes the other one.
+    let largest = v.f_abs()?.f_max()?.f_double_value(&[])?;
+    for (scores, hat, step) in [
+        (FixedGrid::Uniform(uniform), on_grid, 0.01),
+        (FixedGrid::Stepped(stepped), on_stairs, 0.0),
+    ] {
+        let mixed = hat.f_matmul(&v)?.f_transpose(1, 2)?.f_reshape([-1, dim])?;
+        let found = gpu.attention(&qkv, offsets, &scores, grid(6.0, 128.0))?;
+        rounded(&found.decode()?, &mixed, (grid(6.0, 128.0), step * largest), "attention")?;
+    }
+
+    let (packed, decoded) = weight(hidden, dim, 8)?;
+    let bias = to_gpu(numbers(&[hidden], 16)?)?;
+    let expected = product(&codes, &decoded, &bias)?.f_gelu("none")?;
+    let codes = gpu.encoded(&codes, &packed, (Some(&bias), true), grid(80.0, 10.0))?;
+    rounded(&codes.decode()?, &expected, (grid(80.0, 10.0), 0.0), "codes of a product")?;
+    let (packed, decoded) = weight(dim, hidden, 4)?;
+    let bias = to_gpu(numbers(&[dim], 17)?)?;
+    let expected = product(&codes, &decoded, &bias)?.f_reshape([images, places, dim])?;
+    let found = gpu.added(&codes, &packed, Some(&bias), &x, Some(&order))?;
+    let found = double(found)?
+        .f_sub(&double(x)?)?
+        .f_index_select(1, &double(order)?.f_to_kind(Kind::Int64)?)?;
+    near(&found, &expected, "sum with a product")
+}
+
+/// Whether values are those on the grid that are nearest to the expected ones, give or take `slack`.
+fn rounded(
+    found: &Tensor,
+    expected: &Tensor,
+    (grid, slack): (Grid, f64),
+    what: &str,
+) -> Result<()> {
+    let found = found.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Double)?;
+    let Grid { scale, zero_point, max_code } = grid;
+    let [scale, zero_point, max_code] = [scale, zero_point, max_code].map(f64::from);
+    let (low, high) = (-zero_point * scale, (max_code - zero_point) * scale);
+    let expected = expected.f_to_kind(Kind::Double)?.f_clamp(low, high)?;
+    let error = found.f_sub(&expected)?.f_abs()?.f_max()?.f_double_value(&[])?;
+    // NaN is no less, either.
+    if error <= 0.501 * scale + slack { Ok(()) } else { Err(wrong(what)) }
+}
+
+fn weight_codes(gpu: &Gpu, bits: u32, shape: [i64; 2]) -> Result<GpuCodes> {
+    let codes = numbers(&shape, 2)?.f_abs()?.f_mul_scalar(f64::from(1 << bits) / 4.0)?;
     let codes = codes.f_floor()?.f_clamp(0.0, f64::from((1 << bits) - 1))?;
-    let scale = numbers(&[OUT, 1], 6)?.f_abs()?.f_add_scalar(0.1)?;
+    let scale = numbers(&[shape[0], 1], 6)?.f_abs()?.f_add_scalar(0.1)?;
     let term = IntTerm {
         codes: codes.f_to_kind(Kind::Int)?.f_to_device(gpu.device())?,
         zero_point: scale.f_full_like(f64::from(1 << (bits - 1)))?.f_to_device(gpu.device())?,

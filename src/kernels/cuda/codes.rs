@@ -4,6 +4,7 @@ use tch::{Kind, Tensor};
 
 use super::gpu::parts;
 use crate::error::{Error, Result};
+use crate::kernels::passes::affine::Grid;
 use crate::quant::IntTerm;
 use crate::quant::encode::{ByteTerm, bytes_of};
 
@@ -175,6 +176,29 @@ fn grid_of(codes: &Tensor, scale: &Tensor, zero: &Tensor, padding: Padding) -> R
     let offset = scale.f_mul(zero)?.f_neg()?;
     let grids = Tensor::f_stack(&[scale.shallow_clone(), offset, values, sums], -1)?; // [rows, groups, 4]
     Ok(grids.f_transpose(0, 1)?.f_contiguous()?)
+}
+
+/// Rows of codes on one grid that was known before they were.
+#[derive(Debug)]
+pub struct FixedCodes {
+    pub(super) rows: i64,
+    /// One group.
+    pub(super) padding: Padding,
+    /// uint8 [rows, width].
+    pub(super) codes: Tensor,
+    pub(super) grid: Grid,
+}
+
+impl FixedCodes {
+    /// x̂ float32 [rows, columns], by tensor operations.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn decode(&self) -> Result<Tensor> {
+        let codes = self.codes.f_narrow(1, 0, self.padding.columns)?.f_to_kind(Kind::Float)?;
+        let Grid { scale, zero_point, .. } = self.grid;
+        Ok(codes.f_sub_scalar(f64::from(zero_point))?.f_mul_scalar(f64::from(scale))?)
+    }
 }
 
 /// A weight, packed once for left operands of a number of groups; codes of up to four bits stay two a

@@ -14,10 +14,10 @@ const PACKAGE_FOLDER: &str = "../../nvidia/cu13/lib";
 const LIBRARIES: [&str; 2] = ["libnvrtc-builtins.so.13.0", "libnvrtc.so.13"];
 
 /// Values of macros by name, as many as any program has; without a name there is none.
-pub(super) type Definitions = [(&'static str, i32); 8];
+pub(super) type Definitions = [(&'static str, i32); 11];
 
 /// No macros.
-pub(super) const PLAIN: Definitions = [("", 0); 8];
+pub(super) const PLAIN: Definitions = [("", 0); 11];
 
 /// A kernel's source and how it is to be compiled.
 #[derive(Clone, Debug)]

@@ -5,6 +5,7 @@
 //! tensor's device once they have compiled and passed their check there; a device without
 //! them, or where they fail, has none, and callers fall back to libtorch.
 
+mod attention;
 mod between;
 mod check;
 mod codes;
@@ -14,7 +15,8 @@ mod operand;
 mod product;
 mod quantize;
 
-pub use codes::{GpuCodes, GpuWeight};
+pub use attention::{Bins, FixedGrid, HeadCodes, HeadShape, ScoreOffsets};
+pub use codes::{FixedCodes, GpuCodes, GpuWeight};
 pub use gpu::Gpu;
 pub use operand::Tokens;
 pub use product::Epilogue;

@@ -9,67 +9,34 @@
 // STEP). A result depends on its row and column alone: neither the batch nor the grid changes it.
 //
 // Compiled once for each set of BM, BN, WM, WN (results of a block and of a warp), STEP (codes of a row
-// in a stage), STAGES, NIBBLES (two codes of the right operand share a byte) and SINGLE (one term and one
-// group: sums are rescaled only at the end).
+// in a stage), STAGES, NIBBLES (two codes of the right operand share a byte), SINGLE (one term and one
+// group: sums are rescaled only at the end), FIXED (single, and one grid for all of the left operand:
+// its codes are summed while they are multiplied), CODES (the result becomes codes on fixed grids) and
+// BLOCKS (that share a multiprocessor, at least).
 
-typedef unsigned int u32;
-typedef unsigned char u8;
-typedef long long i64;
-
-struct Product {
-  const u8* lhs;            // [terms][batch · m][width]
-  const float4* lhs_grids;  // [terms][groups][batch · m]: scale, −scale · zero, Σ x̂, Σ codes
-  const u8* rhs;            // [batch · n][width], or two codes a byte
-  const float4* rhs_grids;  // [batch · n]
-  const float* rhs_sums;    // [groups][batch · n], each sum_stride floats behind the other: Σ codes
-  const float* bias;        // [n] or null
-  const float* residual;    // [batch · m][n] or null
-  float* out;               // [batch · m][n]
-  int m, n, batch;
-  int terms, groups;
-  int group_width, width;
-  int sum_stride;
-  int gelu, accumulate;
-};
-
-__device__ __forceinline__ void copy16(u32 to, const u8* from, bool inside) {
-  const int bytes = inside ? 16 : 0; // the rest is filled with zeros
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(bytes));
-}
-
-__device__ __forceinline__ void load4(u32 (&to)[4], u32 from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(from));
-}
-
-__device__ __forceinline__ void multiply(int (&sum)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};\n"
-      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Where 16 codes of a row of `bytes` lie, so that rows that are read together are in different banks.
+// Rows of codes are in shared memory so that those that are read together are in different banks: 16 codes
+// number `chunk` of a row lie at `chunk` ^ turn.
 template <int bytes>
-__device__ __forceinline__ u32 place(int row, int chunk) {
+__device__ __forceinline__ int turn(int row) {
   constexpr int CHUNKS = bytes / 16;
-  const int turn = CHUNKS >= 8 ? row : CHUNKS == 4 ? row / 2 : row / 4;
-  return row * bytes + (chunk ^ turn % (CHUNKS < 8 ? CHUNKS : 8)) * 16;
+  return CHUNKS >= 8 ? row % 8 : CHUNKS == 4 ? row / 2 % 4 : row / 4 % 2;
 }
 
-extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(Product p) {
+extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS) product(Product p) {
   constexpr int THREADS = BM / WM * (BN / WN) * 32;
   constexpr int MT = WM / 16, NT = WN / 8;
   constexpr int RHS_ROW = NIBBLES ? STEP / 2 : STEP;
   constexpr int LHS_BYTES = BM * STEP, STAGE_BYTES = LHS_BYTES + BN * RHS_ROW;
-  extern __shared__ __align__(128) u8 memory[];
-  const u32 base = (u32)__cvta_generic_to_shared(memory);
-  // Behind the stages: Σ x̂ of rows, scale and −scale · zero of rows, Σ codes of columns.
+  u8* const memory = shared_memory();
+  const u32 base = shared_address(memory);
+  // Behind the stages: Σ x̂ of rows, scale and −scale · zero of rows, Σ codes of columns; for a fixed grid Σ
+  // codes of rows and what becomes of columns.
   const int segments = p.terms * p.groups;
   float* const row_totals = (float*)(memory + STAGES * STAGE_BYTES); // [BM]
   float2* const row_grids = (float2*)(row_totals + BM);               // [segments][BM]
   float* const column_sums = (float*)(row_grids + segments * BM);     // [groups][BN]
+  int* const code_sums = (int*)row_totals;                            // [BM]
+  Columns& columns = *(Columns*)(code_sums + BM);
 
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
   const int warp_m = warp / (BN / WN) * WM, warp_n = warp % (BN / WN) * WN;
@@ -80,35 +47,50 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
   const u8* const rhs_codes = p.rhs + (i64)blockIdx.z * p.n * p.width / (NIBBLES ? 2 : 1);
   const int rhs_pitch = NIBBLES ? p.width / 2 : p.width;
 
+  // A thread copies the same 16 codes of every few rows.
+  constexpr int LHS_CHUNKS = STEP / 16, RHS_CHUNKS = RHS_ROW / 16;
+  constexpr int LHS_EACH = THREADS / LHS_CHUNKS, RHS_EACH = THREADS / RHS_CHUNKS;
+  const int lhs_row = thread / LHS_CHUNKS, lhs_chunk = thread % LHS_CHUNKS;
+  const int rhs_row = thread / RHS_CHUNKS, rhs_chunk = thread % RHS_CHUNKS;
+  const int lhs_left = p.m - first_m - lhs_row, rhs_left = p.n - first_n - rhs_row; // rows that there are
+  const u8* const lhs_first = lhs_codes + (i64)(first_m + lhs_row) * p.width + lhs_chunk * 16;
+  const u8* const rhs_first = rhs_codes + (i64)(first_n + rhs_row) * rhs_pitch + rhs_chunk * 16;
+  static_assert(LHS_EACH % 8 == 0 && RHS_EACH % 8 == 0, "all rows of a thread have one turn");
+  const u32 lhs_to = base + lhs_row * STEP + (lhs_chunk ^ turn<STEP>(lhs_row)) * 16;
+  // Columns change places within their groups, so that those of every other turn of a thread may.
+  constexpr int PERIOD = FIXED && RHS_EACH < GROUP ? GROUP / RHS_EACH : 1;
+  u32 rhs_to[PERIOD];
+#pragma unroll
+  for (int i = 0; i < PERIOD; i++) {
+    const int row = rhs_row + i * RHS_EACH, place = FIXED ? place_of(row) : row;
+    rhs_to[i] = base + LHS_BYTES + place * RHS_ROW + (rhs_chunk ^ turn<RHS_ROW>(place)) * 16;
+  }
   auto load = [&](int stage) {
-    const u32 to = base + stage % STAGES * STAGE_BYTES;
-    const int term = stage / stages_per_term, k = stage % stages_per_term;
-    const u8* const lhs = lhs_codes + (i64)term * lhs_rows * p.width + k * STEP;
-    constexpr int LHS_CHUNKS = STEP / 16, RHS_CHUNKS = RHS_ROW / 16;
+    const u32 to = stage % STAGES * STAGE_BYTES;
+    const int term = SINGLE ? 0 : stage / stages_per_term, k = SINGLE ? stage : stage % stages_per_term;
+    const u8* const lhs = lhs_first + (i64)term * lhs_rows * p.width + k * STEP;
 #pragma unroll
-    for (int i = thread; i < BM * LHS_CHUNKS; i += THREADS) {
-      const int row = i / LHS_CHUNKS, chunk = i % LHS_CHUNKS;
-      const bool inside = first_m + row < p.m;
-      copy16(to + place<STEP>(row, chunk), lhs + (i64)(inside ? first_m + row : 0) * p.width + chunk * 16, inside);
-    }
-    const u8* const rhs = rhs_codes + k * RHS_ROW;
+    for (int i = 0; i < (BM + LHS_EACH - 1) / LHS_EACH; i++)
+      if (BM % LHS_EACH == 0 || lhs_row + i * LHS_EACH < BM)
+        copy16(lhs_to + to + i * LHS_EACH * STEP, lhs + (i64)i * LHS_EACH * p.width, i * LHS_EACH < lhs_left);
+    const u8* const rhs = rhs_first + k * RHS_ROW;
 #pragma unroll
-    for (int i = thread; i < BN * RHS_CHUNKS; i += THREADS) {
-      const int row = i / RHS_CHUNKS, chunk = i % RHS_CHUNKS;
-      const bool inside = first_n + row < p.n;
-      copy16(to + LHS_BYTES + place<RHS_ROW>(row, chunk),
-             rhs + (i64)(inside ? first_n + row : 0) * rhs_pitch + chunk * 16, inside);
-    }
+    for (int i = 0; i < (BN + RHS_EACH - 1) / RHS_EACH; i++)
+      if (BN % RHS_EACH == 0 || rhs_row + i * RHS_EACH < BN)
+        copy16(rhs_to[i % PERIOD] + to + i / PERIOD * PERIOD * RHS_EACH * RHS_ROW, rhs + (i64)i * RHS_EACH * rhs_pitch, i * RHS_EACH < rhs_left);
   };
 
 #pragma unroll
   for (int stage = 0; stage < STAGES - 1; stage++) {
     if (stage < stages) load(stage);
-    asm volatile("cp.async.commit_group;\n" ::);
+    commit_copies();
   }
 
   // While the first stages are under way.
-  {
+  if (FIXED) {
+    for (int row = thread; row < BM; row += THREADS) code_sums[row] = 0;
+    for (int i = thread; i < BN; i += THREADS) prepare(p, columns, i, first_n + i);
+  } else {
     const float4* const grids = p.lhs_grids + (i64)blockIdx.z * p.m;
     for (int row = thread; row < BM; row += THREADS) {
       const int m = min(first_m + row, p.m - 1);
@@ -128,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
   }
 
   int sums[MT][NT][4];
-  float total[MT][NT][4];
+  float total[MT][NT][4]; // rescaled sums; those of a fixed grid stay as they are
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
@@ -136,8 +118,23 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
 #pragma unroll
       for (int e = 0; e < 4; e++) sums[i][j][e] = 0, total[i][j][e] = 0.0f;
 
+  int row_sums[MT][2] = {}; // of codes
+
   // Element e of a lane: row lane / 4 (+ 8 for e ≥ 2), column 2 · (lane % 4) + e % 2.
   const int row_of_lane = warp_m + lane / 4, column_of_lane = warp_n + lane % 4 * 2;
+
+  // Added to while the stages are under way, behind the barrier of the first of them.
+  auto share_sums = [&] {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        int sum = row_sums[i][half];
+        sum += __shfl_xor_sync(ALL, sum, 1);
+        sum += __shfl_xor_sync(ALL, sum, 2);
+        if (lane % 4 == 0) atomicAdd(code_sums + row_of_lane + i * 16 + half * 8, sum);
+      }
+  };
 
   auto rescale = [&](int term, int group) {
     const float2* const lows = (const float2*)(column_sums + group * BN + column_of_lane);
@@ -162,26 +159,40 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
       }
   };
 
+  // Where a lane reads: rows of 16, and columns of 32 or 16.
+  const int lhs_lane = lane % 16, rhs_lane = NIBBLES ? lane : lane / 16 * 8 + lane % 8;
+  const int lhs_turn = lane / 16 ^ turn<STEP>(lhs_lane);
+  const int rhs_turn = (NIBBLES ? 0 : lane / 8 % 2) ^ turn<RHS_ROW>(rhs_lane);
+  const u32 lhs_from = base + (warp_m + lhs_lane) * STEP;
+  const u32 rhs_from = base + LHS_BYTES + (warp_n + rhs_lane) * RHS_ROW;
+
   const int group_steps = p.group_width / 32;
   int group = 0, left = group_steps, term = 0, stage_of_term = 0;
   for (int stage = 0; stage < stages; stage++) {
-    asm volatile("cp.async.wait_group %0;\n" ::"n"(STAGES - 2));
+    wait_for_copies<STAGES - 2>();
     __syncthreads();
     if (stage + STAGES - 1 < stages) load(stage + STAGES - 1);
-    asm volatile("cp.async.commit_group;\n" ::);
-    const u32 lhs = base + stage % STAGES * STAGE_BYTES, rhs = lhs + LHS_BYTES;
+    commit_copies();
+    const u32 lhs = lhs_from + stage % STAGES * STAGE_BYTES, rhs = rhs_from + stage % STAGES * STAGE_BYTES;
 #pragma unroll
     for (int step = 0; step < STEP / 32; step++) {
       u32 a[MT][4], b[NT][2];
 #pragma unroll
       for (int i = 0; i < MT; i++)
-        load4(a[i], lhs + place<STEP>(warp_m + i * 16 + lane % 16, step * 2 + lane / 16));
+        load4(a[i], lhs + i * 16 * STEP + (lhs_turn ^ step * 2) * 16);
+      // The warps of a row share its codes out.
+      if (FIXED && step % (BN / WN) == warp % (BN / WN)) {
+#pragma unroll
+        for (int i = 0; i < MT; i++)
+#pragma unroll
+          for (int word = 0; word < 4; word++) row_sums[i][word % 2] = add_codes(a[i][word], row_sums[i][word % 2]);
+      }
       if (NIBBLES) {
         // Byte i of a chunk holds the codes i and i + 16 of the step.
 #pragma unroll
         for (int j = 0; j < NT; j += 4) {
           u32 words[4];
-          load4(words, rhs + place<RHS_ROW>(warp_n + j * 8 + lane, step));
+          load4(words, rhs + j * 8 * RHS_ROW + (rhs_turn ^ step) * 16);
 #pragma unroll
           for (int i = 0; i < 4; i++) b[j + i][0] = words[i] & 0x0f0f0f0f, b[j + i][1] = words[i] >> 4 & 0x0f0f0f0f;
         }
@@ -189,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
 #pragma unroll
         for (int j = 0; j < NT; j += 2) {
           u32 words[4];
-          load4(words, rhs + place<RHS_ROW>(warp_n + j * 8 + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+          load4(words, rhs + j * 8 * RHS_ROW + (rhs_turn ^ step * 2) * 16);
           b[j][0] = words[0], b[j][1] = words[1], b[j + 1][0] = words[2], b[j + 1][1] = words[3];
         }
       }
@@ -207,6 +218,14 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
       term++;
     }
   }
+  if (FIXED) {
+    share_sums();
+    wait_for_copies<0>();
+    __syncthreads();
+    if (p.gelu) finish<MT, NT, true>(p, sums, columns, code_sums, warp_m, warp_n, first_m, first_n);
+    else finish<MT, NT, false>(p, sums, columns, code_sums, warp_m, warp_n, first_m, first_n);
+    return;
+  }
   if (SINGLE) rescale(0, 0);
 
   const int lane_m = first_m + row_of_lane, lane_n = first_n + column_of_lane;
@@ -221,6 +240,7 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32) product(P
       column[j][e] = make_float2(grid.x, grid.y);
       bias[j][e] = p.bias ? __ldg(p.bias + n) : 0.0f;
     }
+
   const bool pairs = p.n % 2 == 0;
 #pragma unroll
   for (int i = 0; i < MT; i++)

@@ -2,13 +2,23 @@
 
 use tch::{Kind, Tensor};
 
-use super::codes::{GpuCodes, GpuWeight, Padding};
+use super::codes::{FixedCodes, GpuCodes, GpuWeight, Padding};
 use super::compile::Source;
 use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
 use crate::error::{Error, Result};
+use crate::kernels::passes::affine::Grid;
 
 /// Shared memory of a block on the smallest of the GPUs.
-const MAX_SHARED_BYTES: i64 = 99 << 10;
+pub(super) const MAX_SHARED_BYTES: i64 = 99 << 10;
+
+/// Columns that are certain to be on one grid where a result becomes codes on several.
+pub(super) const GRID_COLUMNS: i64 = 32;
+
+/// Values that are added and written at once to a product of a fixed grid.
+const VALUES: i64 = 4;
+
+/// Grids of a result at most.
+const MAX_GRIDS: usize = 3;
 
 /// What is done to a product while it is in registers.
 #[derive(Clone, Copy, Debug, Default)]
@@ -32,29 +42,64 @@ pub(super) struct Tiling {
     step: i64,
     /// Stages in flight.
     stages: i64,
+    /// Blocks that share a multiprocessor at least.
+    blocks: i32,
+}
+
+/// Which of the kernel's forms runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Variant {
+    /// Terms and groups of the left operand are rescaled one by one.
+    Segments,
+    /// There is one of both.
+    Single,
+    /// The left operand is on a fixed grid.
+    Fixed,
+    /// The same, and the result becomes codes on fixed grids.
+    FixedToCodes,
 }
 
 impl Tiling {
-    const LARGE: Self = Self { block: (128, 128), warp: (64, 32), step: 128, stages: 3 };
-    const MIDDLE: Self = Self { block: (128, 64), warp: (32, 32), step: 128, stages: 3 };
-    const SMALL: Self = Self { block: (64, 64), warp: (32, 32), step: 128, stages: 3 };
+    const LARGE: Self = Self { block: (128, 128), warp: (64, 32), step: 128, stages: 3, blocks: 1 };
+    const MIDDLE: Self = Self { block: (128, 64), warp: (32, 32), step: 128, stages: 3, blocks: 1 };
+    const SMALL: Self = Self { block: (64, 64), warp: (32, 32), step: 128, stages: 3, blocks: 1 };
+    /// Of a left operand on a fixed grid: many small blocks share a multiprocessor, so that some multiply
+    /// while others write.
+    const WIDE: Self = Self { block: (64, 128), warp: (64, 32), step: 128, stages: 2, blocks: 4 };
+    const NARROW: Self = Self { block: (64, 64), warp: (32, 32), step: 128, stages: 2, blocks: 6 };
 
     /// The tiling of `batch` products [m, n] over rows of `width` codes in terms and groups.
-    fn choose((batch, m, n): (i64, i64, i64), width: i64, (terms, groups): (i64, i64)) -> Self {
+    fn choose(
+        (batch, m, n): (i64, i64, i64),
+        width: i64,
+        segments: (i64, i64),
+        variant: Variant,
+    ) -> Self {
         /// Blocks that keep a large GPU busy.
         const ENOUGH: i64 = 132;
-        let blocks = |tiling: Self| batch * parts(m, tiling.block.0) * parts(n, tiling.block.1);
-        let wide = if terms * groups == 1 { Self::MIDDLE } else { Self::LARGE };
-        let fits = wide.shared_bytes(false, (terms, groups)) <= MAX_SHARED_BYTES;
-        let tiling = if fits && blocks(wide) >= ENOUGH { wide } else { Self::SMALL };
+        let (wide, narrow) = match variant {
+            Variant::Segments => (Self::LARGE, Self::SMALL),
+            Variant::Single => (Self::MIDDLE, Self::SMALL),
+            Variant::Fixed => (Self::NARROW, Self::NARROW),
+            Variant::FixedToCodes => (Self::WIDE, Self::NARROW),
+        };
+        let blocks = batch * parts(m, wide.block.0) * parts(n, wide.block.1);
+        let fits = wide.shared_bytes(false, segments) <= MAX_SHARED_BYTES;
+        let tiling = if fits && blocks >= ENOUGH { wide } else { narrow };
         if width % tiling.step == 0 { tiling } else { Self { step: 64, ..tiling } }
     }
 
-    pub(super) fn source(self, nibbles: bool, is_single: bool) -> Source {
+    pub(super) fn source(self, nibbles: bool, variant: Variant) -> Source {
         let number = |n: i64| i32::try_from(n).unwrap_or(i32::MAX);
+        let is_fixed = matches!(variant, Variant::Fixed | Variant::FixedToCodes);
         Source {
             name: "product",
-            text: include_str!("product.cu"),
+            text: concat!(
+                include_str!("primitives.cu"),
+                include_str!("codes.cu"),
+                include_str!("finish.cu"),
+                include_str!("product.cu")
+            ),
             definitions: [
                 ("BM", number(self.block.0)),
                 ("BN", number(self.block.1)),
@@ -63,7 +108,10 @@ impl Tiling {
                 ("STEP", number(self.step)),
                 ("STAGES", number(self.stages)),
                 ("NIBBLES", i32::from(nibbles)),
-                ("SINGLE", i32::from(is_single)),
+                ("SINGLE", i32::from(variant != Variant::Segments)),
+                ("FIXED", i32::from(is_fixed)),
+                ("CODES", i32::from(variant == Variant::FixedToCodes)),
+                ("BLOCKS", self.blocks),
             ],
             contract: true,
         }
@@ -77,15 +125,40 @@ impl Tiling {
     fn shared_bytes(self, nibbles: bool, (terms, groups): (i64, i64)) -> i64 {
         let rhs = if nibbles { self.step / 2 } else { self.step };
         let stages = self.stages * (self.block.0 * self.step + self.block.1 * rhs);
-        stages + 4 * self.block.0 * (1 + 2 * terms * groups) + 4 * self.block.1 * groups
+        // Of a fixed grid, sums of rows and three numbers of columns.
+        let fixed = 4 * self.block.0 + 12 * self.block.1;
+        let grids = 4 * self.block.0 * (1 + 2 * terms * groups) + 4 * self.block.1 * groups;
+        stages + grids.max(fixed)
     }
 
     /// Every one that there is.
     #[cfg(test)]
     pub(super) fn all() -> Vec<Self> {
-        let whole = [Self::LARGE, Self::MIDDLE, Self::SMALL];
+        let whole = [Self::LARGE, Self::MIDDLE, Self::SMALL, Self::WIDE, Self::NARROW];
         whole.iter().flat_map(|tiling| [*tiling, Self { step: 64, ..*tiling }]).collect()
     }
+}
+
+/// A grid as kernels take it, whose steps they count by a multiplication.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct GridArguments {
+    inverse: f32,
+    zero: f32,
+    max_code: f32,
+}
+
+impl From<Grid> for GridArguments {
+    fn from(Grid { scale, zero_point, max_code }: Grid) -> Self {
+        Self { inverse: 1.0 / scale, zero: zero_point, max_code }
+    }
+}
+
+/// The left operand.
+#[derive(Clone, Copy)]
+enum Lhs<'a> {
+    Rows(&'a GpuCodes),
+    Fixed(&'a FixedCodes),
 }
 
 /// The right operand as the kernel reads it.
@@ -97,8 +170,30 @@ struct Rhs<'a> {
     nibbles: bool,
 }
 
+impl<'a> From<&'a GpuWeight> for Rhs<'a> {
+    fn from(weight: &'a GpuWeight) -> Self {
+        let GpuWeight { codes, grids, sums, nibbles, .. } = weight;
+        Self { codes, grids, sums: (sums, 0, 1), nibbles: *nibbles }
+    }
+}
+
+/// What a product becomes.
+enum Target<'a> {
+    /// float32 [batch · m, n].
+    Values {
+        out: &'a Tensor,
+        /// Whether it is added to what is there.
+        accumulate: bool,
+        /// int64: the row of an image that each of the product's rows belongs to.
+        order: Option<&'a Tensor>,
+    },
+    /// uint8 [batch · m, width], equal parts of the columns on a grid each.
+    Codes { codes: &'a Tensor, width: i64, grids: &'a [Grid], first_factor: f32 },
+}
+
 /// Arguments of the kernel, in its order.
 #[repr(C)]
+#[derive(Default)]
 struct Arguments {
     lhs: u64,
     lhs_grids: u64,
@@ -108,6 +203,8 @@ struct Arguments {
     bias: u64,
     residual: u64,
     out: u64,
+    order: u64,
+    codes: u64,
     m: i32,
     n: i32,
     batch: i32,
@@ -115,9 +212,17 @@ struct Arguments {
     groups: i32,
     group_width: i32,
     width: i32,
+    columns: i32,
     sum_stride: i32,
     gelu: i32,
     accumulate: i32,
+    per_image: i32,
+    codes_width: i32,
+    grid_columns: i32,
+    first_factor: f32,
+    lhs_scale: f32,
+    lhs_zero: f32,
+    grids: [GridArguments; MAX_GRIDS],
 }
 
 by_value!(Arguments);
@@ -134,17 +239,11 @@ impl Gpu {
         weight: &GpuWeight,
         epilogue: Epilogue<'_>,
     ) -> Result<Tensor> {
-        if lhs.padding != weight.padding {
-            return Err(misfit(lhs.padding, weight.padding));
-        }
+        fit(lhs.padding, weight.padding)?;
         let out = Tensor::f_empty([lhs.rows, weight.rows], (Kind::Float, lhs.codes.device()))?;
-        let rhs = Rhs {
-            codes: &weight.codes,
-            grids: &weight.grids,
-            sums: (&weight.sums, 0, 1),
-            nibbles: weight.nibbles,
-        };
-        self.multiply(lhs, &rhs, (1, lhs.rows, weight.rows), (epilogue, false), &out)?;
+        let target = Target::Values { out: &out, accumulate: false, order: None };
+        let shape = (1, lhs.rows, weight.rows);
+        self.multiply((Lhs::Rows(lhs), weight.into()), shape, epilogue, &target)?;
         Ok(out)
     }
 
@@ -154,7 +253,8 @@ impl Gpu {
     /// # Errors
     /// As [`Gpu::product`].
     pub fn product_batch(&self, lhs: &GpuCodes, rhs: &GpuCodes, batch: i64) -> Result<Tensor> {
-        if lhs.padding != rhs.padding || rhs.groups() != 1 || batch < 1 {
+        fit(lhs.padding, rhs.padding)?;
+        if rhs.groups() != 1 || batch < 1 {
             return Err(misfit(lhs.padding, rhs.padding));
         }
         let (m, n) = (lhs.rows / batch, rhs.rows / batch);
@@ -163,81 +263,194 @@ impl Gpu {
             let (codes, grids) = (rhs.codes.f_select(0, term)?, rhs.grids.f_select(0, term)?);
             // The fourth number of a grid is its sum of codes.
             let rhs = Rhs { codes: &codes, grids: &grids, sums: (&grids, 3, 4), nibbles: false };
-            self.multiply(lhs, &rhs, (batch, m, n), (Epilogue::default(), term > 0), &out)?;
+            let target = Target::Values { out: &out, accumulate: term > 0, order: None };
+            self.multiply((Lhs::Rows(lhs), rhs), (batch, m, n), Epilogue::default(), &target)?;
         }
         Ok(out)
     }
 
+    /// `residual` plus `lhs · weightᵀ (+ bias)`, float32 in the shape of the residual [images, rows, n];
+    /// `order`, int64 [rows], gives the row of an image that each of the product's rows belongs to.
+    ///
+    /// # Errors
+    /// As [`Gpu::product`].
+    pub fn added(
+        &self,
+        lhs: &FixedCodes,
+        weight: &GpuWeight,
+        bias: Option<&Tensor>,
+        residual: &Tensor,
+        order: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        fit(lhs.padding, weight.padding)?;
+        let out = Tensor::f_empty(residual.size(), (Kind::Float, lhs.codes.device()))?;
+        let target = Target::Values { out: &out, accumulate: false, order };
+        let epilogue = Epilogue { bias, gelu: false, residual: Some(residual) };
+        let shape = (1, lhs.rows, weight.rows);
+        self.multiply((Lhs::Fixed(lhs), weight.into()), shape, epilogue, &target)?;
+        Ok(out)
+    }
+
+    /// Codes of `lhs · weightᵀ (+ bias)`, after GELU or not.
+    ///
+    /// # Errors
+    /// As [`Gpu::product`].
+    pub fn encoded(
+        &self,
+        lhs: &FixedCodes,
+        weight: &GpuWeight,
+        (bias, gelu): (Option<&Tensor>, bool),
+        grid: Grid,
+    ) -> Result<FixedCodes> {
+        let codes = self.codes_of(lhs, weight, (bias, gelu), (&[grid], 1.0))?;
+        let padding = Padding::new(weight.rows, 1).ok_or_else(|| long(weight.rows))?;
+        Ok(FixedCodes { rows: lhs.rows, padding, codes, grid })
+    }
+
+    /// uint8 [rows, padded n] of `lhs · weightᵀ (+ bias)`, equal parts of whose columns are on a grid
+    /// each; those on the first are multiplied by a factor before.
+    pub(super) fn codes_of(
+        &self,
+        lhs: &FixedCodes,
+        weight: &GpuWeight,
+        (bias, gelu): (Option<&Tensor>, bool),
+        (grids, first_factor): (&[Grid], f32),
+    ) -> Result<Tensor> {
+        fit(lhs.padding, weight.padding)?;
+        let Padding { width, .. } =
+            Padding::new(weight.rows, 1).ok_or_else(|| long(weight.rows))?;
+        let codes = Tensor::f_empty([lhs.rows, width], (Kind::Uint8, lhs.codes.device()))?;
+        let target = Target::Codes { codes: &codes, width, grids, first_factor };
+        let epilogue = Epilogue { bias, gelu, residual: None };
+        let shape = (1, lhs.rows, weight.rows);
+        self.multiply((Lhs::Fixed(lhs), weight.into()), shape, epilogue, &target)?;
+        Ok(codes)
+    }
+
     fn multiply(
         &self,
-        lhs: &GpuCodes,
-        rhs: &Rhs<'_>,
+        (lhs, rhs): (Lhs<'_>, Rhs<'_>),
         (batch, m, n): (i64, i64, i64),
-        (epilogue, accumulate): (Epilogue<'_>, bool),
-        out: &Tensor,
+        epilogue: Epilogue<'_>,
+        target: &Target<'_>,
     ) -> Result<()> {
-        if out.numel() == 0 {
+        if batch * m * n == 0 {
             return Ok(());
         }
         let bias = epilogue.bias.map(Tensor::f_contiguous).transpose()?;
         let residual = epilogue.residual.map(Tensor::f_contiguous).transpose()?;
-        let fits = |x: Option<&Tensor>, count: usize| {
+        let is_dense = |x: Option<&Tensor>, kind: Kind, count: i64| {
             x.is_none_or(|x| {
-                x.numel() == count && x.kind() == Kind::Float && x.device() == out.device()
+                x.numel() as i64 == count && x.kind() == kind && x.device() == self.device()
             })
         };
-        let columns = usize::try_from(n).unwrap_or(0);
-        if !fits(bias.as_ref(), columns) || !fits(residual.as_ref(), out.numel()) {
+        if !is_dense(bias.as_ref(), Kind::Float, n)
+            || !is_dense(residual.as_ref(), Kind::Float, batch * m * n)
+        {
             return Err(Error::internal("a bias or a residual does not fit a product"));
         }
-        let Padding { groups, group_width, width, .. } = lhs.padding;
-        let is_single = groups * lhs.terms() == 1;
-        let segments = (lhs.terms(), groups);
-        let tiling = Tiling::choose((batch, m, n), width, segments);
+        let (codes, padding, terms) = match lhs {
+            Lhs::Rows(lhs) => (&lhs.codes, lhs.padding, lhs.terms()),
+            Lhs::Fixed(lhs) => (&lhs.codes, lhs.padding, 1),
+        };
+        let Padding { groups, group_width, width, columns } = padding;
+        let variant = match (lhs, target) {
+            (Lhs::Fixed(_), Target::Values { .. }) => Variant::Fixed,
+            (Lhs::Fixed(_), Target::Codes { .. }) => Variant::FixedToCodes,
+            (Lhs::Rows(_), _) if groups * terms == 1 => Variant::Single,
+            (Lhs::Rows(_), _) => Variant::Segments,
+        };
+        let segments = (terms, groups);
+        let tiling = Tiling::choose((batch, m, n), width, segments, variant);
         let shared = to_u32(tiling.shared_bytes(rhs.nibbles, segments))?;
-        let source = tiling.source(rhs.nibbles, is_single);
+        let source = tiling.source(rhs.nibbles, variant);
         let function = self.function(&source, "product", to_u32(MAX_SHARED_BYTES)?)?;
         let (sums, first_sum, sum_stride) = rhs.sums;
         let float_bytes = size_of::<f32>() as u64;
-        let arguments = Arguments {
-            lhs: address(Some(&lhs.codes)),
-            lhs_grids: address(Some(&lhs.grids)),
+        let mut arguments = Arguments {
+            lhs: address(Some(codes)),
             rhs: address(Some(rhs.codes)),
             rhs_grids: address(Some(rhs.grids)),
             rhs_sums: address(Some(sums)) + first_sum as u64 * float_bytes,
             bias: address(bias.as_ref()),
             residual: address(residual.as_ref()),
-            out: address(Some(out)),
             m: to_i32(m)?,
             n: to_i32(n)?,
             batch: to_i32(batch)?,
-            terms: to_i32(lhs.terms())?,
+            terms: to_i32(terms)?,
             groups: to_i32(groups)?,
             group_width: to_i32(group_width)?,
             width: to_i32(width)?,
+            columns: to_i32(columns)?,
             sum_stride,
             gelu: i32::from(epilogue.gelu),
-            accumulate: i32::from(accumulate),
+            ..Arguments::default()
+        };
+        match lhs {
+            Lhs::Rows(lhs) => arguments.lhs_grids = address(Some(&lhs.grids)),
+            Lhs::Fixed(FixedCodes { grid, .. }) => {
+                (arguments.lhs_scale, arguments.lhs_zero) = (grid.scale, grid.zero_point);
+            }
+        }
+        let (block_m, block_n) = tiling.block;
+        let written = match target {
+            Target::Values { out, accumulate, order } => {
+                let per_image = order.map_or(m, |order| order.numel() as i64);
+                if m % per_image.max(1) != 0 || !is_dense(*order, Kind::Int64, per_image) {
+                    return Err(Error::internal("an order does not fit the rows of a product"));
+                }
+                if variant == Variant::Fixed && (n % VALUES != 0 || residual.is_none()) {
+                    return Err(Error::internal("a sum does not fit the columns of a product"));
+                }
+                arguments.out = address(Some(out));
+                arguments.accumulate = i32::from(*accumulate);
+                arguments.order = address(*order);
+                arguments.per_image = to_i32(per_image)?;
+                n
+            }
+            Target::Codes { codes, width, grids, first_factor } => {
+                let columns = n / (grids.len() as i64).max(1);
+                let is_one = grids.len() == 1;
+                if !is_one && columns % GRID_COLUMNS != 0 || grids.len() > MAX_GRIDS {
+                    return Err(Error::internal("grids do not fit the columns of a product"));
+                }
+                arguments.codes = address(Some(codes));
+                arguments.codes_width = to_i32(*width)?;
+                arguments.grid_columns = to_i32(if is_one { *width } else { columns })?;
+                arguments.first_factor = *first_factor;
+                for (to, grid) in arguments.grids.iter_mut().zip(*grids) {
+                    *to = (*grid).into();
+                }
+                *width
+            }
         };
         // Rows of all matrices are counted in 32 bits.
         let _counted = (to_i32(batch * m)?, to_i32(batch * n)?);
-        let (block_m, block_n) = tiling.block;
         let launch = Launch {
-            grid: (to_u32(parts(n, block_n))?, to_u32(parts(m, block_m))?, to_u32(batch)?),
+            grid: (to_u32(parts(written, block_n))?, to_u32(parts(m, block_m))?, to_u32(batch)?),
             threads: to_u32(tiling.threads())?,
             shared,
         };
         #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
         // SAFETY: codes, grids and sums are contiguous tensors on this GPU with the shapes that their
-        // padding and rows say; bias, residual and result were checked; all live until the call ends.
+        // padding and rows say, and callers make results of the product's shape; bias, residual and order
+        // were checked; all live until the call ends.
         unsafe {
             self.launch(&function, launch, &arguments)
         }
     }
 }
 
+fn fit(lhs: Padding, rhs: Padding) -> Result<()> {
+    if lhs == rhs { Ok(()) } else { Err(misfit(lhs, rhs)) }
+}
+
 fn misfit(lhs: Padding, rhs: Padding) -> Error {
     Error::internal(format!("operands {lhs:?} and {rhs:?} do not fit each other"))
+}
+
+fn long(columns: i64) -> Error {
+    Error::internal(format!("{columns} columns are too many for a product"))
 }
 
 #[cfg(test)]
@@ -246,16 +459,30 @@ mod tests {
     use crate::kernels::cuda::codes::MAX_SEGMENTS;
     use crate::kernels::cuda::compile::is_installed;
 
+    const VARIANTS: [Variant; 4] =
+        [Variant::Segments, Variant::Single, Variant::Fixed, Variant::FixedToCodes];
+
     #[test]
     fn every_tiling_compiles_for_both_generations() {
         assert!(is_installed(), "scripts/setup.sh test installs NVRTC");
         for capability in [(8, 0), (9, 0)] {
+            // Each tiling with one kind of codes, all kinds and variants among them.
             for (index, tiling) in Tiling::all().into_iter().enumerate() {
-                // Each tiling with one kind of codes and terms, all kinds among them.
-                let (nibbles, is_single) = (index % 2 == 0, index % 4 < 2);
-                let program = tiling.source(nibbles, is_single).compile(capability);
-                assert!(program.unwrap().to_src().contains("mma.sync"), "{tiling:?}");
+                let variants: &[Variant] = match tiling.stages {
+                    2 => &[Variant::Fixed, Variant::FixedToCodes],
+                    _ => &[Variant::Segments, Variant::Single],
+                };
+                for variant in variants {
+                    let program = tiling.source(index % 2 == 0, *variant).compile(capability);
+                    assert!(
+                        program.unwrap().to_src().contains("mma.sync"),
+                        "{tiling:?} {variant:?}"
+                    );
+                }
             }
+            // Codes of a byte, too, whose rows take turns in another way.
+            let program = Tiling::WIDE.source(false, Variant::FixedToCodes).compile(capability);
+            assert!(program.unwrap().to_src().contains("mma.sync"));
         }
     }
 
@@ -266,12 +493,16 @@ mod tests {
         }
         for segments in [(1, 1), (1, 8), (2, 8), (1, MAX_SEGMENTS), (4, MAX_SEGMENTS / 4)] {
             for rows in [1, 197, 12608] {
-                let tiling = Tiling::choose((1, rows, 384), 512, segments);
-                assert!(tiling.shared_bytes(false, segments) <= MAX_SHARED_BYTES, "{segments:?}");
+                for variant in VARIANTS {
+                    let tiling = Tiling::choose((1, rows, 384), 512, segments, variant);
+                    let bytes = tiling.shared_bytes(false, segments);
+                    assert!(bytes <= MAX_SHARED_BYTES, "{segments:?}");
+                }
             }
         }
-        assert_eq!(Tiling::choose((1, 12608, 384), 384, (1, 1)), Tiling::MIDDLE);
-        assert_eq!(Tiling::choose((1, 197, 384), 384, (1, 1)), Tiling::SMALL);
-        assert_eq!(Tiling::choose((384, 197, 197), 64, (1, 1)).step, 64);
+        let single = |shape, width| Tiling::choose(shape, width, (1, 1), Variant::Single);
+        assert_eq!(single((1, 12608, 384), 384), Tiling::MIDDLE);
+        assert_eq!(single((1, 197, 384), 384), Tiling::SMALL);
+        assert_eq!(single((384, 197, 197), 64).step, 64);
     }
 }

@@ -3,12 +3,6 @@
 // Compiled without fused multiply-adds: every element goes through the operations of the tensor code of
 // its quantizer, one by one.
 
-typedef unsigned char u8;
-typedef unsigned int u32;
-typedef long long i64;
-
-const u32 ALL = 0xffffffffu;
-
 __device__ __forceinline__ float least(float a, float b) { return a < b || a != a ? a : b; }
 __device__ __forceinline__ float largest(float a, float b) { return a > b || a != a ? a : b; }
 __device__ __forceinline__ float at_least(float a, float bound) { return a < bound ? bound : a; }
@@ -269,6 +263,7 @@ struct Affine {
   const float* zero;      // the same
   float max_code;
   int exact;          // a group without width is its value
+  int gelu;           // of every value, before it is rounded on a given grid
   const float* steps; // ratios at which the exponent of the stretch rises, or null: no stretch
   int step_count;
   float factor;  // −τ
@@ -329,7 +324,11 @@ __device__ __forceinline__ void affine_row(const Affine& a, int row, GroupGrid* 
     const int group = a.groups == 1 ? 0 : i / width;
     const GroupGrid found = grids[group];
     const Grid grid = {found.scale, found.zero, max_code};
-    const Run<V> run = read<V>(x + i);
+    Run<V> run = read<V>(x + i);
+    if (a.gelu) {
+#pragma unroll
+      for (int e = 0; e < V; e++) run.of[e] = run.of[e] * 0.5f * (1.0f + erff(run.of[e] * 0.70710678118654752440f));
+    }
     if (a.values) {
       Run<V> out;
 #pragma unroll
@@ -439,7 +438,7 @@ extern "C" __global__ void affine(Affine a) {
   __shared__ int sums[WARPS][2][MAX_GROUPS];
   const int warp = threadIdx.x / 32, row = blockIdx.x * WARPS + warp;
   if (row >= a.rows) return;
-  const bool is_short = a.groups == 1 && a.tokens.width <= 32 * KEPT && !a.steps;
+  const bool is_short = a.groups == 1 && a.tokens.width <= 32 * KEPT && !a.steps && !a.gelu;
   if (!a.memory.aligned && is_short) affine_short(a, row);
   else if (a.memory.aligned) affine_row<4>(a, row, grids[warp], sums[warp]);
   else affine_row<1>(a, row, grids[warp], sums[warp]);

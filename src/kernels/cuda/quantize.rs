@@ -1,8 +1,11 @@
 //! Fake quantization and codes on a GPU, in a visit or two of memory: the bits of the tensor code.
 
+use std::ops::RangeInclusive;
+
 use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
+use super::between::GridOnGpu;
 use super::codes::{GpuCodes, MAX_SEGMENTS, Padding};
 use super::compile::{PLAIN, Source};
 use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
@@ -100,10 +103,14 @@ impl Plane {
     /// Exponents that a plane of powers of two covers.
     const EXPONENTS: i64 = 8;
 
-    /// Planes of 2^−e times `factor`, for e = 0..=last, where `exponent` gives e of a number of steps
-    /// passed, if it is among them.
-    pub fn powers(last: i64, factor: f64, exponent: impl Fn(u8) -> Option<i64>) -> Vec<Self> {
-        (0..=last)
+    /// Planes of 2^−e times `factor`, for the exponents e, where `exponent` gives that of a number of
+    /// steps passed, if it is among them.
+    pub fn powers(
+        exponents: RangeInclusive<i64>,
+        factor: f64,
+        exponent: impl Fn(u8) -> Option<i64>,
+    ) -> Vec<Self> {
+        exponents
             .step_by(Self::EXPONENTS as usize)
             .map(|first| {
                 let end = first + Self::EXPONENTS - 1;
@@ -143,6 +150,8 @@ struct AffineForm {
     fixed: Option<(Tensor, Tensor)>,
     max_code: f32,
     exact_constants: bool,
+    /// Whether GELU comes first.
+    gelu: bool,
     stretch: Option<(Tensor, f32)>,
     /// Whether codes are bytes and zero points whole numbers.
     has_codes: bool,
@@ -212,6 +221,7 @@ struct AffineArguments {
     zero: u64,
     max_code: f32,
     exact: i32,
+    gelu: i32,
     steps: u64,
     step_count: i32,
     factor: f32,
@@ -248,7 +258,7 @@ struct Facts {
 
 pub(super) fn source() -> Source {
     // Every operation rounds, as those of tensors do.
-    let text = include_str!("quantize.cu");
+    let text = concat!(include_str!("primitives.cu"), include_str!("quantize.cu"));
     Source { name: "quantize", text, definitions: PLAIN, contract: false }
 }
 
@@ -291,6 +301,7 @@ impl<'g> Rounded<'g> {
             fixed: None,
             max_code,
             exact_constants,
+            gelu: false,
             stretch,
             has_codes: match is_mixed {
                 Some((rules, _)) => u32::from(rules.bits) < u8::BITS, // some have one more
@@ -321,6 +332,17 @@ impl<'g> Rounded<'g> {
             return Ok(None);
         }
         let Some((gpu, x)) = dense(x)? else { return Ok(None) };
+        Self::fixed_on(gpu, x, (scale, zero), max_code, is_integral).map(Some)
+    }
+
+    /// [`Rounded::fixed`] of a tensor that [`dense`] gave, on that GPU, where the grid is, too.
+    pub(super) fn fixed_on(
+        gpu: &'g Gpu,
+        x: Tensor,
+        (scale, zero): (&Tensor, &Tensor),
+        max_code: f32,
+        is_integral: bool,
+    ) -> Result<Self> {
         let form = AffineForm {
             tokens: Tokens::rows_of(&x)?,
             groups: 1,
@@ -329,10 +351,11 @@ impl<'g> Rounded<'g> {
             fixed: Some((scale.shallow_clone(), zero.shallow_clone())),
             max_code,
             exact_constants: false,
+            gelu: false,
             stretch: None,
             has_codes: is_integral && max_code <= f32::from(u8::MAX),
         };
-        Ok(Some(Self { gpu, x, form: Form::Affine(form) }))
+        Ok(Self { gpu, x, form: Form::Affine(form) })
     }
 
     /// `x` on a staircase; `None` where tensor code has to do.
@@ -374,6 +397,31 @@ impl<'g> Rounded<'g> {
             factors: gpu.constant(&factors)?,
         };
         Ok(Self { gpu, x, form: Form::Stairs(form) })
+    }
+
+    /// x̂ of exact GELU of x; `None` unless the grid is given and uniform.
+    ///
+    /// # Errors
+    /// As [`Rounded::affine`].
+    pub fn after_gelu(mut self) -> Result<Option<Tensor>> {
+        match &mut self.form {
+            Form::Affine(form) if form.fixed.is_some() => form.gelu = true,
+            Form::Affine(_) | Form::Stairs(_) => return Ok(None),
+        }
+        self.values().map(Some)
+    }
+
+    /// x̂ of the softmax of scores, as [`Gpu::softmax`]; `None` unless the grid is given and uniform.
+    ///
+    /// # Errors
+    /// As [`Gpu::softmax`].
+    pub fn after_softmax(&self, scale: f32, terms: [Option<&Tensor>; 2]) -> Result<Option<Tensor>> {
+        let Form::Affine(AffineForm { fixed: Some((step, zero_point)), max_code, .. }) = &self.form
+        else {
+            return Ok(None);
+        };
+        let grid = GridOnGpu { scale: step, zero_point, max_code: *max_code };
+        self.gpu.softmax_on(&self.x, scale, terms, Some(grid)).map(Some)
     }
 
     /// x̂.
@@ -454,6 +502,7 @@ impl<'g> Rounded<'g> {
                     zero,
                     max_code: form.max_code,
                     exact: i32::from(form.exact_constants),
+                    gelu: i32::from(form.gelu),
                     steps,
                     step_count: to_i32(step_count)?,
                     factor,
@@ -604,7 +653,7 @@ mod tests {
     #[test]
     fn powers_of_two_take_planes_of_eight() {
         // Numbers of steps passed 1..=16 are exponents 15..=0.
-        let planes = Plane::powers(15, 1.0, |steps| {
+        let planes = Plane::powers(0..=15, 1.0, |steps| {
             (1..=16).contains(&steps).then(|| 16 - i64::from(steps))
         });
         assert_eq!(planes.len(), 2);

@@ -198,16 +198,24 @@ impl Quantizer for LogSqrt2 {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
-        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
-        let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
-        let planes = [(0, 1.0), (1, SQRT_2)].into_iter().flat_map(|(parity, factor)| {
-            Plane::powers(beyond / 2, self.largest * factor, move |steps| {
-                let exponent = beyond - i64::from(steps);
-                (steps > 0 && exponent % 2 == parity).then_some((exponent + 1) / 2) // j
+        match self.static_stairs() {
+            Some(stairs) => Rounded::stairs(x, &stairs),
+            None => Ok(None),
+        }
+    }
+
+    fn static_stairs(&self) -> Option<Stairs<'_>> {
+        let (stairs, values) = self.stairs()?;
+        let last = self.last_exponent() as i64;
+        // Even exponents 2j and odd ones 2j − 1.
+        let planes = [(0, 0..=last / 2, 1.0), (1, 1..=(last + 1) / 2, SQRT_2)];
+        let planes = planes.into_iter().flat_map(|(parity, halved, factor)| {
+            Plane::powers(halved, self.largest * factor, move |steps| {
+                let exponent = last + 1 - i64::from(steps);
+                (steps > 0 && exponent % 2 == parity).then_some((exponent + 1) / 2)
             })
         });
-        let described = Stairs { stairs, values, relative: None, planes: planes.collect() };
-        Rounded::stairs(x, &described)
+        Some(Stairs { stairs, values, relative: None, planes: planes.collect() })
     }
 
     fn row_encoder(&self, columns: usize) -> Option<Box<dyn RowEncoder>> {

@@ -1,0 +1,406 @@
+//! Attention on a GPU from codes to codes, on grids that are known beforehand.
+
+use tch::{Kind, Tensor};
+
+use super::codes::{FixedCodes, GpuWeight, Padding};
+use super::compile::Source;
+use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
+use super::product::{GRID_COLUMNS, GridArguments, MAX_SHARED_BYTES};
+use super::quantize::{Plane, Stairs};
+use crate::error::{Error, Result};
+use crate::kernels::passes::affine::Grid;
+use crate::kernels::passes::staircase::Passed;
+
+/// Queries of a warp.
+const QUERIES: i64 = 16;
+/// Keys of a step.
+const KEYS: i64 = 32;
+/// Columns that a step of the tensor cores sums.
+const STEP: i64 = 32;
+/// Planes that are multiplied in a turn.
+const PLANES: usize = 2;
+/// Bins of scores at most: a block keeps those of a turn in shared memory.
+const MAX_BINS: usize = 1024;
+/// Bits of a float's mantissa.
+const MANTISSA: u32 = 23;
+
+/// Sizes of an attention.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Windows of all images; images where there are no windows.
+    pub windows: i64,
+    /// Tokens of a window.
+    pub tokens: i64,
+    /// Heads.
+    pub heads: i64,
+    /// Columns of a head.
+    pub width: i64,
+}
+
+/// q, k and v of all heads side by side, each on its grid.
+#[derive(Debug)]
+pub struct HeadCodes {
+    shape: HeadShape,
+    /// uint8 [windows · tokens, pitch].
+    codes: Tensor,
+    pitch: i64,
+    grids: [Grid; 3],
+}
+
+impl HeadCodes {
+    /// q̂, k̂ and v̂, each float32 [windows·tokens, heads·width], by tensor operations.
+    ///
+    /// # Errors
+    /// `Device` when libtorch refuses.
+    pub fn decode(&self) -> Result<[Tensor; 3]> {
+        let columns = self.shape.columns();
+        let part = |index: i64, Grid { scale, zero_point, .. }: Grid| -> Result<Tensor> {
+            let codes = self.codes.f_narrow(1, index * columns, columns)?.f_to_kind(Kind::Float)?;
+            Ok(codes.f_sub_scalar(f64::from(zero_point))?.f_mul_scalar(f64::from(scale))?)
+        };
+        let [q, k, v] = self.grids;
+        Ok([part(0, q)?, part(1, k)?, part(2, v)?])
+    }
+}
+
+/// What becomes of scores before their softmax.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ScoreOffsets<'a> {
+    /// Factor.
+    pub scale: f32,
+    /// float32 [1, heads, t, t].
+    pub bias: Option<&'a Tensor>,
+    /// float32 [windows, 1, t, t], of which an image's windows are a multiple.
+    pub mask: Option<&'a Tensor>,
+}
+
+/// A grid that is known before its values.
+#[derive(Debug)]
+pub enum FixedGrid {
+    /// Uniform.
+    Uniform(Grid),
+    /// Stairs between 0 and 1, as weights of an attention have them.
+    Stepped(Bins),
+}
+
+/// Stairs as a table: numbers whose first bits are the same share a bin, in which there is one step at most.
+#[derive(Debug)]
+pub struct Bins {
+    /// uint8 [turns, count, 8]: {a threshold, codes of two planes below it and from it on}.
+    table: Tensor,
+    /// float32 [turns, 2]: scales of the planes.
+    factors: Tensor,
+    turns: i32,
+    count: i32,
+    first: i32,
+    shift: i32,
+}
+
+impl Bins {
+    /// The table of stairs between 0 and 1; `None` where steps are too close for one.
+    ///
+    /// # Errors
+    /// `Device` when memory is short.
+    pub fn new(gpu: &Gpu, stairs: &Stairs<'_>) -> Result<Option<Self>> {
+        let passed = stairs.stairs.passed();
+        let thresholds: Vec<f32> =
+            stairs.stairs.thresholds().iter().map(|t| from(*t, passed)).collect();
+        let is_taken = stairs.relative.is_none()
+            && !stairs.planes.is_empty()
+            && thresholds.iter().all(|t| *t > 0.0 && t.is_finite());
+        let Some(layout) = Layout::of(&thresholds).filter(|_| is_taken) else { return Ok(None) };
+        let turns = stairs.planes.chunks(PLANES);
+        let (mut table, mut factors) = (Vec::new(), Vec::new());
+        for planes in turns.clone() {
+            let codes = |steps: usize| {
+                let code = |plane: &Plane| plane.codes.get(steps).copied().unwrap_or(0);
+                [planes.first().map_or(0, code), planes.get(1).map_or(0, code)]
+            };
+            for &(threshold, below) in &layout.bins {
+                table.extend(threshold.to_ne_bytes());
+                table.extend(codes(below));
+                table.extend(codes(below + 1));
+            }
+            let factor = |index: usize| planes.get(index).map_or(0.0, |plane| plane.factor);
+            factors.extend([factor(0), factor(1)]);
+        }
+        Ok(Some(Self {
+            table: Tensor::f_from_slice(&table)?.f_to_device(gpu.device())?,
+            factors: Tensor::f_from_slice(&factors)?.f_to_device(gpu.device())?,
+            turns: to_i32(turns.len() as i64)?,
+            count: to_i32(layout.bins.len() as i64)?,
+            first: to_i32(i64::from(layout.first))?,
+            shift: to_i32(i64::from(layout.shift))?,
+        }))
+    }
+}
+
+/// The first number that has passed a threshold.
+fn from(threshold: f32, passed: Passed) -> f32 {
+    match passed {
+        Passed::AtLeast | Passed::NotBelow => threshold,
+        Passed::Above => threshold.next_up(),
+    }
+}
+
+/// Which numbers share a bin.
+#[derive(Debug, PartialEq)]
+struct Layout {
+    /// Bits that are not looked at.
+    shift: u32,
+    /// First bits of the numbers of the first bin.
+    first: u32,
+    /// The step of every bin, infinite where there is none, and how many steps are passed below it.
+    bins: Vec<(f32, usize)>,
+}
+
+impl Layout {
+    /// For ascending positive thresholds up to 1; `None` where bins would be too many.
+    fn of(thresholds: &[f32]) -> Option<Self> {
+        let lowest = thresholds.first()?.to_bits();
+        (0..MANTISSA).rev().find_map(|shift| {
+            let (first, last) = (lowest >> shift, 1f32.to_bits() >> shift);
+            let count = usize::try_from(last.checked_sub(first)?).ok()? + 1;
+            if count > MAX_BINS {
+                return None;
+            }
+            let bins = (first..=last).map(|bin| {
+                let below = thresholds.partition_point(|t| t.to_bits() >> shift < bin);
+                let inside = thresholds[below..].partition_point(|t| t.to_bits() >> shift == bin);
+                match inside {
+                    0 => Some((f32::INFINITY, below)),
+                    1 => Some((thresholds[below], below)),
+                    _ => None,
+                }
+            });
+            Some(Self { shift, first, bins: bins.collect::<Option<_>>()? })
+        })
+    }
+}
+
+/// Arguments of the kernel, in its order.
+#[repr(C)]
+struct Arguments {
+    qkv: u64,
+    bias: u64,
+    mask: u64,
+    out: u64,
+    bins: u64,
+    factors: u64,
+    tokens: i32,
+    heads: i32,
+    windows: i32,
+    pitch: i32,
+    out_pitch: i32,
+    score_factor: f32,
+    q_zero: f32,
+    scores: GridArguments,
+    scores_scale: f32,
+    turns: i32,
+    bin_count: i32,
+    first_bin: i32,
+    bin_shift: i32,
+    v_scale: f32,
+    v_zero: f32,
+    mixed: GridArguments,
+}
+
+by_value!(Arguments);
+
+fn source(width: i64, is_stepped: bool) -> Source {
+    let mut definitions = super::compile::PLAIN;
+    definitions[0] = ("HEAD", i32::try_from(width).unwrap_or(i32::MAX));
+    definitions[1] = ("STEPPED", i32::from(is_stepped));
+    Source {
+        name: "attention",
+        text: concat!(
+            include_str!("primitives.cu"),
+            include_str!("codes.cu"),
+            include_str!("attention.cu")
+        ),
+        definitions,
+        contract: true,
+    }
+}
+
+impl HeadShape {
+    fn columns(self) -> i64 {
+        self.heads * self.width
+    }
+
+    fn shared_bytes(self, bins: i64) -> i64 {
+        let padded = parts(self.tokens, KEYS) * KEYS;
+        let pitch = parts(self.width, STEP) * STEP + 16;
+        2 * padded * pitch + 4 * padded + 4 * self.width + 8 * bins
+    }
+
+    /// Whether there is a kernel for such heads.
+    pub fn is_taken(self, scores: &FixedGrid) -> bool {
+        const MAX_WIDTH: i64 = 64;
+        let bins = match scores {
+            FixedGrid::Uniform(_) => 0,
+            FixedGrid::Stepped(bins) => i64::from(bins.count),
+        };
+        self.width % QUERIES == 0
+            && self.width <= MAX_WIDTH
+            && self.columns() % GRID_COLUMNS == 0
+            && self.tokens > 0
+            && self.shared_bytes(bins) <= MAX_SHARED_BYTES
+    }
+}
+
+impl Gpu {
+    /// q, k and v of `lhs · weightᵀ (+ bias)`, each on its grid; `query_scale` is a factor of q.
+    ///
+    /// # Errors
+    /// As [`Gpu::product`].
+    pub fn split_heads(
+        &self,
+        lhs: &FixedCodes,
+        weight: &GpuWeight,
+        bias: Option<&Tensor>,
+        (shape, query_scale, grids): (HeadShape, Option<f32>, [Grid; 3]),
+    ) -> Result<HeadCodes> {
+        let (rows, columns) = (shape.windows * shape.tokens, 3 * shape.columns());
+        if lhs.rows != rows || weight.rows != columns {
+            return Err(Error::internal("q, k and v do not fit their heads"));
+        }
+        let factor = query_scale.unwrap_or(1.0);
+        let codes = self.codes_of(lhs, weight, (bias, false), (&grids, factor))?;
+        let pitch = codes.size()[1];
+        Ok(HeadCodes { shape, codes, pitch, grids })
+    }
+
+    /// Codes of softmax(q·kᵀ)·v of all heads side by side: [windows·tokens, heads·width].
+    ///
+    /// # Errors
+    /// `Internal` when the kernel takes no such heads ([`HeadShape::is_taken`]), offsets do not fit, or it
+    /// does not compile or start; `Device` when memory is short.
+    pub fn attention(
+        &self,
+        qkv: &HeadCodes,
+        offsets: ScoreOffsets<'_>,
+        scores: &FixedGrid,
+        grid: Grid,
+    ) -> Result<FixedCodes> {
+        let HeadShape { windows, tokens, heads, width } = qkv.shape;
+        let columns = qkv.shape.columns();
+        let masks = offsets.mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
+        let square = tokens * tokens;
+        let fits = |x: Option<&Tensor>, count: i64| {
+            x.is_none_or(|x| {
+                x.numel() as i64 == count && x.kind() == Kind::Float && x.device() == self.device()
+            })
+        };
+        let is_right = qkv.shape.is_taken(scores)
+            && fits(offsets.bias, heads * square)
+            && fits(offsets.mask, masks * square)
+            && masks > 0
+            && windows % masks == 0;
+        let Some(padding) = Padding::new(columns, 1).filter(|_| is_right) else {
+            return Err(Error::internal("heads, bias and mask of an attention do not fit"));
+        };
+        let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
+        let (bias, mask) = (dense(offsets.bias)?, dense(offsets.mask)?);
+        let rows = windows * tokens;
+        let codes = Tensor::f_empty([rows, padding.width], (Kind::Uint8, self.device()))?;
+        let [q, k, v] = qkv.grids;
+        let none = Grid { scale: 1.0, zero_point: 0.0, max_code: 0.0 };
+        let (uniform, bins) = match scores {
+            FixedGrid::Uniform(grid) => (*grid, None),
+            FixedGrid::Stepped(bins) => (none, Some(bins)),
+        };
+        let number = |of: fn(&Bins) -> i32| bins.map_or(0, of);
+        let arguments = Arguments {
+            qkv: address(Some(&qkv.codes)),
+            bias: address(bias.as_ref()),
+            mask: address(mask.as_ref()),
+            out: address(Some(&codes)),
+            bins: address(bins.map(|bins| &bins.table)),
+            factors: address(bins.map(|bins| &bins.factors)),
+            tokens: to_i32(tokens)?,
+            heads: to_i32(heads)?,
+            windows: to_i32(masks)?,
+            pitch: to_i32(qkv.pitch)?,
+            out_pitch: to_i32(padding.width)?,
+            score_factor: q.scale * k.scale * offsets.scale * std::f32::consts::LOG2_E,
+            q_zero: q.zero_point,
+            scores: uniform.into(),
+            scores_scale: uniform.scale,
+            turns: number(|bins| bins.turns),
+            bin_count: number(|bins| bins.count),
+            first_bin: number(|bins| bins.first),
+            bin_shift: number(|bins| bins.shift),
+            v_scale: v.scale,
+            v_zero: v.zero_point,
+            mixed: grid.into(),
+        };
+        // More of them would leave too few registers to each.
+        let most_warps = if bins.is_some() { 4 } else { 8 };
+        let tiles = parts(tokens, QUERIES);
+        let shares = parts(tiles, most_warps);
+        let launch = Launch {
+            grid: (to_u32(windows * heads)?, to_u32(shares)?, 1),
+            threads: to_u32(parts(tiles, shares) * WARP)?,
+            shared: to_u32(qkv.shape.shared_bytes(i64::from(number(|bins| bins.count))))?,
+        };
+        let _counted = to_i32(rows)?;
+        let function =
+            self.function(&source(width, bins.is_some()), "attention", to_u32(MAX_SHARED_BYTES)?)?;
+        #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
+        // SAFETY: codes have rows and columns for the shape, which was checked where they came to be; bias and
+        // mask were checked; all live until the call ends.
+        unsafe {
+            self.launch(&function, launch, &arguments)?;
+        }
+        Ok(FixedCodes { rows, padding, codes, grid })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_compile_for_both_generations() {
+        for capability in [(8, 0), (9, 0)] {
+            for (width, is_stepped) in
+                [(16, true), (32, false), (48, true), (64, false), (64, true)]
+            {
+                let program = source(width, is_stepped).compile(capability).unwrap().to_src();
+                assert!(program.contains(".entry attention("), "{width}");
+            }
+        }
+    }
+
+    #[test]
+    fn bins_count_the_steps_of_every_number() {
+        let roots: Vec<f32> = (0..16).rev().map(|e| 0.9 * 2f32.powf(-0.5 * e as f32)).collect();
+        let many: Vec<f32> = (0..256).rev().map(|e| 2f32.powf(-0.5 * e as f32)).collect();
+        for thresholds in [roots, many, vec![0.25, 0.26, 0.75]] {
+            let layout = Layout::of(&thresholds).unwrap();
+            let near = thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
+            for x in near.chain([0.0, 1e-30, 0.3, 0.7, 1.0, 1f32.next_up()]) {
+                let bin = (x.to_bits() >> layout.shift).saturating_sub(layout.first) as usize;
+                let (threshold, below) = layout.bins[bin.min(layout.bins.len() - 1)];
+                let found = below + usize::from(x >= threshold);
+                assert_eq!(found, thresholds.partition_point(|t| *t <= x), "{x}");
+            }
+        }
+        assert_eq!(from(0.5, Passed::Above), 0.5f32.next_up());
+        // Closer than a mantissa of few bits tells apart.
+        assert_eq!(Layout::of(&[1e-9, 0.5, 0.500_001]), None);
+        assert_eq!(Layout::of(&[]), None);
+    }
+
+    #[test]
+    fn heads_beyond_shared_memory_are_not_taken() {
+        let uniform = FixedGrid::Uniform(Grid { scale: 0.1, zero_point: 0.0, max_code: 15.0 });
+        let takes = |tokens, heads, width| {
+            HeadShape { windows: 2, tokens, heads, width }.is_taken(&uniform)
+        };
+        assert!(takes(197, 6, 64) && takes(577, 12, 64) && takes(49, 3, 32) && takes(65, 3, 32));
+        assert!(takes(1, 2, 16) && takes(49, 2, 16));
+        assert!(!takes(1025, 6, 64) && !takes(49, 3, 16) && !takes(49, 4, 24) && !takes(49, 4, 80));
+    }
+}
