@@ -69,7 +69,7 @@ impl<'a> IntegerOnGpu<'a> {
         let grid = |op: &Linear| self.grid(&op.site, Operand::Lhs);
         let (Some(input), Some(hidden)) = (grid(&op.fc1), grid(&op.fc2)) else { return Ok(None) };
         let dim = x.size3()?.2;
-        if !Gpu::takes_norm(dim) || op.fc1.output_width() % 2 != 0 {
+        if !Gpu::takes_norm(dim) {
             return Ok(None);
         }
         let codes = self.gpu.normed(x, norm.parameters(), None, input)?;

@@ -237,7 +237,8 @@ extern "C" __global__ void __launch_bounds__(STEPPED ? 128 : 256, STEPPED ? 3 : 
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         // Keys that are not there have the code of zero.
-        const int codes = quad_sum(counted[plane][half]) - (padded - p.tokens) * zero;
+        const int absent = STEPPED ? bins[0].y >> plane * 8 & 0xff : (u32)zero;
+        const int codes = quad_sum(counted[plane][half]) - (padded - p.tokens) * absent;
 #pragma unroll
         for (int tile = 0; tile < HEAD / 8; tile++)
 #pragma unroll

@@ -97,7 +97,7 @@ pub struct Bins {
 }
 
 impl Bins {
-    /// The table of stairs between 0 and 1; `None` where steps are too close for one.
+    /// The table of stairs for numbers from 0 to 1; `None` where steps are too close for one.
     ///
     /// # Errors
     /// `Device` when memory is short.
@@ -105,10 +105,12 @@ impl Bins {
         let passed = stairs.stairs.passed();
         let thresholds: Vec<f32> =
             stairs.stairs.thresholds().iter().map(|t| from(*t, passed)).collect();
-        let is_taken = stairs.relative.is_none()
-            && !stairs.planes.is_empty()
-            && thresholds.iter().all(|t| *t > 0.0 && t.is_finite());
-        let Some(layout) = Layout::of(&thresholds).filter(|_| is_taken) else { return Ok(None) };
+        // All numbers have passed those up to zero.
+        let always = thresholds.partition_point(|t| *t <= 0.0);
+        let is_taken = stairs.relative.is_none() && !stairs.planes.is_empty();
+        let Some(layout) = Layout::of(&thresholds[always..]).filter(|_| is_taken) else {
+            return Ok(None);
+        };
         let turns = stairs.planes.chunks(PLANES);
         let (mut table, mut factors) = (Vec::new(), Vec::new());
         for planes in turns.clone() {
@@ -116,10 +118,10 @@ impl Bins {
                 let code = |plane: &Plane| plane.codes.get(steps).copied().unwrap_or(0);
                 [planes.first().map_or(0, code), planes.get(1).map_or(0, code)]
             };
-            for &(threshold, below) in &layout.bins {
-                table.extend(threshold.to_ne_bytes());
-                table.extend(codes(below));
-                table.extend(codes(below + 1));
+            for bin in &layout.bins {
+                table.extend(bin.threshold.to_ne_bytes());
+                table.extend(codes(always + bin.below));
+                table.extend(codes(always + bin.above));
             }
             let factor = |index: usize| planes.get(index).map_or(0.0, |plane| plane.factor);
             factors.extend([factor(0), factor(1)]);
@@ -150,12 +152,21 @@ struct Layout {
     shift: u32,
     /// First bits of the numbers of the first bin.
     first: u32,
-    /// The step of every bin, infinite where there is none, and how many steps are passed below it.
-    bins: Vec<(f32, usize)>,
+    bins: Vec<Bin>,
+}
+
+/// Numbers that begin with the same bits.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Bin {
+    /// Where they pass steps; infinite where they pass none.
+    threshold: f32,
+    /// Steps passed below it, and from it on.
+    below: usize,
+    above: usize,
 }
 
 impl Layout {
-    /// For ascending positive thresholds up to 1; `None` where bins would be too many.
+    /// For ascending positive thresholds; `None` where bins would be too many.
     fn of(thresholds: &[f32]) -> Option<Self> {
         let lowest = thresholds.first()?.to_bits();
         (0..MANTISSA).rev().find_map(|shift| {
@@ -166,11 +177,11 @@ impl Layout {
             }
             let bins = (first..=last).map(|bin| {
                 let below = thresholds.partition_point(|t| t.to_bits() >> shift < bin);
-                let inside = thresholds[below..].partition_point(|t| t.to_bits() >> shift == bin);
-                match inside {
-                    0 => Some((f32::INFINITY, below)),
-                    1 => Some((thresholds[below], below)),
-                    _ => None,
+                let above = thresholds.partition_point(|t| t.to_bits() >> shift <= bin);
+                match &thresholds[below..above] {
+                    [] => Some(Bin { threshold: f32::INFINITY, below, above }),
+                    [first, .., last] if first != last => None,
+                    [threshold, ..] => Some(Bin { threshold: *threshold, below, above }),
                 }
             });
             Some(Self { shift, first, bins: bins.collect::<Option<_>>()? })
@@ -377,13 +388,14 @@ mod tests {
     fn bins_count_the_steps_of_every_number() {
         let roots: Vec<f32> = (0..16).rev().map(|e| 0.9 * 2f32.powf(-0.5 * e as f32)).collect();
         let many: Vec<f32> = (0..256).rev().map(|e| 2f32.powf(-0.5 * e as f32)).collect();
-        for thresholds in [roots, many, vec![0.25, 0.26, 0.75]] {
+        for thresholds in [roots, many, vec![0.25, 0.26, 0.75], vec![0.1, 0.3, 0.3, 0.9, 1.5]] {
             let layout = Layout::of(&thresholds).unwrap();
             let near = thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
+            let near = near.filter(|x| *x <= 1.0); // as weights are
             for x in near.chain([0.0, 1e-30, 0.3, 0.7, 1.0, 1f32.next_up()]) {
                 let bin = (x.to_bits() >> layout.shift).saturating_sub(layout.first) as usize;
-                let (threshold, below) = layout.bins[bin.min(layout.bins.len() - 1)];
-                let found = below + usize::from(x >= threshold);
+                let Bin { threshold, below, above } = layout.bins[bin.min(layout.bins.len() - 1)];
+                let found = if x >= threshold { above } else { below };
                 assert_eq!(found, thresholds.partition_point(|t| *t <= x), "{x}");
             }
         }

@@ -210,7 +210,7 @@ fn blocks(gpu: &Gpu) -> Result<()> {
     let order = Tensor::f_from_slice(&order)?;
     let [factors, offsets] = [numbers(&[dim], 11)?, numbers(&[dim], 12)?];
     let expected = x.f_index_select(1, &order)?.f_layer_norm(
-        &[dim],
+        [dim],
         Some(&factors),
         Some(&offsets),
         1e-5,
@@ -270,13 +270,15 @@ fn blocks(gpu: &Gpu) -> Result<()> {
     let powers: Vec<f32> = (0..=16i16).map(|steps| 0.5f32.powi(16 - i32::from(steps))).collect();
     let values = values_of(&powers);
     let exponent = |steps: u8| (1..=16).contains(&steps).then(|| 16 - i64::from(steps));
-    let planes = Plane::powers(0..=15, 1.0, exponent);
+    let mut planes = Plane::powers(0..=15, 1.0, exponent);
+    planes.push(Plane { codes: [1; 256], factor: -0.01 });
     let mut steps = weights.f_zeros_like()?;
     for threshold in stairs.thresholds() {
         steps = steps.f_add(&weights.f_ge(f64::from(*threshold))?.f_to_kind(Kind::Double)?)?;
     }
-    let on_stairs =
-        steps.f_sub_scalar(16.0)?.f_exp2()?.f_mul(&steps.f_gt(0.0)?.f_to_kind(Kind::Double)?)?;
+    let powers = steps.f_sub_scalar(16.0)?.f_exp2()?;
+    let powers = powers.f_mul(&steps.f_gt(0.0)?.f_to_kind(Kind::Double)?)?;
+    let on_stairs = powers.f_sub_scalar(0.01)?;
     let stairs = Stairs { stairs: &stairs, values: &values, relative: None, planes };
     let stepped = Bins::new(gpu, &stairs)?.ok_or_else(|| wrong("bins"))?;
     // One weight may be so near to the border of two codes that float32 takes the other one.

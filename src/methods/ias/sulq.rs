@@ -12,7 +12,7 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
-use crate::kernels::cuda::{Rounded, Stairs};
+use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::staircase::{MAX_STEPS, Passed, Staircase, Values, values_of};
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
@@ -185,8 +185,24 @@ impl Quantizer for ShiftUniformLog2 {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
-        let Some((stairs, values)) = self.stairs() else { return Ok(None) };
-        Rounded::stairs(x, &Stairs { stairs, values, relative: None, planes: Vec::new() })
+        match self.static_stairs() {
+            Some(stairs) => Rounded::stairs(x, &stairs),
+            None => Ok(None),
+        }
+    }
+
+    fn static_stairs(&self) -> Option<Stairs<'_>> {
+        let (stairs, values) = self.stairs()?;
+        let (least, largest) = self.exponent_range();
+        let mut planes = Vec::new();
+        if largest - least < TERM_EXPONENTS {
+            let span = (largest - least) as i64;
+            planes = Plane::powers(0..=span, largest.exp2(), |steps| {
+                (steps > 0).then(|| span + 1 - i64::from(steps))
+            });
+            planes.push(Plane { codes: [1; 256], factor: -self.shift as f32 });
+        }
+        Some(Stairs { stairs, values, relative: None, planes })
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {
@@ -305,6 +321,7 @@ mod tests {
                 laws::terms_add_up(&found, &x);
                 laws::images_are_independent(&found, &x, 1);
                 laws::state_round_trips(&found, &x);
+                laws::planes_add_up(&found, &x);
             }
         }
     }

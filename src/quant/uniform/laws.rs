@@ -1,6 +1,7 @@
 //! Shared laws of quantizers, used by the tests of every kind.
 
 use super::*;
+use crate::tensor::to_vec_f32;
 
 /// Deterministic values with outliers, shape as given.
 pub(crate) fn sample(shape: &[i64], seed: i64) -> Tensor {
@@ -29,6 +30,22 @@ pub(crate) fn terms_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
     // The same numbers; a pass may have them in other terms.
     let decoded = |codes: Option<Codes>| codes.map(|codes| codes.decoded());
     assert!(decoded(found) == decoded(expected), "codes differ from those of the terms");
+}
+
+/// The planes of static stairs are the terms of x̂.
+pub(crate) fn planes_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
+    let stairs = quantizer.static_stairs().unwrap();
+    let values = to_vec_f32(&x.contiguous().view([-1])).unwrap();
+    let mut counts = vec![0; values.len()];
+    stairs.stairs.count(&values, &mut counts);
+    let sum = |steps: u8| -> f64 {
+        let planes = stairs.planes.iter();
+        planes.map(|p| f64::from(p.codes[usize::from(steps)]) * f64::from(p.factor)).sum()
+    };
+    let expected = to_vec_f32(&quantizer.fake_quantize(x).unwrap().view([-1])).unwrap();
+    for (steps, expected) in counts.into_iter().zip(expected) {
+        assert!((sum(steps) - f64::from(expected)).abs() <= 1e-6, "{steps} steps: {expected}");
+    }
 }
 
 /// Two images together give what they give apart, bit for bit.
