@@ -3,7 +3,6 @@
 use tch::Tensor;
 
 use super::between::Softmax;
-use super::sites::Form;
 use super::{Integer, between};
 use crate::error::Result;
 use crate::exec::AttentionTerms;
@@ -28,13 +27,6 @@ impl<'a> Packed<'a> {
 }
 
 impl Integer<'_> {
-    fn packed_weight<'a>(&'a self, op: &'a Linear) -> Option<Packed<'a>> {
-        match self.sites.form(&op.site) {
-            Form::Linear(weight) => Some(Packed { op, weight }),
-            Form::Matmul | Form::Simulated | Form::Float => None,
-        }
-    }
-
     /// The one grid of an operand of a product in integers.
     fn grid(&self, site: &Site, operand: Operand) -> Option<Grid> {
         self.sites.fixed(site, operand).copied()
@@ -66,10 +58,12 @@ impl Integer<'_> {
         op: &Mlp,
         x: &Tensor,
     ) -> Result<Option<Tensor>> {
-        let (Some(fc1), Some(fc2)) = (self.packed_weight(&op.fc1), self.packed_weight(&op.fc2))
+        let (Some(fc1), Some(fc2)) = (self.sites.weight(&op.fc1), self.sites.weight(&op.fc2))
         else {
             return Ok(None);
         };
+        let fc1 = Packed { op: &op.fc1, weight: fc1 };
+        let fc2 = Packed { op: &op.fc2, weight: fc2 };
         let x = x.f_contiguous()?;
         let codes = self.normed(norm, &x, &op.fc1.site, None)?;
         let hidden = match self.grid(&op.fc2.site, Operand::Lhs) {
@@ -113,14 +107,9 @@ impl Integer<'_> {
         terms: &AttentionTerms<'_>,
         x: &Tensor,
     ) -> Result<Option<Tensor>> {
-        let (Some(qkv), Some(proj)) = (self.packed_weight(&op.qkv), self.packed_weight(&op.proj))
-        else {
-            return Ok(None);
-        };
-        let is_matmul = |site| matches!(self.sites.form(site), Form::Matmul);
-        if !is_matmul(&op.query_key) || !is_matmul(&op.score_value) {
-            return Ok(None);
-        }
+        let Some([qkv, proj]) = self.sites.attention(op) else { return Ok(None) };
+        let qkv = Packed { op: &op.qkv, weight: qkv };
+        let proj = Packed { op: &op.proj, weight: proj };
         let x = x.f_contiguous()?;
         let (n, tokens, dim) = x.size3()?;
         let windows = terms.windows.map_or(1, Windows::per_image);

@@ -46,13 +46,6 @@ impl<'a> IntegerOnGpu<'a> {
         Ok(self.gpu.product(&codes, weight, epilogue)?.f_reshape(op.output_shape(x))?)
     }
 
-    fn weight(&self, op: &Linear) -> Option<&GpuWeight> {
-        match self.sites.form(&op.site) {
-            Form::Linear(weight) => Some(weight),
-            Form::Matmul | Form::Simulated | Form::Float => None,
-        }
-    }
-
     /// The uniform grid of an operand, if it is known before its values.
     fn grid(&self, site: &Site, operand: Operand) -> Option<Grid> {
         match self.sites.fixed(site, operand)? {
@@ -63,7 +56,8 @@ impl<'a> IntegerOnGpu<'a> {
 
     /// `x` plus the MLP of its norm; `None` where grids are not known beforehand.
     fn mlp_of_codes(&self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Option<Tensor>> {
-        let (Some(fc1), Some(fc2)) = (self.weight(&op.fc1), self.weight(&op.fc2)) else {
+        let (Some(fc1), Some(fc2)) = (self.sites.weight(&op.fc1), self.sites.weight(&op.fc2))
+        else {
             return Ok(None);
         };
         let grid = |op: &Linear| self.grid(&op.site, Operand::Lhs);
@@ -86,13 +80,7 @@ impl<'a> IntegerOnGpu<'a> {
         terms: &AttentionTerms<'_>,
         x: &Tensor,
     ) -> Result<Option<Tensor>> {
-        let (Some(qkv), Some(proj)) = (self.weight(&op.qkv), self.weight(&op.proj)) else {
-            return Ok(None);
-        };
-        let is_matmul = |site| matches!(self.sites.form(site), Form::Matmul);
-        if !is_matmul(&op.query_key) || !is_matmul(&op.score_value) {
-            return Ok(None);
-        }
+        let Some([qkv, proj]) = self.sites.attention(op) else { return Ok(None) };
         let (Some(input), Some(q), Some(k), Some(v), Some(mixed), Some(scores)) = (
             self.grid(&op.qkv.site, Operand::Lhs),
             self.grid(&op.query_key, Operand::Lhs),

@@ -11,7 +11,7 @@ use crate::exec::{Executor, Simulated, WeightSource};
 use crate::kernels::cuda::{Bins, FixedGrid, Gpu, GpuCodes, GpuWeight};
 use crate::kernels::passes::affine::Grid;
 use crate::kernels::{Codes, PackedRhs};
-use crate::nn::{Linear, Operand, Site, SiteId};
+use crate::nn::{Attention, Linear, Operand, Site, SiteId};
 use crate::quant::{QuantPlan, Quantizer};
 
 /// Kernels, seen as what they hold of operands.
@@ -178,6 +178,21 @@ impl<K: Kernels> IntegerSites<K> {
 
     pub(super) fn form(&self, site: &Site) -> &Form<K::Weight> {
         self.forms.get(&site.id).unwrap_or(&Form::Simulated)
+    }
+
+    /// The packed weight of a linear layer, if its product is one of integers.
+    pub(super) fn weight(&self, op: &Linear) -> Option<&K::Weight> {
+        match self.form(&op.site) {
+            Form::Linear(weight) => Some(weight),
+            Form::Matmul | Form::Simulated | Form::Float => None,
+        }
+    }
+
+    /// The packed weights of qkv and proj, if all products of an attention are ones of integers.
+    pub(super) fn attention(&self, op: &Attention) -> Option<[&K::Weight; 2]> {
+        let is_matmul = |site| matches!(self.form(site), Form::Matmul);
+        let weights = [self.weight(&op.qkv)?, self.weight(&op.proj)?];
+        (is_matmul(&op.query_key) && is_matmul(&op.score_value)).then_some(weights)
     }
 
     /// Whether the executor needs no float weight of that site.
