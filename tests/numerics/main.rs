@@ -11,6 +11,7 @@ mod reference;
 
 mod artifact_versions;
 mod bench;
+mod emulated;
 mod float_parity;
 mod fuzz_corpus;
 mod ias_reference;

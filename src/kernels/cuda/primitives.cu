@@ -8,7 +8,7 @@ const u32 ALL = 0xffffffffu; // lanes
 
 // The memory of a block whose size a launch gives.
 __device__ __forceinline__ u8* shared_memory() {
-  extern __shared__ __align__(1024) u8 memory[];
+  extern __shared__ __align__(128) u8 memory[];
   return memory;
 }
 
