@@ -2,7 +2,8 @@
 # Accuracy and speed on a machine with a GPU, beside PyTorch in the same run. Needs this repository,
 # a binary built elsewhere, and a Python 3 with torch of the binary's version; no network.
 # Usage: [OUT=DIR] scripts/gpu_check.sh BINARY [DEVICE]; DEVICE is cuda:0 unless given.
-# Prints one table; leaves h200.json and the benches' own files in $OUT. Under eight minutes on one of them.
+# Prints one table; leaves h200.json and the benches' own files in $OUT. Four minutes on an H100 with
+# BITS=4 LIMIT=200 BATCHES=1,64,256.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -57,7 +57,7 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS) p
   const u8* const rhs_first = rhs_codes + (i64)(first_n + rhs_row) * rhs_pitch + rhs_chunk * 16;
   static_assert(LHS_EACH % 8 == 0 && RHS_EACH % 8 == 0, "all rows of a thread have one turn");
   const u32 lhs_to = base + lhs_row * STEP + (lhs_chunk ^ turn<STEP>(lhs_row)) * 16;
-  // Columns change places within their groups, so that those of every other turn of a thread may.
+  // Columns change places within their groups; a thread's are at the same place every PERIOD rounds.
   constexpr int PERIOD = FIXED && RHS_EACH < GROUP ? GROUP / RHS_EACH : 1;
   u32 rhs_to[PERIOD];
 #pragma unroll
@@ -77,7 +77,8 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS) p
 #pragma unroll
     for (int i = 0; i < (BN + RHS_EACH - 1) / RHS_EACH; i++)
       if (BN % RHS_EACH == 0 || rhs_row + i * RHS_EACH < BN)
-        copy16(rhs_to[i % PERIOD] + to + i / PERIOD * PERIOD * RHS_EACH * RHS_ROW, rhs + (i64)i * RHS_EACH * rhs_pitch, i * RHS_EACH < rhs_left);
+        copy16(rhs_to[i % PERIOD] + to + i / PERIOD * PERIOD * RHS_EACH * RHS_ROW,
+               rhs + (i64)i * RHS_EACH * rhs_pitch, i * RHS_EACH < rhs_left);
   };
 
 #pragma unroll
