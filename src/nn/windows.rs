@@ -57,7 +57,7 @@ impl Windows {
         &self.order
     }
 
-    /// The same as a tensor on the device of the windows: int64 [tokens].
+    /// The same as a tensor on the device of the windows: int64 `[tokens]`.
     pub fn tokens(&self) -> &Tensor {
         &self.tokens
     }

@@ -58,7 +58,8 @@ async fn who_does_not_fit_is_told_when_to_come_back_and_who_fits_is_answered() {
         }
     }
     assert!((1..sent).contains(&refused), "{refused} of {sent} refused");
-    assert_eq!(server.engine.classifier.admission().images(), 0);
+    // An answer may arrive before its places are given back.
+    all_places_are_free(&server).await;
     server.classify("m", vec![digit(0, 0); 4]).await.unwrap();
     server.stop().await;
 }

@@ -137,8 +137,8 @@ impl Gpu {
         columns > 0 && columns % 4 == 0 && columns <= MAX_NORMED
     }
 
-    /// Codes of the layer norm, with factors and offsets [dim] and `eps`, of x float32 [n, tokens, dim];
-    /// `order`, int64 [tokens], gives the row of an image that stands at every place.
+    /// Codes of the layer norm, with factors and offsets `[dim]` and `eps`, of x float32 [n, tokens, dim];
+    /// `order`, int64 `[tokens]`, gives the row of an image that stands at every place.
     ///
     /// # Errors
     /// `Internal` when shapes do not fit ([`Gpu::takes_norm`]) or the kernel does not start.

@@ -270,7 +270,7 @@ impl Gpu {
     }
 
     /// `residual` plus `lhs · weightᵀ (+ bias)`, float32 in the shape of the residual [images, rows, n];
-    /// `order`, int64 [rows], gives the row of an image that each of the product's rows belongs to.
+    /// `order`, int64 `[rows]`, gives the row of an image that each of the product's rows belongs to.
     ///
     /// # Errors
     /// As [`Gpu::product`].
