@@ -16,9 +16,9 @@ models=${MODELS:-deit_small,deit_base}
 batches=${BATCHES:-1,8,64,256}
 images=${IMAGES:-256}
 work=$(mktemp -d)
-sampler=
+sampler= server=
 finish() {
-  if [ -n "$sampler" ]; then kill "$sampler" 2>/dev/null || true; fi
+  for pid in $sampler $server; do kill "$pid" 2>/dev/null || true; done
   rm -rf "$work"
 }
 trap finish EXIT
@@ -85,6 +85,7 @@ while True:
 print("\n".join(line for line in metrics.splitlines() if line.startswith(("vitq_gpu_", "vitq_build_info"))))
 PYTHON
 kill "$server" && wait "$server"
+server=
 
 say "report"
 "$python" scripts/gpu_report.py --machine "$work/machine" --memory "$work/memory" \

@@ -58,10 +58,7 @@ impl Integer<'_> {
         op: &Mlp,
         x: &Tensor,
     ) -> Result<Option<Tensor>> {
-        let (Some(fc1), Some(fc2)) = (self.sites.weight(&op.fc1), self.sites.weight(&op.fc2))
-        else {
-            return Ok(None);
-        };
+        let Some([fc1, fc2]) = self.sites.mlp(op) else { return Ok(None) };
         let fc1 = Packed { op: &op.fc1, weight: fc1 };
         let fc2 = Packed { op: &op.fc2, weight: fc2 };
         let x = x.f_contiguous()?;

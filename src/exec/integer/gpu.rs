@@ -56,10 +56,7 @@ impl<'a> IntegerOnGpu<'a> {
 
     /// `x` plus the MLP of its norm; `None` where grids are not known beforehand.
     fn mlp_of_codes(&self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Option<Tensor>> {
-        let (Some(fc1), Some(fc2)) = (self.sites.weight(&op.fc1), self.sites.weight(&op.fc2))
-        else {
-            return Ok(None);
-        };
+        let Some([fc1, fc2]) = self.sites.mlp(op) else { return Ok(None) };
         let grid = |op: &Linear| self.grid(&op.site, Operand::Lhs);
         let (Some(input), Some(hidden)) = (grid(&op.fc1), grid(&op.fc2)) else { return Ok(None) };
         let dim = x.size3()?.2;

@@ -11,7 +11,7 @@ use crate::exec::{Executor, Simulated, WeightSource};
 use crate::kernels::cuda::{Bins, FixedGrid, Gpu, GpuCodes, GpuWeight};
 use crate::kernels::passes::affine::Grid;
 use crate::kernels::{Codes, PackedRhs};
-use crate::nn::{Attention, Linear, Operand, Site, SiteId};
+use crate::nn::{Attention, Linear, Mlp, Operand, Site, SiteId};
 use crate::quant::{QuantPlan, Quantizer};
 
 /// Kernels, seen as what they hold of operands.
@@ -181,11 +181,16 @@ impl<K: Kernels> IntegerSites<K> {
     }
 
     /// The packed weight of a linear layer, if its product is one of integers.
-    pub(super) fn weight(&self, op: &Linear) -> Option<&K::Weight> {
+    fn weight(&self, op: &Linear) -> Option<&K::Weight> {
         match self.form(&op.site) {
             Form::Linear(weight) => Some(weight),
             Form::Matmul | Form::Simulated | Form::Float => None,
         }
+    }
+
+    /// The packed weights of fc1 and fc2, if both products of an MLP are ones of integers.
+    pub(super) fn mlp(&self, op: &Mlp) -> Option<[&K::Weight; 2]> {
+        Some([self.weight(&op.fc1)?, self.weight(&op.fc2)?])
     }
 
     /// The packed weights of qkv and proj, if all products of an attention are ones of integers.

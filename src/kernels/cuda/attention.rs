@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::codes::{FixedCodes, GpuWeight, Padding};
+use super::codes::{FixedCodes, GpuWeight, Padding, decoded};
 use super::compile::Source;
 use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
 use super::product::{GRID_COLUMNS, GridArguments, MAX_SHARED_BYTES};
@@ -54,10 +54,8 @@ impl HeadCodes {
     /// `Device` when libtorch refuses.
     pub fn decode(&self) -> Result<[Tensor; 3]> {
         let columns = self.shape.columns();
-        let part = |index: i64, Grid { scale, zero_point, .. }: Grid| -> Result<Tensor> {
-            let codes = self.codes.f_narrow(1, index * columns, columns)?.f_to_kind(Kind::Float)?;
-            Ok(codes.f_sub_scalar(f64::from(zero_point))?.f_mul_scalar(f64::from(scale))?)
-        };
+        let part =
+            |index: i64, grid| decoded(&self.codes.f_narrow(1, index * columns, columns)?, grid);
         let [q, k, v] = self.grids;
         Ok([part(0, q)?, part(1, k)?, part(2, v)?])
     }
@@ -298,14 +296,9 @@ impl Gpu {
         let columns = qkv.shape.columns();
         let masks = offsets.mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
         let square = tokens * tokens;
-        let fits = |x: Option<&Tensor>, count: i64| {
-            x.is_none_or(|x| {
-                x.numel() as i64 == count && x.kind() == Kind::Float && x.device() == self.device()
-            })
-        };
         let is_right = qkv.shape.is_taken(scores)
-            && fits(offsets.bias, heads * square)
-            && fits(offsets.mask, masks * square)
+            && self.fits(offsets.bias, Kind::Float, heads * square)
+            && self.fits(offsets.mask, Kind::Float, masks * square)
             && masks > 0
             && windows % masks == 0;
         let Some(padding) = Padding::new(columns, 1).filter(|_| is_right) else {

@@ -94,20 +94,13 @@ impl Gpu {
     ) -> Result<Tensor> {
         let (b, heads, tokens, width) = scores.size4()?;
         let windows = mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
-        let fits = |x: Option<&Tensor>, count: i64| {
-            x.is_none_or(|x| {
-                x.numel() as i64 == count
-                    && x.kind() == Kind::Float
-                    && x.device() == scores.device()
-            })
-        };
         let square = tokens * tokens;
         let is_right = tokens == width
-            && scores.kind() == Kind::Float
             && windows > 0
             && b % windows == 0
-            && fits(bias, heads * square)
-            && fits(mask, windows * square);
+            && self.fits(Some(scores), Kind::Float, b * heads * square)
+            && self.fits(bias, Kind::Float, heads * square)
+            && self.fits(mask, Kind::Float, windows * square);
         if !is_right {
             return Err(Error::internal("scores, bias and mask of a softmax do not fit"));
         }
@@ -150,13 +143,11 @@ impl Gpu {
         grid: Grid,
     ) -> Result<FixedCodes> {
         let (n, tokens, columns) = x.size3()?;
-        let fits = |x: &Tensor, kind: Kind, count: i64| {
-            x.numel() as i64 == count && x.kind() == kind && x.device() == self.device()
-        };
         let is_right = Self::takes_norm(columns)
-            && fits(x, Kind::Float, n * tokens * columns)
-            && [weight, bias].into_iter().all(|x| fits(x, Kind::Float, columns))
-            && order.is_none_or(|order| fits(order, Kind::Int64, tokens));
+            && self.fits(Some(x), Kind::Float, n * tokens * columns)
+            && self.fits(Some(weight), Kind::Float, columns)
+            && self.fits(Some(bias), Kind::Float, columns)
+            && self.fits(order, Kind::Int64, tokens);
         let Some(padding) = Padding::new(columns, 1).filter(|_| is_right) else {
             return Err(Error::internal("rows and parameters of a layer norm do not fit"));
         };

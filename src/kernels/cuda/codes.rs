@@ -195,10 +195,14 @@ impl FixedCodes {
     /// # Errors
     /// `Device` when libtorch refuses.
     pub fn decode(&self) -> Result<Tensor> {
-        let codes = self.codes.f_narrow(1, 0, self.padding.columns)?.f_to_kind(Kind::Float)?;
-        let Grid { scale, zero_point, .. } = self.grid;
-        Ok(codes.f_sub_scalar(f64::from(zero_point))?.f_mul_scalar(f64::from(scale))?)
+        decoded(&self.codes.f_narrow(1, 0, self.padding.columns)?, self.grid)
     }
+}
+
+/// What codes on a grid stand for, float32.
+pub(super) fn decoded(codes: &Tensor, Grid { scale, zero_point, .. }: Grid) -> Result<Tensor> {
+    let codes = codes.f_to_kind(Kind::Float)?;
+    Ok(codes.f_sub_scalar(f64::from(zero_point))?.f_mul_scalar(f64::from(scale))?)
 }
 
 /// A weight, packed once for left operands of a number of groups; codes of up to four bits stay two a

@@ -8,7 +8,7 @@ use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMI
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
 };
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::check;
 use super::compile::{Definitions, Source, is_installed};
@@ -133,6 +133,11 @@ impl Gpu {
     /// Where it is.
     pub fn device(&self) -> Device {
         self.device
+    }
+
+    /// Whether a tensor, if there is one, has so many values of that kind on this GPU.
+    pub(super) fn fits(&self, x: Option<&Tensor>, kind: Kind, count: i64) -> bool {
+        x.is_none_or(|x| x.numel() as i64 == count && x.kind() == kind && x.device() == self.device)
     }
 
     /// A function of a program that is compiled when it is first asked for; its blocks may use `shared`

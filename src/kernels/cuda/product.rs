@@ -339,13 +339,8 @@ impl Gpu {
         }
         let bias = epilogue.bias.map(Tensor::f_contiguous).transpose()?;
         let residual = epilogue.residual.map(Tensor::f_contiguous).transpose()?;
-        let is_dense = |x: Option<&Tensor>, kind: Kind, count: i64| {
-            x.is_none_or(|x| {
-                x.numel() as i64 == count && x.kind() == kind && x.device() == self.device()
-            })
-        };
-        if !is_dense(bias.as_ref(), Kind::Float, n)
-            || !is_dense(residual.as_ref(), Kind::Float, batch * m * n)
+        if !self.fits(bias.as_ref(), Kind::Float, n)
+            || !self.fits(residual.as_ref(), Kind::Float, batch * m * n)
         {
             return Err(Error::internal("a bias or a residual does not fit a product"));
         }
@@ -396,7 +391,7 @@ impl Gpu {
         let written = match target {
             Target::Values { out, accumulate, order } => {
                 let per_image = order.map_or(m, |order| order.numel() as i64);
-                if m % per_image.max(1) != 0 || !is_dense(*order, Kind::Int64, per_image) {
+                if m % per_image.max(1) != 0 || !self.fits(*order, Kind::Int64, per_image) {
                     return Err(Error::internal("an order does not fit the rows of a product"));
                 }
                 if variant == Variant::Fixed && (n % VALUES != 0 || residual.is_none()) {
