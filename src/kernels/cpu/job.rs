@@ -94,6 +94,7 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
     let (lhs, rhs) = (job.lhs, job.rhs);
     assert!(rhs.kernel.tile_rows(job.sums()) == ROWS && rhs.kernel.panel_columns() == columns);
     assert!(rhs.kernel.step() == V::STEP);
+    assert!(V::HAS_RUNS || rhs.run_steps >= rhs.group_steps());
     if let Destination::Rows(out) = &out {
         assert!(out.len() == job.rows.len());
     }
@@ -163,6 +164,7 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
             right.push(Right {
                 codes,
                 sums: sums.as_slice(),
+                short_sums: group_sums.iter().all(|sum| sum.abs() <= f32::from(i16::MAX)),
                 group_sums,
                 scale: &term.scale[range.clone()],
                 residual: if term.residual.is_empty() { &[] } else { &term.residual[range] },

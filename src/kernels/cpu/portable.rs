@@ -44,6 +44,11 @@ impl<const LANES: usize> Vector for Portable<LANES> {
     }
 
     #[inline(always)]
+    unsafe fn times_short(factor: i32, sums: Self::Sums) -> Self::Sums {
+        sums.map(|sum| factor * i32::from(sum as i16))
+    }
+
+    #[inline(always)]
     unsafe fn widen(sums: Self::Sums) -> Self::Sums {
         sums
     }

@@ -19,6 +19,7 @@
 //! with w = code − centre. Closures would not be compiled for the instruction set: there are none.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use super::vector::Vector;
 use crate::kernels::prepare::BlockTerm;
@@ -54,6 +55,8 @@ pub(super) struct Right<'a> {
     pub(super) codes: &'a [u8],
     /// −Σ w of each run, in the kernel's own partial sums.
     pub(super) sums: &'a [u8],
+    /// Whether these fit 16 bits.
+    pub(super) short_sums: bool,
     /// Σ w of each group, [group, column].
     pub(super) group_sums: &'a [f32],
     /// A number per column.
@@ -113,9 +116,10 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
                 && right.residual.is_empty()
             {
                 // The common case needs no memory for its sums; the roundings are the same.
-                let zero_points = &left.term.zero_points[self.index * ROWS..][..ROWS];
+                let (zero_points, _) =
+                    left.term.zero_points[self.index * ROWS..].as_chunks::<ROWS>();
                 let scales = &left.term.scales[self.index * ROWS..][..ROWS];
-                let sums = self.sum_group::<V, WIDTH>(&self.first, right, 0, zero_points);
+                let sums = self.sum_group::<V, WIDTH>(&self.first, right, 0, &zero_points[0]);
                 let scale = load::<V, WIDTH>(right.scale);
                 // Row by row and at once, where the tile is whole, so that sums stay in registers.
                 if let Some(out) = out.whole::<ROWS>(WIDTH * V::LANES) {
@@ -220,24 +224,31 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
         right: &Right<'_>,
         total: &mut [[V::Reals; WIDTH]; ROWS],
     ) {
-        // SAFETY: as the caller says.
-        unsafe {
-            for group in 0..self.extent.groups {
-                let at = self.index * self.extent.groups + group;
-                if !left.term.active[at] {
-                    continue;
-                }
-                let zero_points = &left.term.zero_points[at * ROWS..][..ROWS];
-                let scales = &left.term.scales[at * ROWS..][..ROWS];
+        // In registers meanwhile.
+        let mut here = *total;
+        let groups = self.extent.groups;
+        let (first, per_tile) = (self.index * groups, groups * ROWS);
+        let of_tile = first * ROWS..first * ROWS + per_tile;
+        let (zero_points, _) = left.term.zero_points[of_tile.clone()].as_chunks::<ROWS>();
+        let (scales, _) = left.term.scales[of_tile].as_chunks::<ROWS>();
+        let active = &left.term.active[first..first + groups];
+        let parameters = zero_points.iter().zip(scales).zip(active);
+        for (group, ((zero_points, scales), active)) in parameters.enumerate() {
+            if !*active {
+                continue;
+            }
+            // SAFETY: as the caller says.
+            unsafe {
                 let sums = self.sum_group::<V, WIDTH>(rows, right, group, zero_points);
                 for r in 0..ROWS {
                     let scale = V::splat(scales[r]);
                     for v in 0..WIDTH {
-                        total[r][v] = V::multiply_add(V::reals(sums[r][v]), scale, total[r][v]);
+                        here[r][v] = V::multiply_add(V::reals(sums[r][v]), scale, here[r][v]);
                     }
                 }
             }
         }
+        *total = here;
     }
 
     /// Σ (x − z) · w of one group, widened.
@@ -247,31 +258,31 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
         rows: &[*const u8; ROWS],
         right: &Right<'_>,
         group: usize,
-        zero_points: &[i32],
+        zero_points: &[i32; ROWS],
     ) -> [[V::Sums; WIDTH]; ROWS] {
         let Extent { group_steps, run_steps, runs, .. } = self.extent;
         debug_assert!(right.codes.len() == 4 * WIDTH * V::LANES * group_steps * self.extent.groups);
         debug_assert!(right.sums.len() == WIDTH * size_of::<V::Sums>() * runs * self.extent.groups);
-        // SAFETY: steps first..first + steps of every run lie within the group, hence within rows
-        // and codes; so do its sums. The instruction set is available.
+        let (first, end) = (group * group_steps, (group + 1) * group_steps);
+        let run =
+            Run { rows, codes: right.codes.as_ptr(), is_short: right.short_sums, zero_points };
+        // SAFETY: the steps of every run lie within the group, hence within rows and codes; so do its
+        // sums. The instruction set is available.
         unsafe {
             let sums = right.sums.as_ptr().cast::<[V::Sums; WIDTH]>().add(group * runs);
-            let mut run = Run { rows: *rows, codes: right.codes.as_ptr(), steps: run_steps };
-            run.advance::<V, WIDTH>(group * group_steps);
-            if runs == 1 {
-                run.steps = group_steps;
-                return run.sum::<V, WIDTH>(sums.read_unaligned(), zero_points);
+            if !V::HAS_RUNS || runs == 1 {
+                return run.sum::<V, WIDTH>(sums.read_unaligned(), first..end);
             }
             let mut total = [[V::no_sums(); WIDTH]; ROWS];
             for index in 0..runs {
-                run.steps = run_steps.min(group_steps - index * run_steps);
-                let next = run.sum::<V, WIDTH>(sums.add(index).read_unaligned(), zero_points);
+                let from = first + index * run_steps;
+                let start = sums.add(index).read_unaligned();
+                let next = run.sum::<V, WIDTH>(start, from..end.min(from + run_steps));
                 for r in 0..ROWS {
                     for v in 0..WIDTH {
                         total[r][v] = V::add(total[r][v], next[r][v]);
                     }
                 }
-                run.advance::<V, WIDTH>(run.steps);
             }
             total
         }
@@ -330,44 +341,43 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
     }
 }
 
-/// Where the codes of one run are.
-struct Run<const ROWS: usize> {
-    rows: [*const u8; ROWS],
+/// What is summed up in runs of steps.
+struct Run<'a, const ROWS: usize> {
+    rows: &'a [*const u8; ROWS],
     codes: *const u8,
-    steps: usize,
+    /// Whether sums of the columns' codes fit 16 bits.
+    is_short: bool,
+    zero_points: &'a [i32; ROWS],
 }
 
-impl<const ROWS: usize> Run<ROWS> {
-    /// Moves on by some steps.
-    #[inline(always)]
-    unsafe fn advance<V: Vector, const WIDTH: usize>(&mut self, steps: usize) {
-        // SAFETY: the caller says that there are so many more, or none beyond.
-        unsafe {
-            for row in &mut self.rows {
-                *row = row.add(4 * steps);
-            }
-            self.codes = self.codes.add(4 * V::LANES * WIDTH * steps);
-        }
-    }
-
-    /// Σ (x − z) · w of the run, widened. `start` is −Σ w.
+impl<const ROWS: usize> Run<'_, ROWS> {
+    /// Σ (x − z) · w of some steps, widened. `start` is −Σ w.
     #[inline(always)]
     unsafe fn sum<V: Vector, const WIDTH: usize>(
         &self,
         start: [V::Sums; WIDTH],
-        zero_points: &[i32],
+        steps: Range<usize>,
     ) -> [[V::Sums; WIDTH]; ROWS] {
+        let zero_points = self.zero_points;
         // SAFETY: the pointers are valid for the steps; the instruction set is available.
         unsafe {
             let mut sums = [start; ROWS];
-            for r in 0..ROWS {
-                for v in 0..WIDTH {
-                    sums[r][v] = V::times(zero_points[r], start[v]);
+            if self.is_short {
+                for r in 0..ROWS {
+                    for v in 0..WIDTH {
+                        sums[r][v] = V::times_short(zero_points[r], start[v]);
+                    }
+                }
+            } else {
+                for r in 0..ROWS {
+                    for v in 0..WIDTH {
+                        sums[r][v] = V::times(zero_points[r], start[v]);
+                    }
                 }
             }
             // One step at a time: of two, the compiler would keep more alive than there are registers.
-            let mut from = self.codes;
-            for step in 0..self.steps {
+            let mut from = self.codes.add(4 * V::LANES * WIDTH * steps.start);
+            for step in steps {
                 let mut columns = [V::columns(from); WIDTH];
                 for (v, columns) in columns.iter_mut().enumerate().skip(1) {
                     *columns = V::columns(from.add(4 * V::LANES * v));

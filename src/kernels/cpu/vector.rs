@@ -18,6 +18,8 @@ pub(super) trait Vector {
     const LANES: usize;
     /// Codes of the summed axis in one step: 4 bytes of a row hold 4 codes, or 2 of 16 bits.
     const STEP: usize;
+    /// Whether partial sums must be widened after some steps; else a group is one run of them.
+    const HAS_RUNS: bool = false;
 
     /// Loads 4 · `LANES` bytes: one step of `LANES` columns.
     unsafe fn columns(from: *const u8) -> Self::Codes;
@@ -29,6 +31,8 @@ pub(super) trait Vector {
     unsafe fn dot(sums: Self::Sums, row: Self::Codes, columns: Self::Codes) -> Self::Sums;
     /// `factor · sums`.
     unsafe fn times(factor: i32, sums: Self::Sums) -> Self::Sums;
+    /// The same for a factor and sums that fit 16 bits.
+    unsafe fn times_short(factor: i32, sums: Self::Sums) -> Self::Sums;
     /// Partial sums as one `i32` a lane, still in the same type.
     unsafe fn widen(sums: Self::Sums) -> Self::Sums;
     /// Sum of two widened vectors.

@@ -149,13 +149,27 @@ macro_rules! vector_256 {
     };
 }
 
+/// `vpmaddwd`, which AVX-512F and VNNI have as `vpdpwssd` only.
+#[inline(always)]
+unsafe fn multiply_short(a: __m512i, b: __m512i) -> __m512i {
+    // SAFETY: the caller has AVX-512 VNNI.
+    unsafe { _mm512_dpwssd_epi32(_mm512_setzero_si512(), a, b) }
+}
+
 /// One `i32` a lane from the start.
 macro_rules! sums_of_32_bits {
-    ($times:ident, $set:ident) => {
+    ($times:ident, $times_short:ident, $set:ident) => {
         #[inline(always)]
         unsafe fn times(factor: i32, sums: Self::Sums) -> Self::Sums {
             // SAFETY: the caller has the instruction set.
             unsafe { $times($set(factor), sums) } // vpmulld
+        }
+
+        #[inline(always)]
+        unsafe fn times_short(factor: i32, sums: Self::Sums) -> Self::Sums {
+            // The upper half of a factor is zero. Half as much work as `vpmulld`.
+            // SAFETY: the caller has the instruction set.
+            unsafe { $times_short($set(factor), sums) } // vpmaddwd
         }
 
         #[inline(always)]
@@ -168,6 +182,7 @@ macro_rules! sums_of_32_bits {
 impl Vector for Avx2Narrow {
     vector_256!();
     const STEP: usize = 4;
+    const HAS_RUNS: bool = true;
 
     #[inline(always)]
     unsafe fn dot(sums: __m256i, row: __m256i, columns: __m256i) -> __m256i {
@@ -183,6 +198,12 @@ impl Vector for Avx2Narrow {
     }
 
     #[inline(always)]
+    unsafe fn times_short(factor: i32, sums: __m256i) -> __m256i {
+        // SAFETY: as the caller says.
+        unsafe { Self::times(factor, sums) }
+    }
+
+    #[inline(always)]
     unsafe fn widen(sums: __m256i) -> __m256i {
         // SAFETY: the caller has AVX2.
         unsafe { _mm256_madd_epi16(sums, _mm256_set1_epi16(1)) } // vpmaddwd
@@ -191,7 +212,7 @@ impl Vector for Avx2Narrow {
 
 impl Vector for Avx2Wide {
     vector_256!();
-    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_set1_epi32);
+    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_madd_epi16, _mm256_set1_epi32);
     const STEP: usize = 2;
 
     #[inline(always)]
@@ -203,7 +224,7 @@ impl Vector for Avx2Wide {
 
 impl Vector for AvxVnni {
     vector_256!();
-    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_set1_epi32);
+    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_madd_epi16, _mm256_set1_epi32);
     const STEP: usize = 4;
 
     #[inline(always)]
@@ -216,7 +237,7 @@ impl Vector for AvxVnni {
 #[cfg(test)]
 impl Vector for LikeAvxVnni {
     vector_256!();
-    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_set1_epi32);
+    sums_of_32_bits!(_mm256_mullo_epi32, _mm256_madd_epi16, _mm256_set1_epi32);
     const STEP: usize = 4;
 
     #[inline(always)]
@@ -234,7 +255,7 @@ impl Vector for Avx512Vnni {
     const LANES: usize = 16;
     const STEP: usize = 4;
 
-    sums_of_32_bits!(_mm512_mullo_epi32, _mm512_set1_epi32);
+    sums_of_32_bits!(_mm512_mullo_epi32, multiply_short, _mm512_set1_epi32);
 
     #[inline(always)]
     unsafe fn columns(from: *const u8) -> __m512i {
