@@ -143,14 +143,14 @@ impl QuantizedModel {
         }
     }
 
-    /// Each thread takes some of the images: what it computes stays in its caches, and none waits for
-    /// another within a forward. Threads beyond the images share the work of one.
+    /// Each thread takes some of the images whenever it is done with others: what it computes stays in its
+    /// caches, and none waits for another within a forward. Threads beyond the images share the work of one.
     fn forward_in_integers(&self, sites: &IntegerSites<Cpu>, images: &Tensor) -> Result<Tensor> {
         let workers = Workers::shared();
         let count = images.size().first().copied().unwrap_or(0);
-        let parts = i64::try_from(workers.threads()).unwrap_or(1).min(count).max(1);
+        let parts = images.f_split_with_sizes(part_sizes(count, workers.threads()), 0)?;
         let shared = Shared(&self.model, &self.plan);
-        let logits = workers.divide(images.f_chunk(parts, 0)?, |images| {
+        let logits = workers.divide(parts, |images| {
             let _guard = tch::no_grad_guard(); // of each thread
             let Shared(model, plan) = *shared.get();
             model.forward(&mut Integer::new(plan, sites), &images)
@@ -244,10 +244,47 @@ impl FloatModel {
     }
 }
 
+/// How many of `count` images each part has that threads take one after the other: two for each thread,
+/// because processors that others use, too, are not equally fast. Larger ones come first, so that all threads
+/// end together where they are.
+fn part_sizes(count: i64, threads: usize) -> Vec<i64> {
+    let parts = (2 * i64::try_from(threads).unwrap_or(1)).min(count).max(1);
+    (0..parts).map(|part| count / parts + i64::from(part < count % parts)).collect()
+}
+
 fn bytes_of(weights: &Weights) -> u64 {
     weights.iter().map(|(_, tensor)| size(tensor)).sum()
 }
 
 fn size(tensor: &Tensor) -> u64 {
     (tensor.numel() * if tensor.kind() == Kind::Float { 4 } else { 1 }) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The time until all parts are done if an image takes 1 on every thread.
+    fn end(sizes: &[i64], threads: usize) -> i64 {
+        let mut free = vec![0; threads];
+        for size in sizes {
+            let first = free.iter_mut().min().unwrap();
+            *first += size;
+        }
+        free.into_iter().max().unwrap()
+    }
+
+    #[test]
+    fn parts_end_together_on_equal_threads() {
+        for threads in [1, 2, 3, 4, 16] {
+            for count in 1..=100 {
+                let sizes = part_sizes(count, threads);
+                assert_eq!(sizes.iter().sum::<i64>(), count);
+                assert!(sizes.iter().all(|size| *size > 0) && sizes.len() <= 2 * threads);
+                let least = (count as usize).div_ceil(threads) as i64;
+                assert_eq!(end(&sizes, threads), least, "{count} on {threads}: {sizes:?}");
+            }
+        }
+        assert_eq!(part_sizes(0, 2), [0]);
+    }
 }
