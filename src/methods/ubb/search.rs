@@ -5,7 +5,7 @@
 //! prefix sums in rank order give an image's error as a function of its swap count M alone, and
 //! each of the 441 (4,851 with τ) candidates is one look-up per image.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::allocation::{Allocation, Scalars, density};
 use super::quantizers::{GridRules, GroupGrid, shift_steps};
@@ -22,8 +22,16 @@ pub(super) const STEPS: usize = 21;
 /// Steps of τ: 0, 0.1, …, 1.0.
 pub(super) const SHIFT_STEPS: usize = 11;
 
-/// Elements quantized at once, so that the working set stays in a CPU's cache.
-const CHUNK_ELEMENTS: i64 = 1 << 18;
+/// Elements quantized at once.
+fn chunk_elements(device: Device) -> i64 {
+    if device.is_cuda() {
+        // An operation on fewer is over before the next one has begun; a dozen of so many fit any GPU.
+        1 << 25
+    } else {
+        // The working set stays in a CPU's cache.
+        1 << 18
+    }
+}
 
 /// β of step i.
 pub(super) fn beta(step: usize) -> f64 {
@@ -88,7 +96,8 @@ impl Tables {
         let shifts = if problem.rules.tau.is_some() { SHIFT_STEPS } else { 1 };
         let mut tables =
             Self { swaps: vec![Vec::new(); STEPS * STEPS], errors: vec![Vec::new(); shifts] };
-        let chunk = (CHUNK_ELEMENTS / (tokens * features)).clamp(1, images);
+        let most = chunk_elements(problem.tokens.device());
+        let chunk = (most / (tokens * features)).clamp(1, images);
         for first in (0..images).step_by(chunk as usize) {
             stop()?;
             let part = problem.tokens.f_narrow(0, first, chunk.min(images - first))?;
