@@ -1,6 +1,8 @@
 //! Row-wise dynamic log2 quantization of attention scores (methods/ubb.md, section 8):
 //! Δ = row maximum, e = round(−log2(max(x/Δ, 1e-8))), x̂ = Δ·2^(−e), 0 where e does not fit.
 
+use std::sync::Arc;
+
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
@@ -14,7 +16,7 @@ use crate::quant::dense::Dense;
 use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::steps::thresholds;
-use crate::quant::tokens::TokenLayout;
+use crate::quant::tokens::{TokenLayout, shape4};
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 use crate::tensor::round_straight_through;
 
@@ -66,12 +68,13 @@ pub struct Log2Row {
     bits: BitWidth,
     zero_code: ZeroCode,
     layout: TokenLayout,
+    stairs: Arc<Once<(Staircase, Values)>>,
 }
 
 impl Log2Row {
     /// A log2 grid of `bits` bits over the rows of `layout`.
     pub fn new(bits: BitWidth, zero_code: ZeroCode, layout: TokenLayout) -> Self {
-        Self { bits, zero_code, layout }
+        Self { bits, zero_code, layout, stairs: Arc::default() }
     }
 
     /// Restores a stored quantizer.
@@ -85,7 +88,7 @@ impl Log2Row {
             ZeroCode::Last
         };
         let layout = TokenLayout::restore(state)?;
-        Ok(Self { bits: state.read_bits()?, zero_code, layout })
+        Ok(Self::new(state.read_bits()?, zero_code, layout))
     }
 
     /// Largest exponent that is not zero.
@@ -102,7 +105,11 @@ impl Log2Row {
     }
 
     /// Powers of two by the number of exponents that a ratio has left behind.
-    fn stairs(&self) -> Option<(Staircase, Values)> {
+    fn stairs(&self) -> Option<&(Staircase, Values)> {
+        self.stairs.get(|| Ok(self.new_stairs()))
+    }
+
+    fn new_stairs(&self) -> Option<(Staircase, Values)> {
         let thresholds = RATIOS.get(|| {
             let passed = |ratio: &Tensor| -> Result<Tensor> {
                 let left = exponent_of(ratio)?.f_neg()?.f_add_scalar(LARGEST_EXPONENT + 1.0)?;
@@ -148,7 +155,7 @@ impl Quantizer for Log2Row {
         let largest = self.row_maxima(x, &dense)?;
         let (width, least_ratio) = (dense.width(), MIN_RATIO as f32);
         let rows = Rows { width, largest: &largest, least_ratio };
-        Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, &values, out))?))
+        Ok(Some(dense.map(|x, out| stairs.map_rows(x, rows, values, out))?))
     }
 
     fn fake_quantize_by_tensors(&self, x: &Tensor) -> Result<Tensor> {
@@ -161,16 +168,22 @@ impl Quantizer for Log2Row {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
+        match self.relative_stairs(shape4(x)?)? {
+            Some(stairs) => Rounded::stairs(x, &stairs),
+            None => Ok(None),
+        }
+    }
+
+    fn relative_stairs(&self, shape: [i64; 4]) -> Result<Option<Stairs<'_>>> {
         let Some((stairs, values)) = self.stairs() else { return Ok(None) };
         let beyond = stairs.len() as i64; // the exponent of no step
         let exponent = |steps: u8| (steps > 0).then_some(beyond - i64::from(steps));
-        let described = Stairs {
-            stairs: &stairs,
-            values: &values,
-            relative: Some((self.layout.on_gpu(x)?, MIN_RATIO as f32)),
+        Ok(Some(Stairs {
+            stairs,
+            values,
+            relative: Some((self.layout.on_gpu(shape)?, MIN_RATIO as f32)),
             planes: Plane::powers(0..=beyond - 1, 1.0, exponent),
-        };
-        Rounded::stairs(x, &described)
+        }))
     }
 
     // Bytes by comparison, as [`Log2Row::fake_quantize_in_a_pass`].
@@ -288,6 +301,19 @@ mod tests {
             let x = Tensor::from_slice(&[&[1.0], &near[..]].concat()).view([1, 1, 1, -1]);
             let (found, expected) = (q.fake_quantize(&x), q.fake_quantize_by_tensors(&x));
             assert!(found.unwrap().equal(&expected.unwrap()), "{exponent}");
+        }
+    }
+
+    #[test]
+    fn planes_are_those_of_the_terms() {
+        let x: Vec<f32> = (0..260).map(|i| (-0.1 * i as f32).exp2()).collect();
+        let x = Tensor::from_slice(&x).view([1, 1, 1, -1]);
+        for bits in 3..=8 {
+            for zero in [ZeroCode::Extra, ZeroCode::Last] {
+                let q =
+                    Log2Row::new(BitWidth::new(bits, "bits").unwrap(), zero, TokenLayout::PLAIN);
+                laws::planes_add_up(&q, &x);
+            }
         }
     }
 

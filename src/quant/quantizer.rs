@@ -8,7 +8,7 @@ use tch::{Device, Tensor};
 
 use crate::error::{Error, Result};
 use crate::kernels::Codes;
-use crate::kernels::cuda::{GpuCodes, Rounded, Stairs};
+use crate::kernels::cuda::{Affine, GpuCodes, Rounded, Stairs};
 use crate::kernels::fused::{HeadRows, RowEncoder};
 use crate::kernels::passes::affine::Grid;
 use crate::quant::BitWidth;
@@ -108,6 +108,24 @@ pub trait Quantizer: Debug + Send {
     /// The stairs of all values, whatever they are, with the terms of their integer form.
     fn static_stairs(&self) -> Option<Stairs<'_>> {
         None
+    }
+
+    /// The stairs of all values of an attention operand [windows, heads, free, reduce], whatever they are, in
+    /// ratios to the largest of their token.
+    ///
+    /// # Errors
+    /// `Internal` for axes beyond 32 bits.
+    fn relative_stairs(&self, _shape: [i64; 4]) -> Result<Option<Stairs<'_>>> {
+        Ok(None)
+    }
+
+    /// How the grids of an attention operand [windows, heads, free, reduce] follow from the extents of its tokens, for
+    /// kernels that find them where the operand comes to be; `None` where they follow from something else.
+    ///
+    /// # Errors
+    /// `Internal` for axes beyond 32 bits.
+    fn token_grids(&self, _shape: [i64; 4]) -> Result<Option<Affine<'_>>> {
+        Ok(None)
     }
 
     /// What makes the codes of [`Quantizer::encode`] of rows of `columns` values as they come to be,

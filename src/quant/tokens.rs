@@ -164,12 +164,11 @@ impl TokenLayout {
         Ok(Layout { width, rows: height, sets, set_count, tokens_per_image, along })
     }
 
-    /// The same for kernels on a GPU.
+    /// The same for kernels on a GPU, of an operand of that shape.
     ///
     /// # Errors
-    /// `Internal` for another number of axes.
-    pub(crate) fn on_gpu(self, x: &Tensor) -> Result<Tokens> {
-        let [_, heads, free, reduce] = shape4(x)?;
+    /// `Internal` for numbers beyond 32 bits.
+    pub(crate) fn on_gpu(self, [_, heads, free, reduce]: [i64; 4]) -> Result<Tokens> {
         match (self.heads, self.windows) {
             (Heads::Apart, _) => Tokens::new(free, reduce, 1, 0),
             (Heads::Merged, 1) => Tokens::new(free, reduce, heads, 0),
@@ -177,32 +176,24 @@ impl TokenLayout {
         }
     }
 
-    /// Tokens of an operand's image that are ranked together.
-    ///
-    /// # Errors
-    /// `Internal` for another number of axes.
-    pub(crate) fn tokens_per_image(self, x: &Tensor) -> Result<i64> {
-        let [_, heads, free, _] = shape4(x)?;
-        Ok(match (self.heads, self.windows) {
+    /// Tokens of an image of an operand of that shape, which are ranked together.
+    pub(crate) fn tokens_per_image(self, [_, heads, free, _]: [i64; 4]) -> i64 {
+        match (self.heads, self.windows) {
             (Heads::Apart, _) => heads * free,
             (Heads::Merged, 1) => free,
             (Heads::Merged, _) => 4 * free,
-        })
+        }
     }
 
-    /// Values of a token.
-    ///
-    /// # Errors
-    /// `Internal` for another number of axes.
-    pub(crate) fn features(self, x: &Tensor) -> Result<usize> {
-        let [_, heads, _, reduce] = shape4(x)?;
+    /// Values of a token of an operand of that shape.
+    pub(crate) fn features(self, [_, heads, _, reduce]: [i64; 4]) -> usize {
         let windows = side_of(self.windows) / 2;
         let features = match (self.heads, self.windows) {
             (Heads::Apart, _) => reduce,
             (Heads::Merged, 1) => heads * reduce,
             (Heads::Merged, _) => windows * windows * heads * reduce,
         };
-        Ok(usize::try_from(features).unwrap_or(0))
+        usize::try_from(features).unwrap_or(0)
     }
 
     /// Tokens of one image's operand of that shape.
@@ -240,7 +231,11 @@ fn side_of(windows: i64) -> i64 {
     (windows as f64).sqrt().round() as i64
 }
 
-fn shape4(x: &Tensor) -> Result<[i64; 4]> {
+/// [windows, heads, free, reduce] of an attention operand.
+///
+/// # Errors
+/// `Internal` for another number of axes.
+pub(crate) fn shape4(x: &Tensor) -> Result<[i64; 4]> {
     <[i64; 4]>::try_from(x.size()).map_err(|shape| {
         Error::internal(format!("an attention operand has shape {shape:?}, four axes are needed"))
     })

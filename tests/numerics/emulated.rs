@@ -49,6 +49,11 @@ fn products_are_those_of_whole_numbers() {
 }
 
 #[test]
+fn heads_are_on_the_grids_of_their_tokens() {
+    check("heads");
+}
+
+#[test]
 fn attention_is_that_of_double_precision() {
     check("attention");
 }

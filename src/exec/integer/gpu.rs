@@ -1,6 +1,7 @@
 //! Integer execution on a GPU. Where the grids of a block's operands are known beforehand, nothing but
-//! codes and the residual stream is in memory. Else what lies between the products is libtorch's; bias,
-//! GELU and residual belong to them.
+//! codes and the residual stream is in memory. Where tokens share theirs over all heads, q, k and v come to be
+//! as values, and scores in registers only. Else what lies between the products is libtorch's; bias, GELU and
+//! residual belong to them.
 
 use tch::Tensor;
 
@@ -8,7 +9,7 @@ use super::sites::{Cuda, Form, IntegerSites, encode};
 use crate::error::Result;
 use crate::exec::{AttentionTerms, Executor, Simulated, WeightSource, attention};
 use crate::kernels::cuda::{
-    Epilogue, FixedGrid, Gpu, GpuCodes, GpuWeight, HeadShape, ScoreOffsets,
+    Epilogue, FixedGrid, Gpu, GpuCodes, GpuWeight, HeadShape, ScoreOffsets, TokenHeads,
 };
 use crate::kernels::passes::affine::Grid;
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Operand, Site, Windows, gelu};
@@ -88,15 +89,8 @@ impl<'a> IntegerOnGpu<'a> {
         ) else {
             return Ok(None);
         };
-        let (n, tokens, dim) = x.size3()?;
-        let per_image = terms.windows.map_or(1, Windows::per_image);
-        let shape = HeadShape {
-            windows: n * per_image,
-            tokens: tokens / per_image,
-            heads: op.heads,
-            width: dim / op.heads,
-        };
-        if !Gpu::takes_norm(dim) || !shape.is_taken(scores) {
+        let shape = heads_of(op, terms, x)?;
+        if !Gpu::takes_norm(x.size3()?.2) || !shape.is_taken(scores) {
             return Ok(None);
         }
         let order = terms.windows.map(Windows::tokens);
@@ -104,13 +98,73 @@ impl<'a> IntegerOnGpu<'a> {
         let query_scale = terms.query_scale.map(|scale| scale as f32);
         let heads = (shape, query_scale, [q, k, v]);
         let codes = self.gpu.split_heads(&codes, qkv, op.qkv.bias.as_ref(), heads)?;
-        let offsets = ScoreOffsets {
-            scale: terms.scores.scale.map_or(1.0, |scale| scale as f32),
-            bias: terms.scores.bias,
-            mask: terms.scores.mask,
-        };
-        let codes = self.gpu.attention(&codes, offsets, scores, mixed)?;
+        let codes = self.gpu.attention(&codes, offsets(terms), scores, mixed)?;
         self.gpu.added(&codes, proj, op.proj.bias.as_ref(), x, order).map(Some)
+    }
+
+    /// `x` plus the attention over its norm, q, k and v being on grids that tokens share over all heads; `None` where
+    /// they are not, or there is no kernel for such heads.
+    fn attention_of_tokens(
+        &mut self,
+        norm: &LayerNorm,
+        op: &Attention,
+        terms: &AttentionTerms<'_>,
+        x: &Tensor,
+    ) -> Result<Option<Tensor>> {
+        let Some([qkv, proj]) = self.sites.attention(op) else { return Ok(None) };
+        let weights = self.sites.fixed(&op.score_value, Operand::Lhs);
+        let Some(FixedGrid::Stepped(bins)) = weights else { return Ok(None) };
+        if !self.gpu.takes_tokens() {
+            return Ok(None);
+        }
+        let shape = heads_of(op, terms, x)?;
+        let HeadShape { windows, tokens, heads, width } = shape;
+        let grids = |site: &Site, operand, free, reduce| {
+            let quantizer = self.plan.get(site.id, operand);
+            let grids = quantizer.map(|q| q.token_grids([windows, heads, free, reduce]));
+            grids.transpose().map(Option::flatten)
+        };
+        let (Some(q), Some(k), Some(v)) = (
+            grids(&op.query_key, Operand::Lhs, tokens, width)?,
+            grids(&op.query_key, Operand::Rhs, tokens, width)?,
+            grids(&op.score_value, Operand::Rhs, width, tokens)?,
+        ) else {
+            return Ok(None);
+        };
+        let Some(heads) = TokenHeads::new(shape, [q, k, v], bins)? else { return Ok(None) };
+        let mut normed = self.layer_norm(norm, x)?;
+        if let Some(windows) = terms.windows {
+            normed = windows.split(&normed)?;
+        }
+        let values = self.packed((&op.qkv, qkv), &normed, Epilogue::default())?;
+        let query_scale = terms.query_scale.map(|scale| scale as f32);
+        let codes = self.gpu.token_codes(&values, &heads, query_scale)?;
+        let mixed = self.gpu.token_attention(codes, &heads, offsets(terms))?;
+        let order = terms.windows.map(Windows::tokens);
+        let epilogue = Epilogue { residual: Some(x), order, ..Epilogue::default() };
+        let sum = self.packed((&op.proj, proj), &mixed, epilogue)?;
+        Ok(Some(sum.f_reshape(x.size())?))
+    }
+}
+
+/// The heads of an attention to the norm of `x` [n, tokens, dim].
+fn heads_of(op: &Attention, terms: &AttentionTerms<'_>, x: &Tensor) -> Result<HeadShape> {
+    let (n, tokens, dim) = x.size3()?;
+    let per_image = terms.windows.map_or(1, Windows::per_image);
+    Ok(HeadShape {
+        windows: n * per_image,
+        tokens: tokens / per_image,
+        heads: op.heads,
+        width: dim / op.heads,
+    })
+}
+
+/// What kernels do to scores.
+fn offsets<'a>(terms: &AttentionTerms<'a>) -> ScoreOffsets<'a> {
+    ScoreOffsets {
+        scale: terms.scores.scale.map_or(1.0, |scale| scale as f32),
+        bias: terms.scores.bias,
+        mask: terms.scores.mask,
     }
 }
 
@@ -161,7 +215,10 @@ impl Executor for IntegerOnGpu<'_> {
         terms: &AttentionTerms<'_>,
         x: &Tensor,
     ) -> Result<Tensor> {
-        match self.attention_of_codes(norm, op, terms, x)? {
+        if let Some(y) = self.attention_of_codes(norm, op, terms, x)? {
+            return Ok(y);
+        }
+        match self.attention_of_tokens(norm, op, terms, x)? {
             Some(y) => Ok(y),
             None => attention::add_attention(self, norm, op, terms, x),
         }

@@ -41,8 +41,8 @@ pub trait Kernels: fmt::Debug {
     /// Bytes of a packed weight.
     fn resident_bytes(weight: &Self::Weight) -> u64;
 
-    /// The grid of an operand like `x`, if it is known before any of its values and kernels make codes
-    /// on it wherever values come to be.
+    /// The grid of an operand like `x`, or the stairs of ratios to the largest of its tokens, if it is known before
+    /// any of its values and kernels make codes on it wherever values come to be.
     ///
     /// # Errors
     /// `Device` when memory is short.
@@ -108,10 +108,14 @@ impl Kernels for Cuda {
         if let Some(grid) = quantizer.static_grid() {
             return Ok(Some(FixedGrid::Uniform(grid)));
         }
-        match (Gpu::of(x), quantizer.static_stairs()) {
-            (Some(gpu), Some(stairs)) => Ok(Bins::new(gpu, &stairs)?.map(FixedGrid::Stepped)),
-            _ => Ok(None),
-        }
+        let Some(gpu) = Gpu::of(x) else { return Ok(None) };
+        let stairs = match (quantizer.static_stairs(), x.size().try_into()) {
+            (Some(stairs), _) => Some(stairs),
+            (None, Ok(shape)) => quantizer.relative_stairs(shape)?,
+            (None, Err(_)) => None,
+        };
+        let bins = stairs.map(|stairs| Bins::new(gpu, &stairs)).transpose()?.flatten();
+        Ok(bins.map(FixedGrid::Stepped))
     }
 }
 

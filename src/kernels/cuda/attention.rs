@@ -1,10 +1,11 @@
 //! Attention on a GPU from codes to codes, on grids that are known beforehand.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::codes::{FixedCodes, GpuWeight, Padding, decoded};
 use super::compile::Source;
 use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
+use super::operand::Tokens;
 use super::product::{GRID_COLUMNS, GridArguments, MAX_SHARED_BYTES};
 use super::quantize::{Plane, Stairs};
 use crate::error::{Error, Result};
@@ -12,7 +13,7 @@ use crate::kernels::passes::affine::Grid;
 use crate::kernels::passes::staircase::Passed;
 
 /// Queries of a warp.
-const QUERIES: i64 = 16;
+pub(super) const QUERIES: i64 = 16;
 /// Keys of a step.
 const KEYS: i64 = 32;
 /// Columns that a step of the tensor cores sums.
@@ -77,13 +78,15 @@ pub struct ScoreOffsets<'a> {
 pub enum FixedGrid {
     /// Uniform.
     Uniform(Grid),
-    /// Stairs between 0 and 1, as weights of an attention have them.
+    /// Stairs between 0 and 1, as weights of an attention have them, or their ratios to the largest of a token.
     Stepped(Bins),
 }
 
 /// Stairs as a table: numbers whose first bits are the same share a bin, in which there is one step at most.
 #[derive(Debug)]
 pub struct Bins {
+    /// Tokens to whose largest value the numbers are ratios; none: they are as they are.
+    pub(super) relative: Option<Tokens>,
     /// uint8 [turns, count, 8]: {a threshold, codes of two planes below it and from it on}.
     table: Tensor,
     /// float32 [turns, 2]: scales of the planes.
@@ -95,18 +98,24 @@ pub struct Bins {
 }
 
 impl Bins {
-    /// The table of stairs for numbers from 0 to 1; `None` where steps are too close for one.
+    /// The table of stairs for numbers from 0 to 1, or for ratios if they are relative; `None` where steps are too
+    /// close for one.
     ///
     /// # Errors
     /// `Device` when memory is short.
     pub fn new(gpu: &Gpu, stairs: &Stairs<'_>) -> Result<Option<Self>> {
+        Self::on(gpu.device(), stairs)
+    }
+
+    pub(super) fn on(device: Device, stairs: &Stairs<'_>) -> Result<Option<Self>> {
         let passed = stairs.stairs.passed();
         let thresholds: Vec<f32> =
             stairs.stairs.thresholds().iter().map(|t| from(*t, passed)).collect();
-        // All numbers have passed those up to zero.
-        let always = thresholds.partition_point(|t| *t <= 0.0);
-        let is_taken = stairs.relative.is_none() && !stairs.planes.is_empty();
-        let Some(layout) = Layout::of(&thresholds[always..]).filter(|_| is_taken) else {
+        // All numbers have passed those up to the least.
+        let least = stairs.relative.map_or(0.0, |(_, least_ratio)| least_ratio);
+        let always = thresholds.partition_point(|t| *t <= least);
+        let has_planes = !stairs.planes.is_empty();
+        let Some(layout) = Layout::of(&thresholds[always..]).filter(|_| has_planes) else {
             return Ok(None);
         };
         let turns = stairs.planes.chunks(PLANES);
@@ -125,13 +134,29 @@ impl Bins {
             factors.extend([factor(0), factor(1)]);
         }
         Ok(Some(Self {
-            table: Tensor::f_from_slice(&table)?.f_to_device(gpu.device())?,
-            factors: Tensor::f_from_slice(&factors)?.f_to_device(gpu.device())?,
+            relative: stairs.relative.map(|(tokens, _)| tokens),
+            table: Tensor::f_from_slice(&table)?.f_to_device(device)?,
+            factors: Tensor::f_from_slice(&factors)?.f_to_device(device)?,
             turns: to_i32(turns.len() as i64)?,
             count: to_i32(layout.bins.len() as i64)?,
             first: to_i32(i64::from(layout.first))?,
             shift: to_i32(i64::from(layout.shift))?,
         }))
+    }
+
+    pub(super) fn count(&self) -> i64 {
+        i64::from(self.count)
+    }
+
+    pub(super) fn arguments(&self) -> BinArguments {
+        BinArguments {
+            table: address(Some(&self.table)),
+            factors: address(Some(&self.factors)),
+            turns: self.turns,
+            count: self.count,
+            first: self.first,
+            shift: self.shift,
+        }
     }
 }
 
@@ -187,6 +212,18 @@ impl Layout {
     }
 }
 
+/// [`Bins`] as kernels take them.
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+pub(super) struct BinArguments {
+    table: u64,
+    factors: u64,
+    turns: i32,
+    count: i32,
+    first: i32,
+    shift: i32,
+}
+
 /// Arguments of the kernel, in its order.
 #[repr(C)]
 struct Arguments {
@@ -194,8 +231,7 @@ struct Arguments {
     bias: u64,
     mask: u64,
     out: u64,
-    bins: u64,
-    factors: u64,
+    bins: BinArguments,
     tokens: i32,
     heads: i32,
     windows: i32,
@@ -205,10 +241,6 @@ struct Arguments {
     q_zero: f32,
     scores: GridArguments,
     scores_scale: f32,
-    turns: i32,
-    bin_count: i32,
-    first_bin: i32,
-    bin_shift: i32,
     v_scale: f32,
     v_zero: f32,
     mixed: GridArguments,
@@ -225,6 +257,7 @@ fn source(width: i64, is_stepped: bool) -> Source {
         text: concat!(
             include_str!("primitives.cu"),
             include_str!("codes.cu"),
+            include_str!("scores.cu"),
             include_str!("attention.cu")
         ),
         definitions,
@@ -233,28 +266,76 @@ fn source(width: i64, is_stepped: bool) -> Source {
 }
 
 impl HeadShape {
-    fn columns(self) -> i64 {
+    pub(super) fn columns(self) -> i64 {
         self.heads * self.width
     }
 
+    /// Keys of whole steps, and the bytes of each in shared memory.
+    pub(super) fn keys(self) -> (i64, i64) {
+        (parts(self.tokens, KEYS) * KEYS, parts(self.width, STEP) * STEP + 16)
+    }
+
     fn shared_bytes(self, bins: i64) -> i64 {
-        let padded = parts(self.tokens, KEYS) * KEYS;
-        let pitch = parts(self.width, STEP) * STEP + 16;
+        let (padded, pitch) = self.keys();
         2 * padded * pitch + 4 * padded + 4 * self.width + 8 * bins
+    }
+
+    /// Whether kernels are compiled for heads of that width.
+    pub(super) fn has_width(self) -> bool {
+        const MAX_WIDTH: i64 = 64;
+        self.width % QUERIES == 0 && (1..=MAX_WIDTH).contains(&self.width)
     }
 
     /// Whether there is a kernel for such heads.
     pub fn is_taken(self, scores: &FixedGrid) -> bool {
-        const MAX_WIDTH: i64 = 64;
         let bins = match scores {
             FixedGrid::Uniform(_) => 0,
-            FixedGrid::Stepped(bins) => i64::from(bins.count),
+            FixedGrid::Stepped(bins) if bins.relative.is_none() => bins.count(),
+            FixedGrid::Stepped(_) => return false,
         };
-        self.width % QUERIES == 0
-            && self.width <= MAX_WIDTH
+        self.has_width()
             && self.columns() % GRID_COLUMNS == 0
             && self.tokens > 0
             && self.shared_bytes(bins) <= MAX_SHARED_BYTES
+    }
+
+    /// Blocks of at most so many warps, for every head of every window.
+    pub(super) fn launch(self, most_warps: i64, shared: i64) -> Result<Launch> {
+        let tiles = parts(self.tokens, QUERIES);
+        let shares = parts(tiles, most_warps);
+        Ok(Launch {
+            grid: (to_u32(self.windows * self.heads)?, to_u32(shares)?, 1),
+            threads: to_u32(parts(tiles, shares) * WARP)?,
+            shared: to_u32(shared)?,
+        })
+    }
+}
+
+/// Bias and mask as kernels read them.
+pub(super) struct Offsets {
+    pub(super) bias: Option<Tensor>,
+    pub(super) mask: Option<Tensor>,
+    /// Windows of the mask.
+    pub(super) masks: i64,
+}
+
+impl ScoreOffsets<'_> {
+    /// Dense offsets that fit heads of that shape.
+    ///
+    /// # Errors
+    /// `Internal` when they do not; `Device` when memory is short.
+    pub(super) fn dense(&self, gpu: &Gpu, shape: HeadShape) -> Result<Offsets> {
+        let masks = self.mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
+        let square = shape.tokens * shape.tokens;
+        let fits = gpu.fits(self.bias, Kind::Float, shape.heads * square)
+            && gpu.fits(self.mask, Kind::Float, masks * square)
+            && masks > 0
+            && shape.windows % masks == 0;
+        if !fits {
+            return Err(Error::internal("heads, bias and mask of an attention do not fit"));
+        }
+        let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
+        Ok(Offsets { bias: dense(self.bias)?, mask: dense(self.mask)?, masks })
     }
 }
 
@@ -293,19 +374,11 @@ impl Gpu {
         grid: Grid,
     ) -> Result<FixedCodes> {
         let HeadShape { windows, tokens, heads, width } = qkv.shape;
-        let columns = qkv.shape.columns();
-        let masks = offsets.mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
-        let square = tokens * tokens;
-        let is_right = qkv.shape.is_taken(scores)
-            && self.fits(offsets.bias, Kind::Float, heads * square)
-            && self.fits(offsets.mask, Kind::Float, masks * square)
-            && masks > 0
-            && windows % masks == 0;
-        let Some(padding) = Padding::new(columns, 1).filter(|_| is_right) else {
-            return Err(Error::internal("heads, bias and mask of an attention do not fit"));
+        let is_taken = qkv.shape.is_taken(scores);
+        let Some(padding) = Padding::new(qkv.shape.columns(), 1).filter(|_| is_taken) else {
+            return Err(Error::internal(format!("no attention takes {:?}", qkv.shape)));
         };
-        let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
-        let (bias, mask) = (dense(offsets.bias)?, dense(offsets.mask)?);
+        let dense = offsets.dense(self, qkv.shape)?;
         let rows = windows * tokens;
         let codes = Tensor::f_empty([rows, padding.width], (Kind::Uint8, self.device()))?;
         let [q, k, v] = qkv.grids;
@@ -314,40 +387,29 @@ impl Gpu {
             FixedGrid::Uniform(grid) => (*grid, None),
             FixedGrid::Stepped(bins) => (none, Some(bins)),
         };
-        let number = |of: fn(&Bins) -> i32| bins.map_or(0, of);
         let arguments = Arguments {
             qkv: address(Some(&qkv.codes)),
-            bias: address(bias.as_ref()),
-            mask: address(mask.as_ref()),
+            bias: address(dense.bias.as_ref()),
+            mask: address(dense.mask.as_ref()),
             out: address(Some(&codes)),
-            bins: address(bins.map(|bins| &bins.table)),
-            factors: address(bins.map(|bins| &bins.factors)),
+            bins: bins.map_or(BinArguments::default(), Bins::arguments),
             tokens: to_i32(tokens)?,
             heads: to_i32(heads)?,
-            windows: to_i32(masks)?,
+            windows: to_i32(dense.masks)?,
             pitch: to_i32(qkv.pitch)?,
             out_pitch: to_i32(padding.width)?,
             score_factor: q.scale * k.scale * offsets.scale * std::f32::consts::LOG2_E,
             q_zero: q.zero_point,
             scores: uniform.into(),
             scores_scale: uniform.scale,
-            turns: number(|bins| bins.turns),
-            bin_count: number(|bins| bins.count),
-            first_bin: number(|bins| bins.first),
-            bin_shift: number(|bins| bins.shift),
             v_scale: v.scale,
             v_zero: v.zero_point,
             mixed: grid.into(),
         };
         // More of them would leave too few registers to each.
         let most_warps = if bins.is_some() { 4 } else { 8 };
-        let tiles = parts(tokens, QUERIES);
-        let shares = parts(tiles, most_warps);
-        let launch = Launch {
-            grid: (to_u32(windows * heads)?, to_u32(shares)?, 1),
-            threads: to_u32(parts(tiles, shares) * WARP)?,
-            shared: to_u32(qkv.shape.shared_bytes(i64::from(number(|bins| bins.count))))?,
-        };
+        let shared = qkv.shape.shared_bytes(bins.map_or(0, Bins::count));
+        let launch = qkv.shape.launch(most_warps, shared)?;
         let _counted = to_i32(rows)?;
         let function =
             self.function(&source(width, bins.is_some()), "attention", to_u32(MAX_SHARED_BYTES)?)?;
@@ -364,6 +426,7 @@ impl Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::cuda::compile::argument_bytes;
 
     #[test]
     fn the_kernels_compile_for_both_generations() {
@@ -372,7 +435,11 @@ mod tests {
                 [(16, true), (32, false), (48, true), (64, false), (64, true)]
             {
                 let program = source(width, is_stepped).compile(capability).unwrap().to_src();
-                assert!(program.contains(".entry attention("), "{width}");
+                assert_eq!(
+                    argument_bytes(&program, "attention"),
+                    size_of::<Arguments>(),
+                    "{width}"
+                );
             }
         }
     }
@@ -399,6 +466,27 @@ mod tests {
     }
 
     #[test]
+    fn ratios_below_the_least_have_its_codes() {
+        use crate::kernels::passes::staircase::{Staircase, values_of};
+        let stairs = Staircase::new(vec![0.01, 0.1, 0.5], Passed::AtLeast).unwrap();
+        let planes = vec![Plane { codes: std::array::from_fn(|steps| steps as u8), factor: 1.0 }];
+        let (tokens, values) = (Tokens::new(5, 5, 2, 0).unwrap(), values_of(&[]));
+        let described = |relative| Stairs {
+            stairs: &stairs,
+            values: &values,
+            relative,
+            planes: planes.clone(),
+        };
+        let lowest = |relative| {
+            let bins = Bins::on(Device::Cpu, &described(relative)).unwrap().unwrap();
+            (bins.relative, bins.table.int64_value(&[4])) // below the first threshold of the first bin
+        };
+        assert_eq!(lowest(None), (None, 0));
+        assert_eq!(lowest(Some((tokens, 1e-8))), (Some(tokens), 0));
+        assert_eq!(lowest(Some((tokens, 0.1))), (Some(tokens), 2));
+    }
+
+    #[test]
     fn heads_beyond_shared_memory_are_not_taken() {
         let uniform = FixedGrid::Uniform(Grid { scale: 0.1, zero_point: 0.0, max_code: 15.0 });
         let takes = |tokens, heads, width| {
@@ -407,5 +495,6 @@ mod tests {
         assert!(takes(197, 6, 64) && takes(577, 12, 64) && takes(49, 3, 32) && takes(65, 3, 32));
         assert!(takes(1, 2, 16) && takes(49, 2, 16));
         assert!(!takes(1025, 6, 64) && !takes(49, 3, 16) && !takes(49, 4, 24) && !takes(49, 4, 80));
+        assert!(!takes(49, 4, 0));
     }
 }

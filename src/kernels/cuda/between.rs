@@ -175,14 +175,18 @@ impl Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::cuda::compile::argument_bytes;
 
     #[test]
     fn the_kernels_compile_for_both_generations() {
         for capability in [(8, 0), (9, 0)] {
-            for (normed, name) in [(None, "softmax"), (Some(96), "normed"), (Some(1536), "normed")]
-            {
+            for (normed, kernel, bytes) in [
+                (None, "softmax", size_of::<SoftmaxArguments>()),
+                (Some(96), "normed", size_of::<NormArguments>()),
+                (Some(1536), "normed", size_of::<NormArguments>()),
+            ] {
                 let program = source(normed).compile(capability).unwrap().to_src();
-                assert!(program.contains(&format!(".entry {name}(")), "{name}");
+                assert_eq!(argument_bytes(&program, kernel), bytes, "{kernel}");
             }
         }
     }

@@ -1,6 +1,8 @@
 //! What a GPU's kernels must compute before anything relies on them: the bits of the CPU's passes, and
 //! the products of what codes decode to.
 
+pub(super) mod tokens;
+
 use tch::{Kind, Tensor};
 
 use super::attention::{Bins, FixedGrid, HeadShape, ScoreOffsets};
@@ -68,7 +70,7 @@ fn linear_inputs(gpu: &Gpu, stretched: bool) -> Result<()> {
         tokens: Tokens::new(tokens as i64, channels as i64, 1, 0)?,
         groups: GROUPS as i64,
         max_code: 15.0,
-        rules: Some((&rules, tokens as i64)),
+        rules: Some((rules, tokens as i64)),
         exact_constants: true,
         stretch: stretched.then_some(Stretch { factor: -2.0, steps: &steps }),
     };
@@ -84,8 +86,16 @@ fn linear_inputs(gpu: &Gpu, stretched: bool) -> Result<()> {
         let packed = GpuWeight::pack(&weight, GROUPS as i64)?.ok_or_else(|| wrong("weight"))?;
         let bias = numbers(&[OUT], 3)?.f_to_device(gpu.device())?;
         let residual = numbers(&[rows, OUT], 4)?.f_to_device(gpu.device())?;
-        let epilogue = Epilogue { bias: Some(&bias), gelu: true, residual: Some(&residual) };
-        let found = gpu.product(&codes, &packed, epilogue)?;
+        let order: Vec<i64> = (0..rows).map(|row| (row * 7 + 3) % rows).collect();
+        let order = Tensor::f_from_slice(&order)?.f_to_device(gpu.device())?;
+        let epilogue = Epilogue {
+            bias: Some(&bias),
+            gelu: true,
+            residual: Some(&residual),
+            order: Some(&order),
+        };
+        let found = gpu.product(&codes, &packed, epilogue)?.f_index_select(0, &order)?;
+        let residual = residual.f_index_select(0, &order)?;
         let double = |x: &Tensor| x.f_to_kind(Kind::Double);
         let product = double(&codes.decode()?)?.f_matmul(&double(&weight.decode()?)?.f_tr()?)?;
         let product = product.f_add(&double(&bias)?)?.f_gelu("none")?.f_add(&double(&residual)?)?;
@@ -119,7 +129,7 @@ fn attention(gpu: &Gpu) -> Result<()> {
         tokens: Tokens::new(rows, width, 3, 2)?,
         groups: 1,
         max_code: 15.0,
-        rules: Some((&rules, 4 * rows)),
+        rules: Some((rules, 4 * rows)),
         exact_constants: false,
         stretch: None,
     };

@@ -78,3 +78,12 @@ pub(super) fn is_installed() -> bool {
         }
     })
 }
+
+/// Bytes of the argument of a kernel in a compiled program: what is handed to it by value must have as many.
+#[cfg(test)]
+pub(super) fn argument_bytes(program: &str, kernel: &str) -> usize {
+    let (_, kernel) = program.split_once(&format!(".entry {kernel}(")).unwrap();
+    let (parameter, _) = kernel.split_once(')').unwrap();
+    let (_, bytes) = parameter.split_once('[').unwrap();
+    bytes.split(']').next().unwrap().parse().unwrap()
+}

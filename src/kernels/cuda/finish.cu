@@ -25,6 +25,11 @@ struct Product {
   FixedGrid grids[3];
 };
 
+// The row of the result that a row of the product is.
+__device__ __forceinline__ int ordered(const Product& p, int m) {
+  return p.order ? m / p.per_image * p.per_image + (int)__ldg(p.order + m % p.per_image) : m;
+}
+
 // GELU to 2.2e-7, by Φ(−|x|) = erfc(|x| / √2) / 2 (Abramowitz and Stegun, 7.1.26).
 __device__ __forceinline__ float gelu(float x) {
   const float size = fabsf(x), t = reciprocal(fmaf(0.3275911f * 0.70710678118654752440f, size, 1.0f));
@@ -110,8 +115,7 @@ __device__ __forceinline__ void finish(const Product& p, const int (&sums)[MT][N
               make_uint2(codes_of(grid, values[0], values[1], values[2], values[3]),
                          codes_of(grid, values[4], values[5], values[6], values[7]));
       } else if (m < p.m && first_n + at < p.n) {
-        const int place = p.order ? m / p.per_image * p.per_image + (int)__ldg(p.order + m % p.per_image) : m;
-        const i64 first = (i64)place * p.n + first_n + at;
+        const i64 first = (i64)ordered(p, m) * p.n + first_n + at;
         const float4 more = __ldg((const float4*)(p.residual + first));
         *(float4*)(p.out + first) =
             make_float4(values[0] + more.x, values[1] + more.y, values[2] + more.z, values[3] + more.w);

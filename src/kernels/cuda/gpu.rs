@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaStream, DeviceRepr, DriverError, LaunchConfig, PushKernelArg,
+    CudaContext, CudaFunction, CudaModule, CudaStream, DeviceRepr, DriverError, LaunchConfig,
+    PushKernelArg,
 };
 use tch::{Device, Kind, Tensor};
 
@@ -64,8 +65,16 @@ pub struct Gpu {
     device: Device,
     stream: Arc<CudaStream>,
     capability: (i32, i32),
-    functions: Mutex<HashMap<(&'static str, Definitions), CudaFunction>>,
+    takes_tokens: bool,
+    kernels: Mutex<Kernels>,
     constants: Mutex<HashMap<Vec<u32>, Tensor>>,
+}
+
+/// What has been compiled, by name and macros.
+#[derive(Default)]
+struct Kernels {
+    programs: HashMap<(&'static str, Definitions), Arc<CudaModule>>,
+    functions: HashMap<(&'static str, Definitions), CudaFunction>,
 }
 
 /// Where and how a kernel runs.
@@ -119,15 +128,29 @@ impl Gpu {
             let ((major, minor), (least, _)) = (capability, MIN_CAPABILITY);
             return Err(format!("its compute capability is {major}.{minor}, {least}.0 is needed"));
         }
-        let gpu = Self {
+        let mut gpu = Self {
             device: Device::Cuda(index),
             stream: context.default_stream(),
             capability,
-            functions: Mutex::default(),
+            takes_tokens: false,
+            kernels: Mutex::default(),
             constants: Mutex::default(),
         };
         check::run(&gpu).map_err(|error| error.to_string())?;
+        // Without these the others still do.
+        let checked = check::tokens::run(&gpu).inspect_err(|reason| {
+            let device = device::name(gpu.device);
+            tracing::warn!(%device, %reason, "no attention of tokens on this GPU: it goes step by step");
+            metrics::gpu_fallback();
+        });
+        gpu.takes_tokens = checked.is_ok();
         Ok(gpu)
+    }
+
+    /// Whether its kernels for an attention on grids of tokens ([`Gpu::token_codes`]) compile and compute
+    /// what they should.
+    pub fn takes_tokens(&self) -> bool {
+        self.takes_tokens
     }
 
     /// Where it is.
@@ -149,14 +172,24 @@ impl Gpu {
         shared: u32,
     ) -> Result<CudaFunction> {
         let key = (name, source.definitions);
-        let mut functions = self.functions.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(function) = functions.get(&key) {
+        let mut kernels = self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(function) = kernels.functions.get(&key) {
             return Ok(function.clone());
         }
         let failed = |reason: String| Error::internal(format!("kernel {key:?}: {reason}"));
-        let program = source.compile(self.capability).map_err(failed)?;
+        let program = (source.name, source.definitions);
+        let module = match kernels.programs.get(&program) {
+            Some(module) => Arc::clone(module),
+            None => {
+                let compiled = source.compile(self.capability).map_err(failed)?;
+                let module = self.stream.context().load_module(compiled);
+                let module = module.map_err(|error| failed(error.to_string()))?;
+                kernels.programs.insert(program, Arc::clone(&module));
+                module
+            }
+        };
         let load = || -> Result<CudaFunction, DriverError> {
-            let function = self.stream.context().load_module(program)?.load_function(name)?;
+            let function = module.load_function(name)?;
             if shared > PLAIN_SHARED_BYTES {
                 let attribute = CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
                 function.set_attribute(attribute, i32::try_from(shared).unwrap_or(i32::MAX))?;
@@ -164,7 +197,7 @@ impl Gpu {
             Ok(function)
         };
         let function = load().map_err(|error| failed(error.to_string()))?;
-        functions.insert(key, function.clone());
+        kernels.functions.insert(key, function.clone());
         Ok(function)
     }
 

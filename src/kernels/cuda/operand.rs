@@ -69,6 +69,14 @@ pub(super) struct Memory {
 impl Memory {
     /// Values that are read at once, if rows allow it.
     const RUN: i64 = 4;
+    /// Their bytes, of which an address is then a multiple.
+    pub(super) const ALIGNMENT: u64 = Self::RUN as u64 * size_of::<f32>() as u64;
+
+    /// Rows, whose values can be read at once, from an address on; windows, their blocks and rows are so many values
+    /// apart.
+    pub(super) fn new(x: u64, [window, head, row]: [i64; 3], heads: i32) -> Self {
+        Self { x, window, head, row, heads, aligned: 1 }
+    }
 
     /// Where the rows of `x` are in groups: a tensor that [`dense`] gave.
     pub(super) fn of(x: &Tensor, tokens: Tokens, groups: i64) -> Result<Self> {
@@ -79,8 +87,7 @@ impl Memory {
         };
         let is_run = |n: i64| n % Self::RUN == 0;
         let address = address(Some(x));
-        let bytes = Self::RUN as u64 * size_of::<f32>() as u64;
-        let aligned = address.is_multiple_of(bytes)
+        let aligned = address.is_multiple_of(Self::ALIGNMENT)
             && [window, head, row].into_iter().all(is_run)
             && is_run(width / groups.max(1));
         Ok(Self {

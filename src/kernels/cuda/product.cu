@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(BM / WM * (BN / WN) * 32, BLOCKS) p
       const int m = lane_m + i * 16 + half * 8;
       if (m >= p.m) continue;
       const float row_total = row_totals[row_of_lane + i * 16 + half * 8];
-      const i64 row = ((i64)blockIdx.z * p.m + m) * p.n + lane_n;
+      const i64 row = ((i64)blockIdx.z * p.m + ordered(p, m)) * p.n + lane_n;
       float* const out = p.out + row;
       const float* const residual = p.residual + row;
 #pragma unroll

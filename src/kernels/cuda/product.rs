@@ -29,6 +29,8 @@ pub struct Epilogue<'a> {
     pub gelu: bool,
     /// Added at last: as many values as the product has.
     pub residual: Option<&'a Tensor>,
+    /// int64 `[rows of an image]`: the row that each of the product's rows becomes, and is added to.
+    pub order: Option<&'a Tensor>,
 }
 
 /// How a product is cut up. Values that were fastest on an H100 among those that fit other GPUs, too.
@@ -84,6 +86,7 @@ impl Tiling {
             Variant::FixedToCodes => (Self::WIDE, Self::NARROW),
         };
         let blocks = batch * parts(m, wide.block.0) * parts(n, wide.block.1);
+        // As if every code had a byte: with the grids of eight groups, the wide one was never measured.
         let fits = wide.shared_bytes(false, segments) <= MAX_SHARED_BYTES;
         let tiling = if fits && blocks >= ENOUGH { wide } else { narrow };
         if width % tiling.step == 0 { tiling } else { Self { step: 64, ..tiling } }
@@ -184,8 +187,6 @@ enum Target<'a> {
         out: &'a Tensor,
         /// Whether it is added to what is there.
         accumulate: bool,
-        /// int64: the row of an image that each of the product's rows belongs to.
-        order: Option<&'a Tensor>,
     },
     /// uint8 [batch · m, width], equal parts of the columns on a grid each.
     Codes { codes: &'a Tensor, width: i64, grids: &'a [Grid], first_factor: f32 },
@@ -241,7 +242,7 @@ impl Gpu {
     ) -> Result<Tensor> {
         fit(lhs.padding, weight.padding)?;
         let out = Tensor::f_empty([lhs.rows, weight.rows], (Kind::Float, lhs.codes.device()))?;
-        let target = Target::Values { out: &out, accumulate: false, order: None };
+        let target = Target::Values { out: &out, accumulate: false };
         let shape = (1, lhs.rows, weight.rows);
         self.multiply((Lhs::Rows(lhs), weight.into()), shape, epilogue, &target)?;
         Ok(out)
@@ -263,7 +264,7 @@ impl Gpu {
             let (codes, grids) = (rhs.codes.f_select(0, term)?, rhs.grids.f_select(0, term)?);
             // The fourth number of a grid is its sum of codes.
             let rhs = Rhs { codes: &codes, grids: &grids, sums: (&grids, 3, 4), nibbles: false };
-            let target = Target::Values { out: &out, accumulate: term > 0, order: None };
+            let target = Target::Values { out: &out, accumulate: term > 0 };
             self.multiply((Lhs::Rows(lhs), rhs), (batch, m, n), Epilogue::default(), &target)?;
         }
         Ok(out)
@@ -284,8 +285,8 @@ impl Gpu {
     ) -> Result<Tensor> {
         fit(lhs.padding, weight.padding)?;
         let out = Tensor::f_empty(residual.size(), (Kind::Float, lhs.codes.device()))?;
-        let target = Target::Values { out: &out, accumulate: false, order };
-        let epilogue = Epilogue { bias, gelu: false, residual: Some(residual) };
+        let target = Target::Values { out: &out, accumulate: false };
+        let epilogue = Epilogue { bias, gelu: false, residual: Some(residual), order };
         let shape = (1, lhs.rows, weight.rows);
         self.multiply((Lhs::Fixed(lhs), weight.into()), shape, epilogue, &target)?;
         Ok(out)
@@ -321,7 +322,7 @@ impl Gpu {
             Padding::new(weight.rows, 1).ok_or_else(|| long(weight.rows))?;
         let codes = Tensor::f_empty([lhs.rows, width], (Kind::Uint8, lhs.codes.device()))?;
         let target = Target::Codes { codes: &codes, width, grids, first_factor };
-        let epilogue = Epilogue { bias, gelu, residual: None };
+        let epilogue = Epilogue { bias, gelu, ..Epilogue::default() };
         let shape = (1, lhs.rows, weight.rows);
         self.multiply((Lhs::Fixed(lhs), weight.into()), shape, epilogue, &target)?;
         Ok(codes)
@@ -389,9 +390,10 @@ impl Gpu {
         }
         let (block_m, block_n) = tiling.block;
         let written = match target {
-            Target::Values { out, accumulate, order } => {
+            Target::Values { out, accumulate } => {
+                let order = epilogue.order;
                 let per_image = order.map_or(m, |order| order.numel() as i64);
-                if m % per_image.max(1) != 0 || !self.fits(*order, Kind::Int64, per_image) {
+                if m % per_image.max(1) != 0 || !self.fits(order, Kind::Int64, per_image) {
                     return Err(Error::internal("an order does not fit the rows of a product"));
                 }
                 if variant == Variant::Fixed && (n % VALUES != 0 || residual.is_none()) {
@@ -399,7 +401,7 @@ impl Gpu {
                 }
                 arguments.out = address(Some(out));
                 arguments.accumulate = i32::from(*accumulate);
-                arguments.order = address(*order);
+                arguments.order = address(order);
                 arguments.per_image = to_i32(per_image)?;
                 n
             }
@@ -452,7 +454,7 @@ fn long(columns: i64) -> Error {
 mod tests {
     use super::*;
     use crate::kernels::cuda::codes::MAX_SEGMENTS;
-    use crate::kernels::cuda::compile::is_installed;
+    use crate::kernels::cuda::compile::{argument_bytes, is_installed};
 
     const VARIANTS: [Variant; 4] =
         [Variant::Segments, Variant::Single, Variant::Fixed, Variant::FixedToCodes];
@@ -469,10 +471,9 @@ mod tests {
                 };
                 for variant in variants {
                     let program = tiling.source(index % 2 == 0, *variant).compile(capability);
-                    assert!(
-                        program.unwrap().to_src().contains("mma.sync"),
-                        "{tiling:?} {variant:?}"
-                    );
+                    let program = program.unwrap().to_src();
+                    assert!(program.contains("mma.sync"), "{tiling:?} {variant:?}");
+                    assert_eq!(argument_bytes(&program, "product"), size_of::<Arguments>());
                 }
             }
             // Codes of a byte, too, whose rows take turns in another way.

@@ -8,30 +8,6 @@ __device__ __forceinline__ float largest(float a, float b) { return a > b || a !
 __device__ __forceinline__ float at_least(float a, float bound) { return a < bound ? bound : a; }
 __device__ __forceinline__ float at_most(float a, float bound) { return a > bound ? bound : a; }
 
-// Where the tokens of an operand are: blocks (a head of a window) of rows of `width` values. Blocks share
-// a set of tokens: the heads of a window, or of the windows of a quadrant of `half` × `half` windows.
-struct Tokens {
-  int rows, width, heads, half;
-};
-
-__device__ __forceinline__ int members(Tokens t) { return t.heads * (t.half ? t.half * t.half : 1); }
-
-__device__ __forceinline__ int set_of(Tokens t, int block) {
-  const int window = block / t.heads;
-  if (!t.half) return window;
-  const int side = 2 * t.half, image = window / (side * side);
-  const int row = window % (side * side) / side, column = window % side;
-  return (image * 2 + row / t.half) * 2 + column / t.half;
-}
-
-__device__ __forceinline__ int block_of(Tokens t, int set, int member) {
-  const int head = member % t.heads, place = member / t.heads;
-  if (!t.half) return set * t.heads + head;
-  const int side = 2 * t.half;
-  const int row = set / 2 % 2 * t.half + place / t.half, column = set % 2 * t.half + place % t.half;
-  return ((set / 4 * side + row) * side + column) * t.heads + head;
-}
-
 // Where values are, in floats: those of a row lie side by side.
 struct Memory {
   const float* x;
@@ -53,6 +29,7 @@ struct Survey {
   float first_factor; // of an image's first token
   float centre, radius;
   int counts;
+  float factor; // of every value, before anything else
   float2* extents; // [tokens][groups]
   float* ranges;   // [tokens]
   float* inside;   // [tokens]: values within centre ± radius · range
@@ -78,12 +55,16 @@ __device__ __forceinline__ Run<V> read(const float* x) {
 
 // Extends low and high by `width` values, every team of lanes its own; a lane is at `place` in its team.
 template <int V>
-__device__ __forceinline__ void extend(float& low, float& high, const float* x, int width, int place, int team) {
+__device__ __forceinline__ void extend(float& low, float& high, const float* x, int width, int place, int team,
+                                       float factor = 1.0f) {
 #pragma unroll 4
   for (int i = place * V; i < width; i += team * V) {
     const Run<V> run = read<V>(x + i);
 #pragma unroll
-    for (int e = 0; e < V; e++) low = least(low, run.of[e]), high = largest(high, run.of[e]);
+    for (int e = 0; e < V; e++) {
+      const float value = run.of[e] * factor;
+      low = least(low, value), high = largest(high, value);
+    }
   }
 }
 
@@ -105,7 +86,7 @@ __device__ __forceinline__ void survey_token(const Survey& s, int token) {
   float low = inf, high = -inf;
   if (s.groups == 1) {
     for (int index = 0; index < parts; index++)
-      extend<V>(low, high, row_at(s.memory, block_of(t, set, index), row), t.width, lane, 32);
+      extend<V>(low, high, row_at(s.memory, block_of(t, set, index), row), t.width, lane, 32, s.factor);
     join(low, high, 32);
     if (lane == 0) s.extents[token] = make_float2(low, high);
   } else {
@@ -117,7 +98,8 @@ __device__ __forceinline__ void survey_token(const Survey& s, int token) {
     for (int first = 0; first < s.groups; first += 32 / team) {
       const int group = first + lane / team;
       float group_low = inf, group_high = -inf;
-      if (group < s.groups) extend<V>(group_low, group_high, x + group * group_width, group_width, place, team);
+      if (group < s.groups)
+        extend<V>(group_low, group_high, x + group * group_width, group_width, place, team, s.factor);
       join(group_low, group_high, team);
       if (group < s.groups && place == 0)
         s.extents[(i64)token * s.groups + group] = make_float2(group_low, group_high);
@@ -138,7 +120,10 @@ __device__ __forceinline__ void survey_token(const Survey& s, int token) {
       for (int i = lane * V; i < t.width; i += 32 * V) {
         const Run<V> run = read<V>(x + i);
 #pragma unroll
-        for (int e = 0; e < V; e++) inside += run.of[e] >= from && run.of[e] < to;
+        for (int e = 0; e < V; e++) {
+          const float value = run.of[e] * s.factor;
+          inside += value >= from && value < to;
+        }
       }
     }
     inside = __reduce_add_sync(ALL, inside);
@@ -170,14 +155,14 @@ __device__ __forceinline__ u32 descending(float value) {
   return bits >> 31 ? bits : 0x80000000u - bits;
 }
 
-// Bits of an image's tokens (UBB): a block for each image. Memory: 8 bytes for each token.
-extern "C" __global__ void allocate(Allocation a) {
+// Bits of an image's tokens (UBB), by a block. Memory: 8 bytes for each token.
+__device__ __forceinline__ void allocate_image(const Allocation& a, int image) {
   extern __shared__ u32 keys[];
   float* const gains = (float*)(keys + a.tokens); // by rank
   __shared__ int swaps;
-  const float* ranges = a.ranges + (i64)blockIdx.x * a.tokens;
-  const float* inside = a.inside + (i64)blockIdx.x * a.tokens;
-  float* out = a.max_codes + (i64)blockIdx.x * a.tokens;
+  const float* ranges = a.ranges + (i64)image * a.tokens;
+  const float* inside = a.inside + (i64)image * a.tokens;
+  float* out = a.max_codes + (i64)image * a.tokens;
   for (int token = threadIdx.x; token < a.tokens; token += blockDim.x) keys[token] = descending(ranges[token]);
   if (threadIdx.x == 0) swaps = a.tokens;
   __syncthreads();
@@ -202,6 +187,9 @@ extern "C" __global__ void allocate(Allocation a) {
     out[token] = (float)((1u << bits) - 1);
   }
 }
+
+// A block for each image.
+extern "C" __global__ void allocate(Allocation a) { allocate_image(a, blockIdx.x); }
 
 struct Grid {
   float scale, zero, max_code;

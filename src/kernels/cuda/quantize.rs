@@ -15,9 +15,9 @@ use crate::kernels::passes::ranking::Rules;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values};
 
 /// Threads of a block whose warps have a row each.
-const THREADS: u32 = 256;
+pub(super) const THREADS: u32 = 256;
 /// Rows of such a block.
-const ROWS: i64 = 8;
+pub(super) const ROWS: i64 = 8;
 /// Bytes of shared memory for each token of an allocation.
 const TOKEN_BYTES: i64 = 8;
 /// Tokens of an image that an allocation has room for.
@@ -69,7 +69,7 @@ pub struct Affine<'a> {
     /// Largest code of every token without `rules`.
     pub max_code: f32,
     /// How tokens get bits, and how many are ranked together.
-    pub rules: Option<(&'a Rules, i64)>,
+    pub rules: Option<(Rules, i64)>,
     /// Whether a group without width is the value itself.
     pub exact_constants: bool,
     /// How negatives are stretched.
@@ -172,7 +172,7 @@ struct StairsForm {
 }
 
 #[repr(C)]
-struct SurveyArguments {
+pub(super) struct SurveyArguments {
     memory: Memory,
     tokens: Tokens,
     count: i32,
@@ -182,13 +182,15 @@ struct SurveyArguments {
     centre: f32,
     radius: f32,
     counts: i32,
+    factor: f32,
     extents: u64,
     ranges: u64,
     inside: u64,
 }
 
 #[repr(C)]
-struct AllocateArguments {
+#[derive(Default)]
+pub(super) struct AllocateArguments {
     ranges: u64,
     inside: u64,
     tokens: i32,
@@ -250,15 +252,114 @@ struct StairsArguments {
 by_value!(SurveyArguments, AllocateArguments, AffineArguments, StairsArguments);
 
 /// What a survey finds of tokens.
-struct Facts {
-    extents: Tensor,
+pub(super) struct Facts {
+    /// float32 [tokens, groups, 2].
+    pub(super) extents: Tensor,
+    /// float32 `[tokens]`, if they are ranked.
     ranges: Tensor,
+    /// The same.
     inside: Tensor,
+}
+
+impl Facts {
+    /// Those of tokens in groups, for a kernel to fill.
+    pub(super) fn empty(gpu: &Gpu, count: i64, groups: i64, is_ranked: bool) -> Result<Self> {
+        let floats = |shape: &[i64]| Tensor::f_empty(shape, (Kind::Float, gpu.device()));
+        let ranked = if is_ranked { count } else { 0 };
+        Ok(Self {
+            extents: floats(&[count, groups, 2])?,
+            ranges: floats(&[ranked])?,
+            inside: floats(&[ranked])?,
+        })
+    }
+
+    /// What a survey of tokens takes, whose values are multiplied by `factor` before.
+    pub(super) fn survey(
+        &self,
+        (memory, tokens): (Memory, Tokens),
+        ranking: Option<(Rules, i64)>,
+        factor: f32,
+    ) -> Result<SurveyArguments> {
+        let density = ranking.and_then(|(rules, _)| rules.density);
+        let (count, groups, _) = self.extents.size3()?;
+        let is_ranked = ranking.is_some();
+        Ok(SurveyArguments {
+            memory,
+            tokens,
+            count: to_i32(count)?,
+            groups: to_i32(groups)?,
+            per_image: to_i32(ranking.map_or(1, |(_, per_image)| per_image))?,
+            first_factor: ranking.map_or(1.0, |(rules, _)| rules.first_factor),
+            centre: density.map_or(0.0, |density| density.centre),
+            radius: density.map_or(0.0, |density| density.radius),
+            counts: i32::from(density.is_some()),
+            factor,
+            extents: address(Some(&self.extents)),
+            ranges: if is_ranked { address(Some(&self.ranges)) } else { 0 },
+            inside: if is_ranked { address(Some(&self.inside)) } else { 0 },
+        })
+    }
+
+    /// What an allocation takes that gives every token its largest code: float32 `[tokens]`.
+    pub(super) fn allocation(
+        &self,
+        (rules, per_image): (Rules, i64),
+        max_codes: &Tensor,
+    ) -> Result<AllocateArguments> {
+        Ok(AllocateArguments {
+            ranges: address(Some(&self.ranges)),
+            inside: address(Some(&self.inside)),
+            tokens: to_i32(per_image)?,
+            bits: i32::from(rules.bits),
+            min_swaps: to_i32(rules.min_swaps as i64)?,
+            weighted: i32::from(rules.density.is_some()),
+            threshold: rules.threshold,
+            floor: rules.density.map_or(0.0, |density| density.floor),
+            max_codes: address(Some(max_codes)),
+        })
+    }
+
+    /// Room for the largest codes.
+    pub(super) fn max_codes(&self) -> Result<Tensor> {
+        Ok(self.ranges.f_empty_like()?)
+    }
+}
+
+impl Affine<'_> {
+    /// The rules of an allocation, if there is one, and how many tokens are ranked together.
+    pub(super) fn mixed(&self) -> Option<(Rules, i64)> {
+        self.rules.filter(|(rules, per_image)| rules.mixed && *per_image > 1)
+    }
+
+    /// Whether there is room for an allocation, if there is one.
+    pub(super) fn fits(&self) -> bool {
+        self.mixed().is_none_or(|(_, per_image)| per_image <= MAX_TOKENS)
+    }
+
+    /// Whether codes are bytes.
+    pub(super) fn has_byte_codes(&self) -> bool {
+        match self.mixed() {
+            Some((rules, _)) => u32::from(rules.bits) < u8::BITS, // some have one more
+            None => self.max_code <= f32::from(u8::MAX),
+        }
+    }
+}
+
+/// How an allocation for that many tokens runs in blocks of the grid.
+pub(super) fn allocation_launch(grid: (u32, u32, u32), per_image: i64) -> Result<Launch> {
+    let threads = parts(per_image, WARP) * WARP;
+    let shared = to_u32(per_image * TOKEN_BYTES)?;
+    Ok(Launch { grid, threads: to_u32(threads.min(MAX_THREADS))?, shared })
 }
 
 pub(super) fn source() -> Source {
     // Every operation rounds, as those of tensors do.
-    let text = concat!(include_str!("primitives.cu"), include_str!("quantize.cu"));
+    let text = concat!(
+        include_str!("primitives.cu"),
+        include_str!("tokens.cu"),
+        include_str!("quantize.cu"),
+        include_str!("heads.cu")
+    );
     Source { name: "quantize", text, definitions: PLAIN, contract: false }
 }
 
@@ -274,20 +375,20 @@ impl<'g> Rounded<'g> {
 
     /// [`Rounded::affine`] of a tensor that [`dense`] gave, on that GPU.
     pub(super) fn affine_on(gpu: &'g Gpu, x: Tensor, affine: &Affine<'_>) -> Result<Option<Self>> {
-        let &Affine { tokens, groups, max_code, rules, exact_constants, stretch } = affine;
-        let is_mixed = rules.filter(|(rules, per_image)| rules.mixed && *per_image > 1);
-        if is_mixed.is_some_and(|(_, per_image)| per_image > MAX_TOKENS) {
+        let &Affine { tokens, groups, max_code, exact_constants, stretch, .. } = affine;
+        let mixed = affine.mixed();
+        if !affine.fits() {
             return Ok(None);
         }
         // A row that is a token finds its own extent when it is rounded.
         let alone = groups == 1 && tokens.heads == 1 && tokens.half == 0 && stretch.is_none();
-        let facts = if alone && is_mixed.is_none() {
+        let facts = if alone && mixed.is_none() {
             None
         } else {
-            Some(gpu.survey(&x, tokens, groups, is_mixed)?)
+            Some(gpu.survey(&x, tokens, groups, mixed)?)
         };
-        let max_codes = match (&facts, is_mixed) {
-            (Some(facts), Some((rules, per_image))) => Some(gpu.allocate(facts, rules, per_image)?),
+        let max_codes = match (&facts, mixed) {
+            (Some(facts), Some(mixed)) => Some(gpu.allocate(facts, mixed)?),
             _ => None,
         };
         let stretch = stretch
@@ -303,10 +404,7 @@ impl<'g> Rounded<'g> {
             exact_constants,
             gelu: false,
             stretch,
-            has_codes: match is_mixed {
-                Some((rules, _)) => u32::from(rules.bits) < u8::BITS, // some have one more
-                None => max_code <= f32::from(u8::MAX),
-            },
+            has_codes: affine.has_byte_codes(),
         };
         Ok(Some(Self { gpu, x, form: Form::Affine(form) }))
     }
@@ -545,56 +643,22 @@ impl Gpu {
         x: &Tensor,
         tokens: Tokens,
         groups: i64,
-        ranking: Option<(&Rules, i64)>,
+        ranking: Option<(Rules, i64)>,
     ) -> Result<Facts> {
         let count = tokens.count(x.numel() as i64);
-        let floats = |shape: &[i64]| Tensor::f_empty(shape, (Kind::Float, x.device()));
-        let ranked = if ranking.is_some() { count } else { 0 };
-        let facts = Facts {
-            extents: floats(&[count, groups, 2])?,
-            ranges: floats(&[ranked])?,
-            inside: floats(&[ranked])?,
-        };
-        let density = ranking.and_then(|(rules, _)| rules.density);
-        let arguments = SurveyArguments {
-            memory: Memory::of(x, tokens, groups)?,
-            tokens,
-            count: to_i32(count)?,
-            groups: to_i32(groups)?,
-            per_image: to_i32(ranking.map_or(1, |(_, per_image)| per_image))?,
-            first_factor: ranking.map_or(1.0, |(rules, _)| rules.first_factor),
-            centre: density.map_or(0.0, |density| density.centre),
-            radius: density.map_or(0.0, |density| density.radius),
-            counts: i32::from(density.is_some()),
-            extents: address(Some(&facts.extents)),
-            ranges: if ranked == 0 { 0 } else { address(Some(&facts.ranges)) },
-            inside: if ranked == 0 { 0 } else { address(Some(&facts.inside)) },
-        };
+        let facts = Facts::empty(self, count, groups, ranking.is_some())?;
+        let memory = Memory::of(x, tokens, groups)?;
+        let arguments = facts.survey((memory, tokens), ranking, 1.0)?;
         self.by_row(&source(), "survey", count, &arguments)?;
         Ok(facts)
     }
 
-    /// Largest codes of all tokens, of which `per_image` are ranked together.
-    fn allocate(&self, facts: &Facts, rules: &Rules, per_image: i64) -> Result<Tensor> {
-        let max_codes = facts.ranges.f_empty_like()?;
-        let images = facts.ranges.numel() as i64 / per_image;
-        let arguments = AllocateArguments {
-            ranges: address(Some(&facts.ranges)),
-            inside: address(Some(&facts.inside)),
-            tokens: to_i32(per_image)?,
-            bits: i32::from(rules.bits),
-            min_swaps: to_i32(rules.min_swaps as i64)?,
-            weighted: i32::from(rules.density.is_some()),
-            threshold: rules.threshold,
-            floor: rules.density.map_or(0.0, |density| density.floor),
-            max_codes: address(Some(&max_codes)),
-        };
-        let threads = parts(per_image, WARP) * WARP;
-        let launch = Launch {
-            grid: (to_u32(images)?, 1, 1),
-            threads: to_u32(threads.min(MAX_THREADS))?,
-            shared: to_u32(per_image * TOKEN_BYTES)?,
-        };
+    /// Largest codes of all tokens, of which so many are ranked together.
+    fn allocate(&self, facts: &Facts, (rules, per_image): (Rules, i64)) -> Result<Tensor> {
+        let max_codes = facts.max_codes()?;
+        let images = max_codes.numel() as i64 / per_image;
+        let arguments = facts.allocation((rules, per_image), &max_codes)?;
+        let launch = allocation_launch((to_u32(images)?, 1, 1), per_image)?;
         let function = self.function(&source(), "allocate", 0)?;
         #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
         // SAFETY: the tensors have a value for each token, and live until the call ends.
@@ -629,15 +693,20 @@ impl Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::cuda::compile::is_installed;
+    use crate::kernels::cuda::compile::{argument_bytes, is_installed};
 
     #[test]
     fn the_kernels_compile_for_both_generations() {
         assert!(is_installed(), "scripts/setup.sh test installs NVRTC");
         for capability in [(8, 0), (9, 0)] {
             let program = source().compile(capability).unwrap().to_src();
-            for name in ["survey", "allocate", "affine", "stairs"] {
-                assert!(program.contains(&format!(".entry {name}(")), "{name}");
+            for (kernel, bytes) in [
+                ("survey", size_of::<SurveyArguments>()),
+                ("allocate", size_of::<AllocateArguments>()),
+                ("affine", size_of::<AffineArguments>()),
+                ("stairs", size_of::<StairsArguments>()),
+            ] {
+                assert_eq!(argument_bytes(&program, kernel), bytes, "{kernel}");
             }
             assert!(!program.contains("fma.rn.f32 \t%f1, %f2, %f3"), "operations were contracted");
         }

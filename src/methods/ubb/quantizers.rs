@@ -18,7 +18,7 @@ use crate::quant::encode;
 use crate::quant::once::Once;
 use crate::quant::planes::Planes;
 use crate::quant::steps::thresholds;
-use crate::quant::tokens::TokenLayout;
+use crate::quant::tokens::{TokenLayout, shape4};
 use crate::quant::uniform::Range;
 use crate::quant::{BitWidth, IntTerm, Quantizer, QuantizerState};
 
@@ -198,7 +198,7 @@ impl Quantizer for UbbLinear {
             tokens: Tokens::new(tokens, channels, 1, 0)?,
             groups: self.groups,
             max_code: self.bits().max_code() as f32,
-            rules: Some((&rules, tokens)),
+            rules: Some((rules, tokens)),
             exact_constants: self.rules.constants == ConstantRows::Exact,
             stretch,
         };
@@ -329,18 +329,22 @@ impl Quantizer for UbbAttention {
     }
 
     fn on_gpu(&self, x: &Tensor) -> Result<Option<Rounded<'static>>> {
-        let tokens = self.layout.on_gpu(x)?;
-        let per_image = self.layout.tokens_per_image(x)?;
-        let rules = self.allocation.rules(&self.scalars, self.layout.features(x)?);
-        let grids = cuda::Affine {
-            tokens,
+        match self.token_grids(shape4(x)?)? {
+            Some(grids) => Rounded::affine(x, &grids),
+            None => Ok(None),
+        }
+    }
+
+    fn token_grids(&self, shape: [i64; 4]) -> Result<Option<cuda::Affine<'_>>> {
+        let rules = self.allocation.rules(&self.scalars, self.layout.features(shape));
+        Ok(Some(cuda::Affine {
+            tokens: self.layout.on_gpu(shape)?,
             groups: 1,
             max_code: self.bits().max_code() as f32,
-            rules: Some((&rules, per_image)),
+            rules: Some((rules, self.layout.tokens_per_image(shape))),
             exact_constants: self.constants == ConstantRows::Exact,
             stretch: None,
-        };
-        Rounded::affine(x, &grids)
+        }))
     }
 
     fn encode_in_a_pass(&self, x: &Tensor) -> Result<Option<Codes>> {

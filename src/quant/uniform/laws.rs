@@ -32,9 +32,10 @@ pub(crate) fn terms_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
     assert!(decoded(found) == decoded(expected), "codes differ from those of the terms");
 }
 
-/// The planes of static stairs are the terms of x̂.
+/// The planes of static stairs, or of those relative to 1, the largest of x, are the terms of x̂.
 pub(crate) fn planes_add_up(quantizer: &dyn Quantizer, x: &Tensor) {
-    let stairs = quantizer.static_stairs().unwrap();
+    let relative = || quantizer.relative_stairs(x.size().try_into().unwrap()).unwrap();
+    let stairs = quantizer.static_stairs().or_else(relative).unwrap();
     let values = to_vec_f32(&x.contiguous().view([-1])).unwrap();
     let mut counts = vec![0; values.len()];
     stairs.stairs.count(&values, &mut counts);

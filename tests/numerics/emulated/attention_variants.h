@@ -1,5 +1,5 @@
-// attention.cu twice more, for scores on one grid and on stairs, with heads of HEAD columns, which is defined
-// where this is included. Both are listed as variants.
+// attention.cu twice more, for scores on one grid and on stairs, and token_attention.cu, with heads of HEAD columns,
+// which is defined where this is included. All are listed as variants.
 
 #ifndef STEPPED
 
@@ -9,6 +9,24 @@
 #define STEPPED 1
 #include "attention_variants.h"
 #undef STEPPED
+
+#define JOIN_EXPANDED(a, b) a##_##b
+#define JOIN(...) JOIN_EXPANDED(__VA_ARGS__)
+#define attention_sums JOIN(attention_sums, HEAD)
+#define attention_mix JOIN(attention_mix, HEAD)
+
+namespace JOIN(token_variant, HEAD) {
+#include "tokens.cu"
+#include "scores.cu"
+#include "token_attention.cu"
+
+const bool is_listed = list_tokens<TokenAttention, attention_sums, attention_mix>(HEAD);
+}
+
+#undef attention_mix
+#undef attention_sums
+#undef JOIN
+#undef JOIN_EXPANDED
 #undef HEAD
 
 #else
@@ -19,6 +37,7 @@
 #define attention JOIN(attention, HEAD, STEPPED)
 
 namespace JOIN(variant, HEAD, STEPPED) {
+#include "scores.cu"
 #include "attention.cu"
 
 const bool is_listed = list<Attention, attention>({HEAD, STEPPED, nullptr});

@@ -108,6 +108,7 @@ struct Shape {
   int m, n, k;
   int batch = 1, terms = 1, groups = 1, sum_stride = 1;
   bool has_gelu = false, accumulates = false, has_more = true; // has_more: bias and, if nothing else is added, residual
+  bool has_order = false; // of the rows of half the result
 };
 
 // Rows on grids of their own, in terms and groups.
@@ -124,6 +125,9 @@ static void grids_of_rows(const Variant& variant, const Shape& of) {
   Buffer<float> rhs_sums((size_t)(of.groups * rhs_rows - 1) * of.sum_stride + 1, "sums of the right operand");
   Buffer<float> bias(of.n, "bias"), residual((size_t)lhs_rows * of.n, "residual");
   Buffer<float> out((size_t)lhs_rows * of.n, "results");
+  const int per_image = of.has_order ? of.m / 2 : of.m;
+  Buffer<i64> order(per_image, "order");
+  std::ranges::copy(permutation(per_image, numbers), order.begin());
   Weight rhs(rhs_rows, width, variant.nibbles);
   std::fill(lhs.begin(), lhs.end(), 0);
   std::vector<int> lhs_zeros(lhs_grids.size()), rhs_zeros(rhs_rows);
@@ -160,6 +164,7 @@ static void grids_of_rows(const Variant& variant, const Shape& of) {
   arguments.terms = of.terms, arguments.groups = of.groups, arguments.group_width = group_width;
   arguments.width = width, arguments.sum_stride = of.sum_stride;
   arguments.gelu = of.has_gelu, arguments.accumulate = of.accumulates;
+  arguments.order = of.has_order ? order.begin() : nullptr, arguments.per_image = per_image;
   const int stage = variant.block_m * variant.step + variant.block_n * variant.step / (variant.nibbles ? 2 : 1);
   const int grids = 4 * variant.block_m * (1 + 2 * of.terms * of.groups) + 4 * variant.block_n * of.groups;
   const uint3 grid = {(u32)parts(of.n, variant.block_n), (u32)parts(of.m, variant.block_m), (u32)of.batch};
@@ -185,7 +190,8 @@ static void grids_of_rows(const Variant& variant, const Shape& of) {
         }
       if (of.has_more) sum += bias[n];
       if (of.has_gelu) sum = exact_gelu(sum);
-      const size_t at = (size_t)row * of.n + n;
+      const int place = of.has_order ? row / per_image * per_image + (int)order[row % per_image] : row;
+      const size_t at = (size_t)place * of.n + n;
       if (has_residual) sum += residual[at];
       if (of.accumulates) sum += before[at];
       comparison.value(row, n, out[at], sum, 2e-7 * magnitude + 1e-6);
@@ -285,14 +291,16 @@ static void cases() {
     switch (variant.form) {
       case SEGMENTS:
         grids_of_rows(variant, {.m = m, .n = n, .k = 150, .batch = 2, .terms = 2, .has_more = false});
-        if (variant.block_m == 128) break; // Grids of more do not fit the smallest shared memory.
+        if (variant.block_m == 128 && !variant.nibbles) break; // Grids of more do not fit the smallest shared memory.
         grids_of_rows(variant, {.m = 5, .n = n + 1, .k = 384, .terms = 2, .groups = 6});
         grids_of_rows(variant, {.m = m, .n = n, .k = 48 * 8, .terms = 2, .groups = 8, .sum_stride = 4, .has_gelu = true});
+        grids_of_rows(variant, {.m = m / 2 * 2, .n = n, .k = 48 * 4, .groups = 4, .has_order = true});
         grids_of_rows(variant, {.m = 1, .n = 1, .k = 99, .groups = 3, .sum_stride = 4, .accumulates = true});
         break;
       case ONE_SEGMENT:
         grids_of_rows(variant, {.m = m, .n = n, .k = 500, .sum_stride = 4, .has_gelu = true, .accumulates = true});
         grids_of_rows(variant, {.m = 70, .n = 70, .k = 31, .batch = 2, .has_gelu = true});
+        grids_of_rows(variant, {.m = 70, .n = n, .k = 64, .has_order = true});
         grids_of_rows(variant, {.m = 1, .n = n + 1, .k = 200, .has_more = false});
         break;
       default:

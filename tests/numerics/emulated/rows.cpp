@@ -20,6 +20,7 @@ namespace between_short {
 }
 
 namespace quantize {
+#include "tokens.cu"
 #include "quantize.cu"
 
 // The dynamic memory that its kernels declare by themselves.
@@ -147,7 +148,7 @@ static void survey(const quantize::Tokens& tokens, int blocks, int groups) {
   quantize::Survey arguments{};
   arguments.memory = values.memory, arguments.tokens = tokens, arguments.count = count, arguments.groups = groups;
   arguments.per_image = tokens.rows, arguments.first_factor = first_factor;
-  arguments.centre = centre, arguments.radius = radius, arguments.counts = 1;
+  arguments.centre = centre, arguments.radius = radius, arguments.counts = 1, arguments.factor = 1;
   arguments.extents = extents.begin(), arguments.ranges = ranges.begin(), arguments.inside = inside.begin();
   launch(::blocks(count), WARPS * 32, 0, quantize::survey, arguments);
 
