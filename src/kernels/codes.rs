@@ -6,8 +6,9 @@ use std::collections::VecDeque;
 /// Largest number of codes in one group: 65 793 · 255 · 128 is the largest sum that fits an `i32`.
 pub const MAX_GROUP_COLUMNS: usize = 65_793;
 
-/// Buffers that a thread keeps for its next codes: a forward has few sizes of them.
-const SPARE: usize = 4;
+/// Buffers that a thread keeps for its next codes: a forward has few sizes of them, and some of each at a
+/// time.
+const SPARE: usize = 8;
 
 thread_local! {
     static BUFFERS: RefCell<VecDeque<Vec<u8>>> = const { RefCell::new(VecDeque::new()) };

@@ -10,7 +10,7 @@ use crate::kernels::Codes;
 use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::Strided;
-use crate::kernels::passes::staircase::{Occurring, Passed, Rows, Staircase, Values, values_of};
+use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, any_of, values_of};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
 use crate::quant::once::Once;
@@ -196,15 +196,14 @@ impl Quantizer for Log2Row {
         let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
         let beyond = stairs.len() as i64; // the exponent of no step
         let last = self.last_exponent() as i64;
-        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
         for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
             let end = (first + TERM_EXPONENTS - 1).min(last);
             let inside = |steps: u8| {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
-            if first > 0 && !occurring.as_ref().is_some_and(occurs) {
+            let of_exponent = |exponent: i64| u8::try_from(beyond - exponent).unwrap_or(0);
+            if first > 0 && !any_of(&counts, of_exponent(end).max(1), of_exponent(first)) {
                 continue;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;

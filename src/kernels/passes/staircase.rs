@@ -253,6 +253,19 @@ impl Occurring {
     }
 }
 
+/// Counts that are looked at before it is seen whether one was found.
+const LOOK: usize = 4096;
+
+vectorized! {
+    /// Whether there is a count between two, both included.
+    pub(crate) fn any_of(counts: &[u8], least: u8, most: u8) -> bool {
+        let Some(width) = most.checked_sub(least) else { return false };
+        counts.chunks(LOOK).any(|counts| {
+            counts.iter().fold(false, |any, count| any | (count.wrapping_sub(least) <= width))
+        })
+    }
+}
+
 /// Rows whose elements are seen relative to the row's largest.
 #[derive(Clone, Copy, Debug)]
 pub struct Rows<'a> {
@@ -377,6 +390,20 @@ mod tests {
             counts[at] = 7;
         }
         assert!(!Occurring::among(&[]).any(|_| true));
+    }
+
+    #[test]
+    fn a_count_between_two_is_found_wherever_it_is() {
+        let mut counts = vec![9; 2 * LOOK + 5];
+        counts[3] = 1;
+        assert!(!any_of(&counts, 2, 8) && !any_of(&counts, 10, 255) && !any_of(&counts, 8, 2));
+        assert!(any_of(&counts, 0, 1) && any_of(&counts, 9, 9) && any_of(&counts, 1, 1));
+        for at in [0, LOOK - 1, LOOK, 2 * LOOK + 4] {
+            counts[at] = 5;
+            assert!(any_of(&counts, 5, 8) && any_of(&counts, 2, 5), "{at}");
+            counts[at] = 9;
+        }
+        assert!(!any_of(&[], 0, 255));
     }
 
     #[test]
