@@ -1,9 +1,15 @@
 #!/usr/bin/env bash
-# Accuracy and speed on a machine with a GPU, beside PyTorch in the same run. Needs this repository,
-# a binary built elsewhere, and a Python 3 with torch of the binary's version; no network.
-# Usage: [OUT=DIR] scripts/gpu_check.sh BINARY [DEVICE]; DEVICE is cuda:0 unless given.
-# Prints one table; leaves h200.json and the benches' own files in $OUT. Four minutes on an H100 with
-# BITS=4 LIMIT=200 BATCHES=1,64,256.
+# Golden tests, accuracy and speed on a machine with a GPU, beside PyTorch in the same run. Needs this
+# repository, a binary built elsewhere, and a Python 3 with torch of the binary's version; no network.
+# Usage: [OUT=DIR] [TESTS=DIR] scripts/gpu_check.sh BINARY [DEVICE]; DEVICE is cuda:0 unless given.
+# Prints one table; leaves h200.json, tests.txt and the benches' own files in $OUT, and fails if a test
+# did. Four minutes on an H100 with BITS=4 LIMIT=200 BATCHES=1,64,256, without the tests.
+#
+# TESTS is a folder of test programs, built where Rust is and carried like BINARY, in target/golden say:
+#   mkdir -p target/golden
+#   cargo test --all-features --lib --test numerics --no-run 2>&1 |
+#     sed -n 's/.*Executable.*(\(.*\))$/\1/p' |
+#     while read -r file; do strip -o "target/golden/$(basename "$file")" "$file"; done
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,6 +21,10 @@ python=${PYTHON:-python3}
 models=${MODELS:-deit_small,deit_base}
 batches=${BATCHES:-1,8,64,256}
 images=${IMAGES:-256}
+# What compares with the authors' code, timm, files of earlier versions and the simulation, by parts of
+# the tests' names: these compute on the device that VITQ_TEST_DEVICE names.
+golden=(the_released_code the_authors_ recorded_logits timm_logits equal_timms gives_its_logits
+  integers_compute_what_is_simulated)
 work=$(mktemp -d)
 sampler= server=
 finish() {
@@ -45,6 +55,20 @@ say "machine"
 if command -v nvidia-smi >/dev/null; then
   nvidia-smi --query-gpu=memory.used --format=csv,noheader,nounits -lms 500 >"$work/memory" 2>/dev/null &
   sampler=$!
+fi
+
+tests=()
+if [ -n "${TESTS:-}" ]; then
+  say "golden tests on $device"
+  for program in "$TESTS"/*; do
+    if [ -f "$program" ] && [ -x "$program" ]; then
+      echo "Running $(basename "$program")"
+      # Their fixtures are here, not where they were built.
+      VITQ_TEST_DEVICE=$device CARGO_MANIFEST_DIR=$PWD timeout "${TESTS_LIMIT:-180}" \
+        "$program" --test-threads 4 "${golden[@]}" 2>&1 || echo "ended with status $?"
+    fi
+  done | tee "$out/tests.txt"
+  tests=(--tests "$out/tests.txt")
 fi
 
 say "accuracy of the demo models on $device and cpu"
@@ -90,5 +114,5 @@ server=
 say "report"
 "$python" scripts/gpu_report.py --machine "$work/machine" --memory "$work/memory" \
   --accuracy "$out/accuracy/results.json" --forward "$out/forward/results.json" \
-  --torch "$out/torch.json" --commit "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
-  --seconds "$((SECONDS - start))" --output "$out/h200.json"
+  --torch "$out/torch.json" "${tests[@]}" --commit "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+  --seconds "$((SECONDS - start))" --device "$device" --output "$out/h200.json"

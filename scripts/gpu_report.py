@@ -4,6 +4,8 @@
 import argparse
 import json
 import os
+import re
+import sys
 
 
 def read(path):
@@ -18,6 +20,24 @@ def peak_memory(path):
     with open(path, encoding="utf-8") as file:
         samples = [int(line) for line in file if line.strip().isdigit()]
     return max(samples, default=None)
+
+
+def test_results(path):
+    """What the test programs printed: counts, and the names of what failed."""
+    passed, failed, failures = 0, 0, []
+    with open(path, encoding="utf-8") as file:
+        programs = file.read().split("Running ")[1:]
+    for program in programs:
+        result = re.search(r"^test result: .* (\d+) passed; (\d+) failed", program, re.MULTILINE)
+        names = re.findall(r"^test (\S+) \.\.\. FAILED", program, re.MULTILINE)
+        if result:
+            passed, failed = passed + int(result[1]), failed + int(result[2])
+        else:  # It crashed, or took too long.
+            passed += len(re.findall(r"^test \S+ \.\.\. ok", program, re.MULTILINE))
+            names.append(program.split()[0])
+            failed += len(names)
+        failures += names
+    return {"passed": passed, "failed": failed, "failures": failures}
 
 
 def accuracy_table(rows):
@@ -50,19 +70,22 @@ def forward_table(ours, torch_rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ["machine", "memory", "accuracy", "forward", "torch", "commit", "output"]:
+    for name in ["machine", "device", "memory", "accuracy", "forward", "torch", "commit", "output"]:
         parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--tests")
     parser.add_argument("--seconds", type=float, required=True)
     args = parser.parse_args()
     with open(args.machine, encoding="utf-8") as file:
         machine = file.read().strip()
     torch = read(args.torch)
+    tests = test_results(args.tests) if args.tests else None
     report = {
         "machine": machine,
         "commit": args.commit,
         "seconds": args.seconds,
         "gpu_peak_mib": peak_memory(args.memory),
         "torch": torch["torch"],
+        "golden_tests": tests,
         "accuracy": read(args.accuracy),
         "forward": read(args.forward),
         "torch_forward": torch["rows"],
@@ -77,7 +100,14 @@ def main():
     for row in report["forward"]:
         if row["method"] != "float" and row["batch_size"] == report["forward"][0]["batch_size"]:
             print(f"{row['checkpoint']} {row['method']}: calibration {row['calibration_seconds']:.2f} s, {row['calibration_images']} images")
+    if tests is None:
+        print("golden tests: left out, TESTS is not set")
+    else:
+        print(f"golden tests on {args.device}: {tests['passed']} passed, {tests['failed']} failed", *tests["failures"])
     print(f"{machine}; commit {args.commit}; torch {torch['torch']}; GPU memory at most {report['gpu_peak_mib']} MiB; {args.seconds:.0f} s")
+    # None at all: the names have changed.
+    if tests and (tests["failed"] or not tests["passed"]):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -147,4 +147,7 @@ pub(crate) const OTHERS_FLAGS: &[Rule] = &[
 ];
 
 /// Variables in code spans that are no flag's, and whose.
-pub(crate) const OTHERS_VARIABLES: &[Rule] = &[rule("", "VITQ_CUDA", "scripts/setup.sh")];
+pub(crate) const OTHERS_VARIABLES: &[Rule] = &[
+    rule("", "VITQ_CUDA", "scripts/setup.sh"),
+    rule("docs/testing.md", "VITQ_TEST_DEVICE", "the golden tests'"),
+];

@@ -1,6 +1,6 @@
 //! Artifacts of every schema version stay readable and keep their meaning.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use tch::{Device, Tensor};
 use vitq::Error;
@@ -10,11 +10,13 @@ use vitq::engine::QuantizedModel;
 use vitq::exec::Backend;
 use vitq::tensor::sqnr_db;
 
+use crate::reference::{logits, root};
+
 /// On the processor that wrote the logits they are equal; elsewhere a rounding boundary may be met.
 const FLOOR_DB: f64 = 25.0;
 
 fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+    root("tests/fixtures").join(path)
 }
 
 fn tensor(path: &str, name: &str) -> Tensor {
@@ -28,8 +30,7 @@ fn every_version_is_readable_and_gives_its_logits() {
         let bytes =
             std::fs::read(fixture(&format!("artifacts/schema-{version}.safetensors"))).unwrap();
         let artifact = Artifact::from_bytes("fixture", &bytes).unwrap();
-        let model = QuantizedModel::load(&artifact, Device::Cpu, Backend::Simulated).unwrap();
-        let logits = model.forward(&tensor("float/vit_b/io.safetensors", "input")).unwrap();
+        let logits = logits(&artifact, &tensor("float/vit_b/io.safetensors", "input"));
         let expected = tensor(&format!("artifacts/schema-{version}-logits.safetensors"), "logits");
         let fidelity = sqnr_db(&expected, &logits).unwrap();
         assert!(fidelity >= FLOOR_DB, "schema {version}: {fidelity} dB");

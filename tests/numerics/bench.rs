@@ -1,7 +1,7 @@
 //! `bench`: rows are computed once, saved one by one, and reported. On the digits models.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Mutex;
 
 use tch::Device;
@@ -14,11 +14,13 @@ use vitq::error::Error;
 use vitq::exec::Backend;
 use vitq::quant::Precision;
 
+use crate::reference::root;
+
 /// Enough images for every class, few enough for a test.
 const IMAGES: usize = 20;
 
 fn demo(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("demo").join(path)
+    root("demo").join(path)
 }
 
 fn matrix() -> Matrix {

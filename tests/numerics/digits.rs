@@ -1,13 +1,13 @@
 //! A demo model and its images, to quantize in the test's own process.
 
-use std::path::Path;
-
 use tch::Tensor;
 use vitq::calib::{QuantizeSpec, RoleBits, StemHeadPolicy};
 use vitq::data::{Dataset, DecodeLimits, Sample, load_pixels};
 use vitq::engine::pipeline::{CalibrationImages, image_batch};
 use vitq::model::Checkpoint;
 use vitq::quant::BitWidth;
+
+use crate::reference::root;
 
 /// A demo model, calibration images, validation images and their classes.
 pub(crate) struct Digits {
@@ -21,7 +21,7 @@ pub(crate) struct Digits {
 impl Digits {
     /// That many calibration images, and every `step`th validation image.
     pub(crate) fn open(name: &str, calibration: usize, step: usize) -> Self {
-        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("demo");
+        let demo = root("demo");
         let checkpoint = Checkpoint::open(&demo.join("checkpoints").join(name)).unwrap();
         let how = checkpoint.spec.preprocessing.clone();
         let pixels =

@@ -8,12 +8,14 @@ use std::path::PathBuf;
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde_json::{Map, Value};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 use vitq::Result;
 use vitq::exec::{Float, Tap, TapSink};
 use vitq::model::generated::{self, GeneratedOptions};
 use vitq::model::{Checkpoint, Model};
 use vitq::nn::{Operand, Role, Site};
+
+use crate::reference::{device, root};
 
 /// Accepted difference relative to the largest reference value: float32 rounding, accumulated in
 /// another order over all layers, stays two decades below it.
@@ -24,7 +26,7 @@ const ACTIVATION_TOLERANCE: f64 = 1e-5;
 const SMALL: [&str; 5] = ["vit_a", "vit_b", "deit", "swin_a", "swin_b"];
 
 fn fixtures() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
+    root("tests/fixtures")
 }
 
 fn read(path: PathBuf) -> BTreeMap<String, Tensor> {
@@ -38,14 +40,20 @@ fn read(path: PathBuf) -> BTreeMap<String, Tensor> {
 }
 
 fn open(name: &str) -> (Model, BTreeMap<String, Tensor>) {
+    open_on(Device::Cpu, name)
+}
+
+fn open_on(device: Device, name: &str) -> (Model, BTreeMap<String, Tensor>) {
     let folder = fixtures().join("float").join(name);
     let checkpoint = Checkpoint::open(&folder).unwrap();
-    let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
+    let weights = checkpoint.weights.to_device(device).unwrap();
+    let model = Model::build(&checkpoint.spec, &weights).unwrap();
     (model, read(folder.join("io.safetensors")))
 }
 
-/// max |a − b| / max |b|
+/// max |a − b| / max |b|, wherever a was computed.
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    let a = a.to_device(Device::Cpu);
     assert_eq!(a.size(), b.size());
     let largest = |x: &Tensor| x.abs().max().double_value(&[]);
     largest(&(a - b)) / largest(b)
@@ -122,8 +130,8 @@ fn as_recorded(model: &Model, act: &str, reference: &Tensor) -> Tensor {
 #[test]
 fn small_models_give_the_recorded_logits_and_activations() {
     for name in SMALL {
-        let (model, io) = open(name);
-        let (logits, recorded) = record(&model, &io["input"]);
+        let (model, io) = open_on(device(), name);
+        let (logits, recorded) = record(&model, &io["input"].to_device(device()));
         assert!(difference(&logits, &io["logits"]) <= TOLERANCE, "{name}");
         let acts: Vec<_> = io.iter().filter(|(act, _)| act.starts_with("act.")).collect();
         assert!(acts.len() >= 8, "{name}");
@@ -157,9 +165,10 @@ fn generated_presets_give_timm_logits() {
         let Case { architecture, num_classes, images, model_args } = case;
         let options = GeneratedOptions { num_classes, model_args, seed: 0 };
         let checkpoint = generated::generate(&architecture, options).unwrap();
-        let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
+        let weights = checkpoint.weights.to_device(device()).unwrap();
+        let model = Model::build(&checkpoint.spec, &weights).unwrap();
         let side = checkpoint.spec.preprocessing.image_size;
-        let input = generated::images(images, side, 0).unwrap();
+        let input = generated::images(images, side, 0).unwrap().to_device(device());
         let logits = model.forward(&mut Float, &input).unwrap();
         let found = difference(&logits, &reference[&name]);
         table += &format!("| {name} | {found:.1e} |\n");
@@ -239,7 +248,7 @@ fn edits_of_any_parameter_change_the_model() {
             "swin_a" => ("layers.0.downsample.reduction.bias", 48),
             _ => ("blocks.1.attn.qkv.bias", 120),
         };
-        let bias = Tensor::ones([added.1], (Kind::Float, tch::Device::Cpu));
+        let bias = Tensor::ones([added.1], (Kind::Float, Device::Cpu));
         let after = logits(&BTreeMap::from([(added.0.to_owned(), bias)]));
         assert_ne!(before, after, "{name} {}", added.0);
     }

@@ -5,9 +5,11 @@
 
 use std::fs;
 use std::panic::catch_unwind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use vitq::fuzzing::TARGETS;
+
+use crate::reference::root;
 
 /// Numbers from a seed (Steele, Lea and Flood 2014: splitmix64).
 struct Numbers(u64);
@@ -50,7 +52,7 @@ fn neighbour(bytes: &[u8], numbers: &mut Numbers) -> Vec<u8> {
 }
 
 fn corpus(target: &str) -> Vec<PathBuf> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fuzz").join(target);
+    let folder = root("tests/fixtures/fuzz").join(target);
     let mut files: Vec<PathBuf> =
         fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect();
     files.sort();

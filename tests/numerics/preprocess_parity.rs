@@ -8,13 +8,15 @@ use sha2::{Digest, Sha256};
 use vitq::data::{DecodeLimits, Pixels, RgbImage, decode, preprocess, resize_and_crop};
 use vitq::model::{Interpolation, Preprocessing};
 
+use crate::reference::root;
+
 /// Greatest mean difference from timm in levels of a uint8 (DESIGN.md, section 3).
 const MEAN_LEVELS: f64 = 0.1;
 /// Greatest difference of a pixel after the resize: sums close to a half may round either way.
 const MAX_LEVELS: u8 = 1;
 
 fn fixtures() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/preprocess")
+    root("tests/fixtures/preprocess")
 }
 
 fn read(path: &Path) -> RgbImage {

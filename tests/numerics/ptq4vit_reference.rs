@@ -17,8 +17,8 @@ use vitq::tensor::sqnr_db;
 
 use crate::digits;
 use crate::reference::{
-    SMALL_MODEL_FLOOR_DB, artifact, calibration, json_file, load, metrics, root, small_checkpoint,
-    subject, tensors,
+    artifact, artifact_on, calibration, device, gpu_slack, json_file, load, logits, metrics, root,
+    small_checkpoint, small_model_floor_db, subject, tensors,
 };
 
 fn request(bits: u32, options: &[(&str, &str)]) -> QuantizeSpec {
@@ -62,7 +62,8 @@ fn the_authors_scales_give_the_authors_logits() {
             .filter_map(|key| Some((key.strip_prefix("weights.")?.to_owned(), get(key)?)))
             .collect();
         let checkpoint = small_checkpoint(&case["meta"]["config"], &weights);
-        let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
+        let weights = checkpoint.weights.to_device(device()).unwrap();
+        let model = Model::build(&checkpoint.spec, &weights).unwrap();
         let bits = case["meta"]["w_bit"].as_u64().unwrap() as u32;
         let mut plan = QuantPlan::default();
         for site in &model.sites {
@@ -91,16 +92,17 @@ fn the_authors_scales_give_the_authors_logits() {
                     true => scale.view([1, -1, 1, 1]),
                     false => scale.view([-1, 1]),
                 };
-                let state = state(site, operand, bits, &scale);
+                let state = state(site, operand, bits, &scale).to_device(device()).unwrap();
                 plan.insert(site.id, operand, vitq::methods::restore(&state).unwrap());
             }
         }
         assert_eq!(plan.len(), 2 * model.sites.len() - 1);
         let mut executor = Simulated::new(&plan, WeightSource::Quantize);
-        let logits = model.forward(&mut executor, &get("eval_input").unwrap()).unwrap();
+        let images = get("eval_input").unwrap().to_device(device());
+        let logits = model.forward(&mut executor, &images).unwrap().to_device(Device::Cpu);
         let fidelity = sqnr_db(&get("eval_logits").unwrap(), &logits).unwrap();
         println!("{name}: {fidelity:.1} dB of the released code's logits");
-        assert!(fidelity >= SMALL_MODEL_FLOOR_DB, "{name}: {fidelity} dB");
+        assert!(fidelity >= small_model_floor_db(), "{name}: {fidelity} dB");
     }
 }
 
@@ -126,9 +128,9 @@ fn it_is_as_good_as_the_authors_code_on_the_digits_vit() {
     let run = "digits-vit/ptq4vit/W4A4/seed0";
     let rows = results["results"].as_array().unwrap();
     let row = rows.iter().find(|row| row["logits"] == run).unwrap();
-    let artifact = artifact(&subject.checkpoint, &images, &request(4, &COARSE));
+    let artifact = artifact_on(device(), &subject.checkpoint, &images, &request(4, &COARSE));
     assert!(artifact.header.report.warnings.is_empty());
-    let found = metrics(&subject, &load(&artifact).forward(&subject.images).unwrap());
+    let found = metrics(&subject, &logits(&artifact, &subject.images));
     for (found, key, tolerance) in [
         (found.top1(), "top1", TOP1),
         (found.agreement(), "agreement", AGREEMENT),
@@ -136,7 +138,7 @@ fn it_is_as_good_as_the_authors_code_on_the_digits_vit() {
     ] {
         let expected = row[key].as_f64().unwrap();
         println!("{run} {key}: {found:.2} ({expected:.2})");
-        assert!(found >= expected - tolerance, "{run} {key}: {found} {expected}");
+        assert!(found >= expected - tolerance - gpu_slack(), "{run} {key}: {found} {expected}");
     }
 }
 

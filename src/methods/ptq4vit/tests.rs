@@ -7,7 +7,7 @@ use super::fit::{OperandFit, Parts};
 use super::grid::{Factors, Grid, GridShape, Ratio};
 use super::twin_softmax::Overlap;
 use super::*;
-use crate::methods::goldens::{self, Case, TOLERANCE};
+use crate::methods::goldens::{self, Case, FLIPPED_OF_PRODUCT};
 use crate::tensor::to_vec_f32;
 
 /// The released search.
@@ -91,9 +91,7 @@ impl Found<'_> {
         } else {
             expected.flatten(-2, -1).transpose(-2, -1)
         };
-        let scale = expected.abs().max().double_value(&[]);
-        let worst = (output - expected).abs().max().double_value(&[]);
-        assert!(worst <= TOLERANCE * scale, "{}: {worst} of {scale}", self.case.name);
+        self.case.assert_values(&output, &expected, ("eval_output", FLIPPED_OF_PRODUCT));
     }
 }
 
