@@ -5,8 +5,9 @@ use tch::{Device, Tensor};
 
 use crate::error::Result;
 use crate::exec::Executor;
-use crate::kernels::cuda::Gpu;
-use crate::nn::{Attention, LayerNorm, Mlp, Windows};
+use crate::kernels::cuda::{Gpu, HeadShape, TokenHeads};
+use crate::nn::{Attention, LayerNorm, Mlp, Operand, Site, Windows};
+use crate::quant::QuantPlan;
 
 /// What an attention does beside its products.
 #[derive(Clone, Copy, Debug, Default)]
@@ -43,14 +44,46 @@ pub(super) fn add_attention<E: Executor + ?Sized>(
         normed = windows.split(&normed)?;
     }
     let qkv = exec.linear(&op.qkv, &normed)?;
-    let [mut q, k, v] = exec.split_heads(&qkv, op.heads)?;
-    if let Some(scale) = terms.query_scale {
-        q = q.f_mul_scalar(scale)?;
-    }
-    let mixed = exec.attend(op, [&q, &k, &v], &terms.scores)?;
+    let mixed = exec.attend_qkv(op, &qkv, terms)?;
     let Some(windows) = terms.windows else { return exec.linear_add(&op.proj, &mixed, x) };
     let mixed = exec.linear(&op.proj, &mixed)?;
     Ok(x.f_add(&windows.join(&mixed)?)?)
+}
+
+/// The attention of q, k and v side by side, which are split.
+pub(super) fn attend_qkv<E: Executor + ?Sized>(
+    exec: &mut E,
+    op: &Attention,
+    qkv: &Tensor,
+    terms: &AttentionTerms<'_>,
+) -> Result<Tensor> {
+    let [mut q, k, v] = exec.split_heads(qkv, op.heads)?;
+    if let Some(scale) = terms.query_scale {
+        q = q.f_mul_scalar(scale)?;
+    }
+    exec.attend(op, [&q, &k, &v], &terms.scores)
+}
+
+/// q, k and v of an attention on grids of tokens; `None` where the plan has others, or a GPU no kernels for them.
+pub(super) fn token_heads<'a>(
+    plan: &'a QuantPlan,
+    op: &Attention,
+    shape: HeadShape,
+) -> Result<Option<TokenHeads<'a>>> {
+    let HeadShape { windows, tokens, heads, width } = shape;
+    let grids = |site: &Site, operand, free, reduce| {
+        let quantizer = plan.get(site.id, operand);
+        let grids = quantizer.map(|q| q.token_grids([windows, heads, free, reduce]));
+        grids.transpose().map(Option::flatten)
+    };
+    let (Some(q), Some(k), Some(v)) = (
+        grids(&op.query_key, Operand::Lhs, tokens, width)?,
+        grids(&op.query_key, Operand::Rhs, tokens, width)?,
+        grids(&op.score_value, Operand::Rhs, width, tokens)?,
+    ) else {
+        return Ok(None);
+    };
+    TokenHeads::new(shape, [q, k, v])
 }
 
 /// `x` plus the MLP of its norm, a step at a time.

@@ -105,6 +105,19 @@ pub trait Executor {
         self.attention_mix(&op.score_value, &weights, v)
     }
 
+    /// [`Executor::attend`] of q, k and v side by side, `qkv` [b, t, 3·heads·d], q being scaled first.
+    ///
+    /// # Errors
+    /// As [`Executor::linear`].
+    fn attend_qkv(
+        &mut self,
+        op: &Attention,
+        qkv: &Tensor,
+        terms: &AttentionTerms<'_>,
+    ) -> Result<Tensor> {
+        attention::attend_qkv(self, op, qkv, terms)
+    }
+
     /// `x` [n, t, dim] plus the attention over its norm.
     ///
     /// # Errors

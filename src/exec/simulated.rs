@@ -4,10 +4,11 @@
 use tch::Tensor;
 
 use crate::error::Result;
-use crate::exec::{Executor, ScoreTerms, attention, float};
-use crate::kernels::cuda::Rounded;
+use crate::exec::{AttentionTerms, Executor, ScoreTerms, attention, float};
+use crate::kernels::cuda::{Gpu, HeadShape, Rounded};
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Operand, Site, gelu};
 use crate::quant::QuantPlan;
+use crate::quant::tokens::shape4;
 
 /// Where the executor finds the rounded weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +46,62 @@ impl<'a> Simulated<'a> {
         Ok(quantizer.map(|quantizer| quantizer.fixed_on_gpu(x)).transpose()?.flatten())
     }
 
+    /// The rounded softmax of scores on a GPU that rounds it while it is computed.
+    fn rounded_weights(
+        &self,
+        site: &Site,
+        scores: &Tensor,
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Option<Tensor>> {
+        let scale = terms.scale.map_or(1.0, |scale| scale as f32);
+        let offsets = [terms.bias, terms.mask];
+        if let Some(rounded) = self.fixed_on_gpu(site, scores)? {
+            return rounded.after_softmax(scale, offsets);
+        }
+        let is_trained =
+            scores.requires_grad() || offsets.into_iter().flatten().any(Tensor::requires_grad);
+        let gpu = Gpu::of(scores).filter(|gpu| gpu.takes_steps() && !is_trained);
+        let quantizer = self.plan.get(site.id, Operand::Lhs);
+        let (Some(gpu), Some(quantizer)) = (gpu, quantizer) else { return Ok(None) };
+        match quantizer.relative_stairs(shape4(scores)?)? {
+            Some(stairs) => gpu.stepped_softmax(scores, scale, offsets, &stairs),
+            None => Ok(None),
+        }
+    }
+
+    /// The attention of rounded q, k and vᵀ.
+    fn mixed(
+        &self,
+        op: &Attention,
+        [q, k, v]: [&Tensor; 3],
+        terms: &ScoreTerms<'_>,
+    ) -> Result<Tensor> {
+        let scores = float::matmul(&op.query_key, q, k)?;
+        let weights = match self.rounded_weights(&op.score_value, &scores, terms)? {
+            Some(weights) => weights,
+            None => {
+                let weights = attention::softmax(&scores, terms)?;
+                self.quantized(&op.score_value, Operand::Lhs, &weights)?
+            }
+        };
+        attention::merge_heads(&float::matmul(&op.score_value, &weights, v)?)
+    }
+
+    /// q, k and v [b, heads, t, d] on a GPU that rounds them together where a linear left them, [b, t, 3·heads·d].
+    fn rounded_heads(
+        &self,
+        op: &Attention,
+        qkv: &Tensor,
+        query_scale: Option<f64>,
+    ) -> Result<Option<[Tensor; 3]>> {
+        let gpu = Gpu::of(qkv).filter(|gpu| gpu.takes_tokens() && !qkv.requires_grad());
+        let Some(gpu) = gpu else { return Ok(None) };
+        let (windows, tokens, columns) = qkv.size3()?;
+        let shape = HeadShape { windows, tokens, heads: op.heads, width: columns / (3 * op.heads) };
+        let Some(heads) = attention::token_heads(self.plan, op, shape)? else { return Ok(None) };
+        gpu.round_heads(qkv, &heads, query_scale.map(|scale| scale as f32)).map(Some)
+    }
+
     /// The linear of an operand that is rounded.
     fn product(&self, op: &Linear, x: &Tensor) -> Result<Tensor> {
         let weight = match self.weights {
@@ -73,15 +130,22 @@ impl Executor for Simulated<'_> {
         [q, k, v]: [&Tensor; 3],
         terms: &ScoreTerms<'_>,
     ) -> Result<Tensor> {
-        let scores = self.matmul(&op.query_key, q, k)?;
-        let scale = terms.scale.map_or(1.0, |scale| scale as f32);
-        if let Some(rounded) = self.fixed_on_gpu(&op.score_value, &scores)?
-            && let Some(weights) = rounded.after_softmax(scale, [terms.bias, terms.mask])?
-        {
-            let v = self.quantized(&op.score_value, Operand::Rhs, &v.f_transpose(-2, -1)?)?;
-            return attention::merge_heads(&float::matmul(&op.score_value, &weights, &v)?);
-        }
-        self.attention_mix(&op.score_value, &attention::softmax(&scores, terms)?, v)
+        let q = self.quantized(&op.query_key, Operand::Lhs, q)?;
+        let k = self.quantized(&op.query_key, Operand::Rhs, k)?;
+        let v = self.quantized(&op.score_value, Operand::Rhs, &v.f_transpose(-2, -1)?)?;
+        self.mixed(op, [&q, &k, &v], terms)
+    }
+
+    fn attend_qkv(
+        &mut self,
+        op: &Attention,
+        qkv: &Tensor,
+        terms: &AttentionTerms<'_>,
+    ) -> Result<Tensor> {
+        let Some([q, k, v]) = self.rounded_heads(op, qkv, terms.query_scale)? else {
+            return attention::attend_qkv(self, op, qkv, terms);
+        };
+        self.mixed(op, [&q, &k, &v.f_transpose(-2, -1)?], &terms.scores)
     }
 
     fn add_mlp(&mut self, norm: &LayerNorm, op: &Mlp, x: &Tensor) -> Result<Tensor> {

@@ -59,6 +59,11 @@ fn attention_is_that_of_double_precision() {
 }
 
 #[test]
+fn weights_on_stairs_are_those_of_one_kernel_after_another() {
+    check("softmax");
+}
+
+#[test]
 fn rows_are_those_of_double_precision() {
     check("rows");
 }

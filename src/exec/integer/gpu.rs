@@ -9,7 +9,7 @@ use super::sites::{Cuda, Form, IntegerSites, encode};
 use crate::error::Result;
 use crate::exec::{AttentionTerms, Executor, Simulated, WeightSource, attention};
 use crate::kernels::cuda::{
-    Epilogue, FixedGrid, Gpu, GpuCodes, GpuWeight, HeadShape, ScoreOffsets, TokenHeads,
+    Epilogue, FixedGrid, Gpu, GpuCodes, GpuWeight, HeadShape, ScoreOffsets, TokenAttention,
 };
 use crate::kernels::passes::affine::Grid;
 use crate::nn::{Attention, LayerNorm, Linear, Mlp, Operand, Site, Windows, gelu};
@@ -118,28 +118,16 @@ impl<'a> IntegerOnGpu<'a> {
             return Ok(None);
         }
         let shape = heads_of(op, terms, x)?;
-        let HeadShape { windows, tokens, heads, width } = shape;
-        let grids = |site: &Site, operand, free, reduce| {
-            let quantizer = self.plan.get(site.id, operand);
-            let grids = quantizer.map(|q| q.token_grids([windows, heads, free, reduce]));
-            grids.transpose().map(Option::flatten)
-        };
-        let (Some(q), Some(k), Some(v)) = (
-            grids(&op.query_key, Operand::Lhs, tokens, width)?,
-            grids(&op.query_key, Operand::Rhs, tokens, width)?,
-            grids(&op.score_value, Operand::Rhs, width, tokens)?,
-        ) else {
-            return Ok(None);
-        };
-        let Some(heads) = TokenHeads::new(shape, [q, k, v], bins)? else { return Ok(None) };
+        let Some(heads) = attention::token_heads(self.plan, op, shape)? else { return Ok(None) };
+        let Some(attention) = TokenAttention::new(heads, bins)? else { return Ok(None) };
         let mut normed = self.layer_norm(norm, x)?;
         if let Some(windows) = terms.windows {
             normed = windows.split(&normed)?;
         }
         let values = self.packed((&op.qkv, qkv), &normed, Epilogue::default())?;
         let query_scale = terms.query_scale.map(|scale| scale as f32);
-        let codes = self.gpu.token_codes(&values, &heads, query_scale)?;
-        let mixed = self.gpu.token_attention(codes, &heads, offsets(terms))?;
+        let codes = self.gpu.token_codes(&values, attention.heads(), query_scale)?;
+        let mixed = self.gpu.token_attention(codes, &attention, offsets(terms))?;
         let order = terms.windows.map(Windows::tokens);
         let epilogue = Epilogue { residual: Some(x), order, ..Epilogue::default() };
         let sum = self.packed((&op.proj, proj), &mixed, epilogue)?;

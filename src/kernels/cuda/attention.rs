@@ -107,7 +107,23 @@ impl Bins {
         Self::on(gpu.device(), stairs)
     }
 
+    /// The same, kept on the GPU for stairs that are described at every call.
+    pub(super) fn kept(gpu: &Gpu, stairs: &Stairs<'_>) -> Result<Option<Self>> {
+        Self::made(stairs, |table| gpu.constant(table), |factors| gpu.constant(factors))
+    }
+
     pub(super) fn on(device: Device, stairs: &Stairs<'_>) -> Result<Option<Self>> {
+        let floats = |factors: &[f32]| Tensor::f_from_slice(factors)?.f_to_device(device);
+        let bytes = |table: &[u8]| Tensor::f_from_slice(table)?.f_to_device(device);
+        Self::made(stairs, |table| Ok(bytes(table)?), |factors| Ok(floats(factors)?))
+    }
+
+    /// The table, its bytes and factors where the functions put them.
+    fn made(
+        stairs: &Stairs<'_>,
+        bytes: impl FnOnce(&[u8]) -> Result<Tensor>,
+        floats: impl FnOnce(&[f32]) -> Result<Tensor>,
+    ) -> Result<Option<Self>> {
         let passed = stairs.stairs.passed();
         let thresholds: Vec<f32> =
             stairs.stairs.thresholds().iter().map(|t| from(*t, passed)).collect();
@@ -135,8 +151,8 @@ impl Bins {
         }
         Ok(Some(Self {
             relative: stairs.relative.map(|(tokens, _)| tokens),
-            table: Tensor::f_from_slice(&table)?.f_to_device(device)?,
-            factors: Tensor::f_from_slice(&factors)?.f_to_device(device)?,
+            table: bytes(&table)?,
+            factors: floats(&factors)?,
             turns: to_i32(turns.len() as i64)?,
             count: to_i32(layout.bins.len() as i64)?,
             first: to_i32(i64::from(layout.first))?,
@@ -146,6 +162,11 @@ impl Bins {
 
     pub(super) fn count(&self) -> i64 {
         i64::from(self.count)
+    }
+
+    /// Bytes of a turn's bins.
+    pub(super) fn bytes(&self) -> i64 {
+        8 * self.count()
     }
 
     pub(super) fn arguments(&self) -> BinArguments {
@@ -257,6 +278,7 @@ fn source(width: i64, is_stepped: bool) -> Source {
         text: concat!(
             include_str!("primitives.cu"),
             include_str!("codes.cu"),
+            include_str!("bins.cu"),
             include_str!("scores.cu"),
             include_str!("attention.cu")
         ),

@@ -2,65 +2,6 @@
 
 const int WARPS = 8; // of a block
 
-struct Softmax {
-  const float* scores; // [matrices][tokens][tokens]
-  const float* bias;   // [heads][tokens][tokens] or null
-  const float* mask;   // [windows][tokens][tokens] or null
-  float* out;          // as the scores
-  int rows, tokens, heads, windows;
-  float scale;
-  float max_code;
-  const float* grid_scale; // [1]: the grid that results are rounded to, or null
-  const float* grid_zero;  // [1]
-};
-
-// Softmax of scale · scores + bias + mask: a warp for each row.
-extern "C" __global__ void softmax(Softmax s) {
-  const int row = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (row >= s.rows) return;
-  const int matrix = row / s.tokens, query = row % s.tokens;
-  const float* const scores = s.scores + (i64)row * s.tokens;
-  float* const out = s.out + (i64)row * s.tokens;
-  const float* const bias = s.bias ? s.bias + ((i64)(matrix % s.heads) * s.tokens + query) * s.tokens : nullptr;
-  const float* const mask =
-      s.mask ? s.mask + ((i64)(matrix / s.heads % s.windows) * s.tokens + query) * s.tokens : nullptr;
-  auto score = [&](int i) {
-    float value = scores[i] * s.scale;
-    if (bias) value += bias[i];
-    if (mask) value += mask[i];
-    return value;
-  };
-  const float step = s.grid_scale ? __ldg(s.grid_scale) : 0.0f, zero = s.grid_scale ? __ldg(s.grid_zero) : 0.0f;
-  auto rounded = [&](float value) {
-    if (!s.grid_scale) return value;
-    return (fminf(fmaxf(rintf(value / step) + zero, 0.0f), s.max_code) - zero) * step;
-  };
-  constexpr int KEPT = 8; // values of a lane in registers
-  float kept[KEPT], most = -__int_as_float(0x7f800000), sum = 0.0f;
-  const bool fits = s.tokens <= 32 * KEPT;
-  if (fits) {
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) {
-      const int i = lane + k * 32;
-      kept[k] = i < s.tokens ? score(i) : -__int_as_float(0x7f800000);
-      most = fmaxf(most, kept[k]);
-    }
-    most = warp_max(most);
-#pragma unroll
-    for (int k = 0; k < KEPT; k++) sum += kept[k] = expf(kept[k] - most);
-    sum = warp_sum(sum);
-#pragma unroll
-    for (int k = 0; k < KEPT; k++)
-      if (lane + k * 32 < s.tokens) out[lane + k * 32] = rounded(kept[k] / sum);
-    return;
-  }
-  for (int i = lane; i < s.tokens; i += 32) most = fmaxf(most, score(i));
-  most = warp_max(most);
-  for (int i = lane; i < s.tokens; i += 32) sum += expf(score(i) - most);
-  sum = warp_sum(sum);
-  for (int i = lane; i < s.tokens; i += 32) out[i] = rounded(expf(score(i) - most) / sum);
-}
-
 struct Norm {
   const float* x;      // [rows][columns]
   const float* weight; // [columns]
@@ -73,7 +14,6 @@ struct Norm {
 };
 
 // Codes of the layer norm of rows of a multiple of 4 columns, at most 128 · RUNS: a warp for each row.
-#ifdef RUNS
 extern "C" __global__ void normed(Norm n) {
   const int place = blockIdx.x * WARPS + threadIdx.x / 32;
   if (place >= n.rows) return;
@@ -109,4 +49,3 @@ extern "C" __global__ void normed(Norm n) {
   }
   for (int at = n.columns / 4 + lane; at < n.width / 4; at += 32) codes[at] = 0;
 }
-#endif

@@ -10,30 +10,6 @@ use crate::error::{Error, Result};
 use crate::kernels::passes::affine::Grid;
 
 #[repr(C)]
-struct SoftmaxArguments {
-    scores: u64,
-    bias: u64,
-    mask: u64,
-    out: u64,
-    rows: i32,
-    tokens: i32,
-    heads: i32,
-    windows: i32,
-    scale: f32,
-    max_code: f32,
-    grid_scale: u64,
-    grid_zero: u64,
-}
-
-/// A uniform grid whose scale and zero point, float32 [1], are on a GPU.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct GridOnGpu<'a> {
-    pub(super) scale: &'a Tensor,
-    pub(super) zero_point: &'a Tensor,
-    pub(super) max_code: f32,
-}
-
-#[repr(C)]
 struct NormArguments {
     x: u64,
     weight: u64,
@@ -48,19 +24,17 @@ struct NormArguments {
     grid: GridArguments,
 }
 
-by_value!(SoftmaxArguments, NormArguments);
+by_value!(NormArguments);
 
 /// Columns of a layer norm that a warp reads at once.
 const RUN: i64 = 128;
 /// Longest row that a warp keeps in its registers.
 const MAX_NORMED: i64 = 12 * RUN;
 
-/// The kernels; those for layer norms of up to that many columns, if there are any.
-fn source(normed: Option<i64>) -> Source {
+/// The kernel for layer norms of up to that many columns.
+fn source(columns: i64) -> Source {
     let mut definitions = PLAIN;
-    if let Some(columns) = normed {
-        definitions[0] = ("RUNS", i32::try_from(parts(columns, RUN)).unwrap_or(i32::MAX));
-    }
+    definitions[0] = ("RUNS", i32::try_from(parts(columns, RUN)).unwrap_or(i32::MAX));
     let text = concat!(
         include_str!("primitives.cu"),
         include_str!("codes.cu"),
@@ -70,61 +44,6 @@ fn source(normed: Option<i64>) -> Source {
 }
 
 impl Gpu {
-    /// Softmax over the last axis of scale · scores + bias + mask, for scores [b, heads, t, t], a bias
-    /// [1, heads, t, t] and a mask [windows, 1, t, t] of which b is a multiple.
-    ///
-    /// # Errors
-    /// `Internal` when shapes do not fit or the kernel does not start.
-    pub fn softmax(
-        &self,
-        scores: &Tensor,
-        scale: f32,
-        terms: [Option<&Tensor>; 2],
-    ) -> Result<Tensor> {
-        self.softmax_on(scores, scale, terms, None)
-    }
-
-    /// [`Gpu::softmax`], rounded to a grid if there is one.
-    pub(super) fn softmax_on(
-        &self,
-        scores: &Tensor,
-        scale: f32,
-        [bias, mask]: [Option<&Tensor>; 2],
-        grid: Option<GridOnGpu<'_>>,
-    ) -> Result<Tensor> {
-        let (b, heads, tokens, width) = scores.size4()?;
-        let windows = mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
-        let square = tokens * tokens;
-        let is_right = tokens == width
-            && windows > 0
-            && b % windows == 0
-            && self.fits(Some(scores), Kind::Float, b * heads * square)
-            && self.fits(bias, Kind::Float, heads * square)
-            && self.fits(mask, Kind::Float, windows * square);
-        if !is_right {
-            return Err(Error::internal("scores, bias and mask of a softmax do not fit"));
-        }
-        let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
-        let (bias, mask, scores) = (dense(bias)?, dense(mask)?, scores.f_contiguous()?);
-        let out = scores.f_empty_like()?;
-        let arguments = SoftmaxArguments {
-            scores: address(Some(&scores)),
-            bias: address(bias.as_ref()),
-            mask: address(mask.as_ref()),
-            out: address(Some(&out)),
-            rows: to_i32(b * heads * tokens)?,
-            tokens: to_i32(tokens)?,
-            heads: to_i32(heads)?,
-            windows: to_i32(windows)?,
-            scale,
-            max_code: grid.map_or(0.0, |grid| grid.max_code),
-            grid_scale: address(grid.map(|grid| grid.scale)),
-            grid_zero: address(grid.map(|grid| grid.zero_point)),
-        };
-        self.by_row(&source(None), "softmax", b * heads * tokens, &arguments)?;
-        Ok(out)
-    }
-
     /// Whether [`Gpu::normed`] takes rows of that length.
     pub fn takes_norm(columns: i64) -> bool {
         columns > 0 && columns % 4 == 0 && columns <= MAX_NORMED
@@ -167,7 +86,7 @@ impl Gpu {
             eps: eps as f32,
             grid: grid.into(),
         };
-        self.by_row(&source(Some(columns)), "normed", rows, &arguments)?;
+        self.by_row(&source(columns), "normed", rows, &arguments)?;
         Ok(FixedCodes { rows, padding, codes, grid })
     }
 }
@@ -178,15 +97,11 @@ mod tests {
     use crate::kernels::cuda::compile::argument_bytes;
 
     #[test]
-    fn the_kernels_compile_for_both_generations() {
+    fn the_kernel_compiles_for_both_generations() {
         for capability in [(8, 0), (9, 0)] {
-            for (normed, kernel, bytes) in [
-                (None, "softmax", size_of::<SoftmaxArguments>()),
-                (Some(96), "normed", size_of::<NormArguments>()),
-                (Some(1536), "normed", size_of::<NormArguments>()),
-            ] {
-                let program = source(normed).compile(capability).unwrap().to_src();
-                assert_eq!(argument_bytes(&program, kernel), bytes, "{kernel}");
+            for columns in [96, 1536] {
+                let program = source(columns).compile(capability).unwrap().to_src();
+                assert_eq!(argument_bytes(&program, "normed"), size_of::<NormArguments>());
             }
         }
     }

@@ -1,6 +1,7 @@
 //! What a GPU's kernels must compute before anything relies on them: the bits of the CPU's passes, and
 //! the products of what codes decode to.
 
+pub(super) mod stepped;
 pub(super) mod tokens;
 
 use tch::{Kind, Tensor};

@@ -66,6 +66,7 @@ pub struct Gpu {
     stream: Arc<CudaStream>,
     capability: (i32, i32),
     takes_tokens: bool,
+    takes_steps: bool,
     kernels: Mutex<Kernels>,
     constants: Mutex<HashMap<Vec<u32>, Tensor>>,
 }
@@ -133,24 +134,36 @@ impl Gpu {
             stream: context.default_stream(),
             capability,
             takes_tokens: false,
+            takes_steps: false,
             kernels: Mutex::default(),
             constants: Mutex::default(),
         };
         check::run(&gpu).map_err(|error| error.to_string())?;
         // Without these the others still do.
-        let checked = check::tokens::run(&gpu).inspect_err(|reason| {
-            let device = device::name(gpu.device);
-            tracing::warn!(%device, %reason, "no attention of tokens on this GPU: it goes step by step");
-            metrics::gpu_fallback();
-        });
-        gpu.takes_tokens = checked.is_ok();
+        gpu.takes_tokens = gpu.passes("attention of tokens", check::tokens::run);
+        gpu.takes_steps = gpu.passes("softmax on stairs", check::stepped::run);
         Ok(gpu)
     }
 
-    /// Whether its kernels for an attention on grids of tokens ([`Gpu::token_codes`]) compile and compute
-    /// what they should.
+    /// Whether a check succeeds of kernels for what goes step by step without them.
+    fn passes(&self, what: &str, check: impl FnOnce(&Self) -> Result<()>) -> bool {
+        let checked = check(self).inspect_err(|reason| {
+            let device = device::name(self.device);
+            tracing::warn!(%device, %reason, what, "no kernels for this on this GPU: it goes step by step");
+            metrics::gpu_fallback();
+        });
+        checked.is_ok()
+    }
+
+    /// Whether its kernels for an attention on grids of tokens ([`Gpu::token_codes`], [`Gpu::round_heads`]) compile
+    /// and compute what they should.
     pub fn takes_tokens(&self) -> bool {
         self.takes_tokens
+    }
+
+    /// Whether [`Gpu::stepped_softmax`] compiles and gives the bits that it should.
+    pub fn takes_steps(&self) -> bool {
+        self.takes_steps
     }
 
     /// Where it is.

@@ -1,4 +1,4 @@
-// q, k and v of all heads, which lie side by side, as codes: rows of q and k, and columns of the heads of v,
+// q, k and v of all heads, which lie side by side, as codes or rounded: rows of q and k, and columns of the heads of v,
 // are tokens that all heads share. Behind quantize.cu: the same operations.
 
 struct HeadSurveys {
@@ -107,55 +107,110 @@ __device__ __forceinline__ Grid token_grid(const TokenGrids& grids, int token) {
   return grid_over(extent.x, extent.y, grids.max_codes ? grids.max_codes[token] : grids.max_code, grids.exact);
 }
 
-struct HeadCodes {
+struct Heads {
   const float* qkv; // [windows · tokens][3 · columns]
   Tokens tokens;    // of q and of k: rows of the columns of all heads
   int width;        // of a head
   float query_factor;
   TokenGrids q, k, v;
-  u8* codes;       // as qkv
-  float2* grids;   // [2][windows · tokens]: scale and zero point of q and k
-  float2* columns; // [windows][width]: those of v
-  float* least;    // [tokens of q]: infinity, which an attention lowers
   int windows;
 };
 
 const int MAX_HEAD = 64; // columns
 
-// A block for WARPS rows of a window.
-extern "C" __global__ void encode_heads(HeadCodes h) {
+// A row of a window, which a warp has.
+struct HeadRow {
+  bool is_inside;
+  int window, row, token;
+  i64 place;    // among the rows of all windows
+  Grid q, k;
+  const Grid* v; // [width]
+};
+
+// A block has WARPS rows of a window.
+__device__ __forceinline__ HeadRow head_row(const Heads& h) {
   __shared__ Grid grids[MAX_HEAD]; // of v
   const Tokens t = h.tokens;
-  const int parts = (t.rows + WARPS - 1) / WARPS, window = blockIdx.x / parts, part = blockIdx.x % parts;
-  const int set = set_of(t, window), lane = threadIdx.x % 32;
-  for (int i = threadIdx.x; i < h.width; i += blockDim.x) {
-    const Grid grid = grids[i] = token_grid(h.v, set * h.width + i);
-    if (part == 0) h.columns[(i64)window * h.width + i] = make_float2(grid.scale, grid.zero);
-  }
+  const int parts = (t.rows + WARPS - 1) / WARPS;
+  HeadRow at;
+  at.window = blockIdx.x / parts, at.row = blockIdx.x % parts * WARPS + threadIdx.x / 32;
+  const int set = set_of(t, at.window);
+  for (int i = threadIdx.x; i < h.width; i += blockDim.x) grids[i] = token_grid(h.v, set * h.width + i);
   __syncthreads();
-  const int row = part * WARPS + threadIdx.x / 32;
-  if (row >= t.rows) return;
-  const int token = set * t.rows + row;
-  const i64 place = (i64)window * t.rows + row;
-  const Grid q = token_grid(h.q, token), k = token_grid(h.k, token);
-  if (lane == 0) {
-    h.grids[place] = make_float2(q.scale, q.zero);
-    h.grids[(i64)h.windows * t.rows + place] = make_float2(k.scale, k.zero);
-    h.least[token] = __int_as_float(0x7f800000);
-  }
-  const float* const x = h.qkv + place * 3 * t.width;
-  u8* const out = h.codes + place * 3 * t.width;
+  at.v = grids, at.is_inside = at.row < t.rows;
+  if (!at.is_inside) return at;
+  at.token = set * t.rows + at.row, at.place = (i64)at.window * t.rows + at.row;
+  at.q = token_grid(h.q, at.token), at.k = token_grid(h.k, at.token);
+  return at;
+}
+
+// Calls `put(column, values, grids)` for every four columns of a row.
+template <class Put>
+__device__ __forceinline__ void for_columns(const Heads& h, const HeadRow& at, const Put& put) {
+  const int columns = h.tokens.width;
+  const float* const x = h.qkv + at.place * 3 * columns;
 #pragma unroll 2
-  for (int i = lane * 4; i < 3 * t.width; i += 128) {
-    const Run<4> run = read<4>(x + i);
-    const bool is_query = i < t.width, is_value = i >= 2 * t.width;
+  for (int i = threadIdx.x % 32 * 4; i < 3 * columns; i += 128) {
+    Run<4> run = read<4>(x + i);
+    const bool is_query = i < columns, is_value = i >= 2 * columns;
     const float factor = is_query ? h.query_factor : 1.0f;
-    int codes[4];
+    Grid grids[4];
 #pragma unroll
     for (int e = 0; e < 4; e++) {
-      const Grid grid = is_value ? grids[i % h.width + e] : is_query ? q : k;
-      codes[e] = (int)code_of(grid, run.of[e] * factor);
+      grids[e] = is_value ? at.v[i % h.width + e] : is_query ? at.q : at.k;
+      run.of[e] *= factor;
     }
-    put_codes<4>(out + i, codes);
+    put(i, run.of, grids);
   }
+}
+
+struct HeadCodes {
+  Heads heads;
+  u8* codes;       // as qkv
+  float2* grids;   // [2][windows · tokens]: scale and zero point of q and k
+  float2* columns; // [windows][width]: those of v
+  float* least;    // [tokens of q]: infinity, which an attention lowers
+};
+
+extern "C" __global__ void encode_heads(HeadCodes c) {
+  const Tokens t = c.heads.tokens;
+  const HeadRow at = head_row(c.heads);
+  if (!at.is_inside) return;
+  const int lane = threadIdx.x % 32;
+  if (at.row == 0)
+    for (int i = lane; i < c.heads.width; i += 32)
+      c.columns[(i64)at.window * c.heads.width + i] = make_float2(at.v[i].scale, at.v[i].zero);
+  if (lane == 0) {
+    c.grids[at.place] = make_float2(at.q.scale, at.q.zero);
+    c.grids[(i64)c.heads.windows * t.rows + at.place] = make_float2(at.k.scale, at.k.zero);
+    c.least[at.token] = __int_as_float(0x7f800000);
+  }
+  u8* const out = c.codes + at.place * 3 * t.width;
+  for_columns(c.heads, at, [&](int column, const float (&x)[4], const Grid (&grids)[4]) {
+    int codes[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) codes[e] = (int)code_of(grids[e], x[e]);
+    put_codes<4>(out + column, codes);
+  });
+}
+
+struct RoundedHeads {
+  Heads heads;
+  float* values; // [3][windows][heads][tokens][width]
+};
+
+extern "C" __global__ void round_heads(RoundedHeads r) {
+  const Tokens t = r.heads.tokens;
+  const HeadRow at = head_row(r.heads);
+  if (!at.is_inside) return;
+  const int width = r.heads.width, count = t.width / width;
+  for_columns(r.heads, at, [&](int column, const float (&x)[4], const Grid (&grids)[4]) {
+    float values[4];
+#pragma unroll
+    for (int e = 0; e < 4; e++) values[e] = (code_of(grids[e], x[e]) - grids[e].zero) * grids[e].scale;
+    const int part = column / t.width, head = column % t.width / width;
+    const i64 block = ((i64)part * r.heads.windows + at.window) * count + head;
+    *(float4*)(r.values + (block * t.rows + at.row) * width + column % width) =
+        make_float4(values[0], values[1], values[2], values[3]);
+  });
 }

@@ -14,6 +14,7 @@ mod gpu;
 mod operand;
 mod product;
 mod quantize;
+mod softmax;
 mod token_attention;
 
 pub use attention::{Bins, FixedGrid, HeadCodes, HeadShape, ScoreOffsets};
@@ -22,4 +23,4 @@ pub use gpu::Gpu;
 pub use operand::Tokens;
 pub use product::Epilogue;
 pub use quantize::{Affine, Plane, Rounded, Stairs, Stretch};
-pub use token_attention::{TokenCodes, TokenHeads};
+pub use token_attention::{TokenAttention, TokenCodes, TokenHeads};

@@ -5,11 +5,11 @@ use std::ops::RangeInclusive;
 use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
-use super::between::GridOnGpu;
 use super::codes::{GpuCodes, MAX_SEGMENTS, Padding};
 use super::compile::{PLAIN, Source};
 use super::gpu::{Gpu, Launch, WARP, address, by_value, parts, to_i32, to_u32};
 use super::operand::{Memory, Tokens, dense};
+use super::softmax::GridOnGpu;
 use crate::error::{Error, Result};
 use crate::kernels::passes::ranking::Rules;
 use crate::kernels::passes::staircase::{Passed, Staircase, Values};

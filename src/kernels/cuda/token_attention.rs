@@ -1,6 +1,7 @@
 //! Attention on a GPU on grids that tokens share over all heads: q, k and v become codes where a linear left
 //! them, and scores are never in memory.
 
+use cudarc::driver::DeviceRepr;
 use tch::{Kind, Tensor};
 
 use super::attention::{BinArguments, Bins, HeadShape, ScoreOffsets};
@@ -25,40 +26,39 @@ pub struct TokenHeads<'a> {
     shape: HeadShape,
     /// Of q, k and v.
     grids: [Affine<'a>; 3],
-    bins: &'a Bins,
     /// Windows along a side of a quadrant whose windows share tokens, too; 0: every window for itself.
     half: i64,
 }
 
 impl<'a> TokenHeads<'a> {
-    /// Heads whose weights are on stairs; `None` where there are no kernels for them, or operands do not have
-    /// the same heads and windows in common.
+    /// Heads on those grids; `None` where there are no kernels for them, or operands do not have the same heads and
+    /// windows in common.
     ///
     /// # Errors
     /// `Internal` for numbers beyond 32 bits.
-    pub fn new(shape: HeadShape, grids: [Affine<'a>; 3], bins: &'a Bins) -> Result<Option<Self>> {
+    pub fn new(shape: HeadShape, grids: [Affine<'a>; 3]) -> Result<Option<Self>> {
         let HeadShape { windows, tokens, heads, width } = shape;
-        let Some(relative) = bins.relative else { return Ok(None) };
-        let half = i64::from(relative.half);
+        let half = i64::from(grids[0].tokens.half);
         let quadrants = 4 * half * half;
         let in_common = |rows, width| Tokens::new(rows, width, heads, half);
         let (rows, columns) = (in_common(tokens, width)?, in_common(width, tokens)?);
         let is_plain = |grids: &Affine<'_>, tokens: Tokens| {
             let has_kernel = grids.groups == 1 && grids.stretch.is_none();
-            has_kernel && grids.tokens == tokens && grids.fits() && grids.has_byte_codes()
+            has_kernel && grids.tokens == tokens && grids.fits()
         };
-        let heads = Self { shape, grids, bins, half };
-        let [q, k, v] = &heads.grids;
+        let [q, k, v] = &grids;
         let is_taken = is_plain(q, rows)
             && is_plain(k, rows)
             && is_plain(v, columns)
-            && relative == in_common(tokens, tokens)?
             && windows > 0
             && windows % quadrants.max(1) == 0
             && shape.has_width()
-            && tokens > 0
-            && heads.mix_bytes() <= MAX_SHARED_BYTES;
-        Ok(is_taken.then_some(heads))
+            && tokens > 0;
+        Ok(is_taken.then_some(Self { shape, grids, half }))
+    }
+
+    fn has_byte_codes(&self) -> bool {
+        self.grids.iter().all(Affine::has_byte_codes)
     }
 
     /// Sets of windows that share tokens.
@@ -66,19 +66,48 @@ impl<'a> TokenHeads<'a> {
         self.shape.windows / (self.half * self.half).max(1)
     }
 
+    /// Rows of all heads, as windows share them.
+    fn rows(&self) -> Result<Tokens> {
+        Tokens::new(self.shape.tokens, self.shape.columns(), 1, self.half)
+    }
+}
+
+/// An attention of such heads, its weights on stairs.
+#[derive(Debug)]
+pub struct TokenAttention<'a> {
+    heads: TokenHeads<'a>,
+    bins: &'a Bins,
+}
+
+impl<'a> TokenAttention<'a> {
+    /// The attention of heads with weights that have the same heads and windows in common; `None` where they have not,
+    /// or there are no kernels for it.
+    ///
+    /// # Errors
+    /// As [`TokenHeads::new`].
+    pub fn new(heads: TokenHeads<'a>, bins: &'a Bins) -> Result<Option<Self>> {
+        let HeadShape { tokens, heads: count, .. } = heads.shape;
+        let weights = Tokens::new(tokens, tokens, count, heads.half)?;
+        let attention = Self { heads, bins };
+        let is_taken = bins.relative == Some(weights)
+            && attention.heads.has_byte_codes()
+            && attention.mix_bytes() <= MAX_SHARED_BYTES;
+        Ok(is_taken.then_some(attention))
+    }
+
+    /// Its q, k and v.
+    pub fn heads(&self) -> &TokenHeads<'a> {
+        &self.heads
+    }
+
     fn sum_bytes(&self) -> i64 {
-        let (keys, pitch) = self.shape.keys();
+        let (keys, pitch) = self.heads.shape.keys();
         keys * pitch
     }
 
     fn mix_bytes(&self) -> i64 {
-        let (keys, pitch) = self.shape.keys();
-        2 * keys * pitch + 8 * self.bins.count()
-    }
-
-    /// Rows of all heads, as windows share them.
-    fn rows(&self) -> Result<Tokens> {
-        Tokens::new(self.shape.tokens, self.shape.columns(), 1, self.half)
+        let (keys, pitch) = self.heads.shape.keys();
+        2 * keys * pitch + self.bins.bytes()
     }
 }
 
@@ -138,7 +167,7 @@ struct TokenGrids {
 }
 
 #[repr(C)]
-struct EncodeArguments {
+struct HeadArguments {
     qkv: u64,
     tokens: Tokens,
     width: i32,
@@ -146,11 +175,22 @@ struct EncodeArguments {
     q: TokenGrids,
     k: TokenGrids,
     v: TokenGrids,
+    windows: i32,
+}
+
+#[repr(C)]
+struct EncodeArguments {
+    heads: HeadArguments,
     codes: u64,
     grids: u64,
     columns: u64,
     least: u64,
-    windows: i32,
+}
+
+#[repr(C)]
+struct RoundArguments {
+    heads: HeadArguments,
+    values: u64,
 }
 
 #[repr(C)]
@@ -172,7 +212,7 @@ struct AttentionArguments {
     score_factor: f32,
 }
 
-by_value!(HeadSurveys, HeadAllocations, EncodeArguments, AttentionArguments);
+by_value!(HeadSurveys, HeadAllocations, EncodeArguments, RoundArguments, AttentionArguments);
 
 fn source(width: i64) -> Source {
     let mut definitions = PLAIN;
@@ -183,6 +223,7 @@ fn source(width: i64) -> Source {
             include_str!("primitives.cu"),
             include_str!("codes.cu"),
             include_str!("tokens.cu"),
+            include_str!("bins.cu"),
             include_str!("scores.cu"),
             include_str!("token_attention.cu")
         ),
@@ -205,53 +246,86 @@ impl Gpu {
     ) -> Result<TokenCodes> {
         let HeadShape { windows, tokens, width, .. } = heads.shape;
         let (columns, rows, sets) = (heads.shape.columns(), windows * tokens, heads.sets());
-        let qkv = qkv.f_contiguous()?;
-        let is_aligned = address(Some(&qkv)).is_multiple_of(Memory::ALIGNMENT);
-        if !is_aligned || !self.fits(Some(&qkv), Kind::Float, rows * 3 * columns) {
-            return Err(Error::internal("q, k and v do not fit their heads"));
+        if !heads.has_byte_codes() {
+            return Err(Error::internal("codes of q, k and v are no bytes"));
         }
-        let query_factor = query_scale.unwrap_or(1.0);
-        let [q, k, v] = &heads.grids;
-        let parts_of = Operands { qkv: &qkv, heads };
-        let facts = self.survey_heads(&parts_of, query_factor)?;
-        let max_codes = self.allocate_heads(&parts_of, &facts)?;
-
+        let found = self.find_grids(qkv, heads, query_scale)?;
         let floats = |shape: &[i64]| Tensor::f_empty(shape, (Kind::Float, self.device()));
-        let found = TokenCodes {
+        let result = TokenCodes {
             codes: Tensor::f_empty([rows, 3 * columns], (Kind::Uint8, self.device()))?,
             grids: floats(&[2, rows, 2])?,
             columns: floats(&[windows, width, 2])?,
             least: floats(&[sets * tokens])?,
         };
-        let grids = |affine: &Affine<'_>, facts: &Facts, max_codes: &Option<Tensor>| TokenGrids {
-            extents: address(Some(&facts.extents)),
-            max_codes: address(max_codes.as_ref()),
-            max_code: affine.max_code,
-            exact: i32::from(affine.exact_constants),
-        };
         let arguments = EncodeArguments {
-            qkv: address(Some(&qkv)),
-            tokens: heads.rows()?,
-            width: to_i32(width)?,
-            query_factor,
-            q: grids(q, &facts[0], &max_codes[0]),
-            k: grids(k, &facts[1], &max_codes[1]),
-            v: grids(v, &facts[2], &max_codes[2]),
-            codes: address(Some(&found.codes)),
-            grids: address(Some(&found.grids)),
-            columns: address(Some(&found.columns)),
-            least: address(Some(&found.least)),
-            windows: to_i32(windows)?,
+            heads: found.arguments(heads)?,
+            codes: address(Some(&result.codes)),
+            grids: address(Some(&result.grids)),
+            columns: address(Some(&result.columns)),
+            least: address(Some(&result.least)),
         };
-        let grid = (to_u32(windows * parts(tokens, ROWS))?, 1, 1);
-        let function = self.function(&quantize::source(), "encode_heads", 0)?;
-        #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
-        // SAFETY: qkv was checked, what was found has a value for each token, and results are of the shape
-        // of the heads; all live until the call ends.
-        unsafe {
-            self.launch(&function, Launch { grid, threads: THREADS, shared: 0 }, &arguments)?;
+        self.by_head_rows("encode_heads", heads, &arguments)?;
+        Ok(result)
+    }
+
+    /// q̂, k̂ and v̂, each float32 [windows, heads, tokens, width], of what [`Gpu::token_codes`] takes: the bits of one
+    /// operand at a time.
+    ///
+    /// # Errors
+    /// As [`Gpu::token_codes`].
+    pub fn round_heads(
+        &self,
+        qkv: &Tensor,
+        heads: &TokenHeads<'_>,
+        query_scale: Option<f32>,
+    ) -> Result<[Tensor; 3]> {
+        let HeadShape { windows, tokens, heads: count, width } = heads.shape;
+        let found = self.find_grids(qkv, heads, query_scale)?;
+        let shape = [3, windows, count, tokens, width];
+        let values = Tensor::f_empty(shape, (Kind::Float, self.device()))?;
+        let arguments =
+            RoundArguments { heads: found.arguments(heads)?, values: address(Some(&values)) };
+        self.by_head_rows("round_heads", heads, &arguments)?;
+        Ok([values.f_select(0, 0)?, values.f_select(0, 1)?, values.f_select(0, 2)?])
+    }
+
+    /// Grids of all tokens of q, k and v.
+    fn find_grids(
+        &self,
+        qkv: &Tensor,
+        heads: &TokenHeads<'_>,
+        query_scale: Option<f32>,
+    ) -> Result<FoundGrids> {
+        let HeadShape { windows, tokens, .. } = heads.shape;
+        let qkv = qkv.f_contiguous()?;
+        let is_aligned = address(Some(&qkv)).is_multiple_of(Memory::ALIGNMENT);
+        let count = 3 * windows * tokens * heads.shape.columns();
+        if !is_aligned || !self.fits(Some(&qkv), Kind::Float, count) {
+            return Err(Error::internal("q, k and v do not fit their heads"));
         }
-        Ok(found)
+        let query_factor = query_scale.unwrap_or(1.0);
+        let operands = Operands { qkv: &qkv, heads };
+        let facts = self.survey_heads(&operands, query_factor)?;
+        let max_codes = self.allocate_heads(&operands, &facts)?;
+        Ok(FoundGrids { qkv, query_factor, facts, max_codes })
+    }
+
+    /// Runs a kernel whose blocks have rows of a window.
+    fn by_head_rows<A: DeviceRepr>(
+        &self,
+        name: &'static str,
+        heads: &TokenHeads<'_>,
+        arguments: &A,
+    ) -> Result<()> {
+        let HeadShape { windows, tokens, .. } = heads.shape;
+        let grid = (to_u32(windows * parts(tokens, ROWS))?, 1, 1);
+        let function = self.function(&quantize::source(), name, 0)?;
+        #[allow(unsafe_code, reason = "a kernel follows whatever pointers it is given")]
+        // SAFETY: q, k and v were checked when their grids were found, which there are for each token; results are
+        // of the shape of the heads; callers hold all of them until the call ends.
+        unsafe {
+            self.launch(&function, Launch { grid, threads: THREADS, shared: 0 }, arguments)
+        }
     }
 
     /// Extents of all tokens of q, k and v and, for ranking, ranges and counts.
@@ -313,9 +387,10 @@ impl Gpu {
     pub fn token_attention(
         &self,
         qkv: TokenCodes,
-        heads: &TokenHeads<'_>,
+        attention: &TokenAttention<'_>,
         offsets: ScoreOffsets<'_>,
     ) -> Result<Tensor> {
+        let TokenAttention { heads, bins } = attention;
         let HeadShape { windows, tokens, heads: count, width } = heads.shape;
         let columns = heads.shape.columns();
         if qkv.codes.size() != [windows * tokens, 3 * columns]
@@ -337,7 +412,7 @@ impl Gpu {
             sums: address(Some(&sums)),
             least: address(Some(&qkv.least)),
             out: address(Some(&out)),
-            bins: heads.bins.arguments(),
+            bins: bins.arguments(),
             tokens: heads.rows()?,
             heads: to_i32(count)?,
             windows: to_i32(windows)?,
@@ -353,10 +428,39 @@ impl Gpu {
         // SAFETY: codes have rows, columns and grids for the shape, which was checked; bias and mask were checked;
         // results are of that shape; all live until the call ends.
         unsafe {
-            self.launch(&sum, heads.shape.launch(SUM_WARPS, heads.sum_bytes())?, &arguments)?;
-            self.launch(&mix, heads.shape.launch(MIX_WARPS, heads.mix_bytes())?, &arguments)?;
+            self.launch(&sum, heads.shape.launch(SUM_WARPS, attention.sum_bytes())?, &arguments)?;
+            self.launch(&mix, heads.shape.launch(MIX_WARPS, attention.mix_bytes())?, &arguments)?;
         }
         Ok(out)
+    }
+}
+
+/// Grids of all tokens of q, k and v, and what is rounded to them.
+struct FoundGrids {
+    qkv: Tensor,
+    query_factor: f32,
+    facts: [Facts; 3],
+    max_codes: [Option<Tensor>; 3],
+}
+
+impl FoundGrids {
+    fn arguments(&self, heads: &TokenHeads<'_>) -> Result<HeadArguments> {
+        let grids = |part: usize| TokenGrids {
+            extents: address(Some(&self.facts[part].extents)),
+            max_codes: address(self.max_codes[part].as_ref()),
+            max_code: heads.grids[part].max_code,
+            exact: i32::from(heads.grids[part].exact_constants),
+        };
+        Ok(HeadArguments {
+            qkv: address(Some(&self.qkv)),
+            tokens: heads.rows()?,
+            width: to_i32(heads.shape.width)?,
+            query_factor: self.query_factor,
+            q: grids(0),
+            k: grids(1),
+            v: grids(2),
+            windows: to_i32(heads.shape.windows)?,
+        })
     }
 }
 
@@ -433,7 +537,8 @@ mod tests {
                 affine(width, tokens, v, rules),
             ];
             let bins = bins(Tokens::new(tokens, tokens, heads, half).unwrap());
-            TokenHeads::new(shape, grids, &bins).unwrap().is_some()
+            let heads = TokenHeads::new(shape, grids).unwrap();
+            heads.is_some_and(|heads| TokenAttention::new(heads, &bins).unwrap().is_some())
         };
         for half in [0, 1, 2] {
             assert!(takes(shape, [(3, half); 4], RULES), "{half}");
@@ -470,6 +575,7 @@ mod tests {
                 ("survey_heads", size_of::<HeadSurveys>()),
                 ("allocate_heads", size_of::<HeadAllocations>()),
                 ("encode_heads", size_of::<EncodeArguments>()),
+                ("round_heads", size_of::<RoundArguments>()),
             ] {
                 assert_eq!(argument_bytes(&program, kernel), bytes, "{kernel}");
             }

@@ -1,10 +1,11 @@
 // attention.cu and token_attention.cu against softmax(q·kᵀ) · v in double precision.
 
-#include "cases.h"
+#include "table.h"
 
 // Their arguments; those of a variant have the same bytes.
 namespace arguments {
 const int HEAD = 32, STEPPED = 0;
+#include "bins.cu"
 #include "scores.cu"
 #include "attention.cu"
 }
@@ -13,6 +14,7 @@ using Arguments = arguments::Attention;
 namespace token_arguments {
 const int HEAD = 32;
 #include "tokens.cu"
+#include "bins.cu"
 #include "scores.cu"
 #include "token_attention.cu"
 }
@@ -70,37 +72,6 @@ static bool list_tokens(int head) {
 #include "attention_variants.h"
 #define HEAD 64
 #include "attention_variants.h"
-
-// Stairs as a table: bins of numbers up to 1 that have the same bits above `shift`, none of which has two steps.
-struct Table {
-  std::vector<uint2> bins; // [turns][count]
-  int turns, count, first, shift = 22;
-
-  // `codes[plane]`: of every number of steps passed; all numbers have passed the first `always` thresholds.
-  Table(const std::vector<float>& thresholds, const std::vector<std::vector<u8>>& codes, size_t always = 0) {
-    turns = parts((int)codes.size(), 2);
-    while (!fits(thresholds, codes, always)) shift--;
-  }
-
- private:
-  bool fits(const std::vector<float>& thresholds, const std::vector<std::vector<u8>>& codes, size_t always) {
-    auto bin_of = [&](float x) { return (int)(std::bit_cast<u32>(x) >> shift); };
-    first = bin_of(thresholds[always]), count = bin_of(1.0f) - first + 1;
-    bins.clear();
-    for (int plane = 0; plane < 2 * turns; plane += 2)
-      for (int bin = first; bin < first + count; bin++) {
-        int below = (int)always, inside = 0;
-        for (size_t i = always; i < thresholds.size(); i++)
-          below += bin_of(thresholds[i]) < bin, inside += bin_of(thresholds[i]) == bin;
-        if (inside > 1) return false;
-        auto code = [&](int plane, int steps) { return plane < (int)codes.size() ? (u32)codes[plane][steps] : 0; };
-        auto pair = [&](int steps) { return code(plane, steps) | code(plane + 1, steps) << 8; };
-        const float step = inside ? thresholds[below] : INFINITY;
-        bins.push_back({std::bit_cast<u32>(step), pair(below) | (inside ? pair(below + 1) : 0) << 16});
-      }
-    return true;
-  }
-};
 
 // Stairs of weights: 16 levels, which the codes of three planes make in two turns.
 struct Stairs {

@@ -17,6 +17,7 @@
 
 namespace JOIN(token_variant, HEAD) {
 #include "tokens.cu"
+#include "bins.cu"
 #include "scores.cu"
 #include "token_attention.cu"
 
@@ -37,6 +38,7 @@ const bool is_listed = list_tokens<TokenAttention, attention_sums, attention_mix
 #define attention JOIN(attention, HEAD, STEPPED)
 
 namespace JOIN(variant, HEAD, STEPPED) {
+#include "bins.cu"
 #include "scores.cu"
 #include "attention.cu"
 

@@ -518,6 +518,7 @@ T __ldg(const T* p) { return *p; }
 
 inline void atomicAdd(int* p, int value) { *p += value; }
 inline void atomicMin(int* p, int value) { *p = std::min(*p, value); }
+inline void atomicMax(u32* p, u32 value) { *p = std::max(*p, value); }
 
 inline u32 __dp4a(u32 a, u32 b, u32 sum) {
   for (int i = 0; i < 32; i += 8) sum += (a >> i & 255) * (b >> i & 255);

@@ -1,5 +1,5 @@
-// heads.cu: surveys, allocations and codes of q, k and v on grids that heads and windows share, against plain
-// loops over the values of a token.
+// heads.cu: surveys, allocations, codes and rounded values of q, k and v on grids that heads and windows share, against
+// plain loops over the values of a token.
 
 #include "cases.h"
 
@@ -156,12 +156,12 @@ static void check(const Shape& of) {
   Buffer<u8> codes(qkv.size(), "codes");
   Buffer<float2> grids(2 * (size_t)rows, "grids of rows"), of_columns((size_t)windows * of.width, "grids of columns");
   Buffer<float> least(q.count, "least sums");
-  quantize::HeadCodes arguments{};
-  arguments.qkv = x, arguments.tokens = of_rows, arguments.width = of.width, arguments.query_factor = of.query_factor;
-  arguments.q = grids_of(q, of), arguments.k = grids_of(k, of), arguments.v = grids_of(v, of);
-  arguments.codes = codes.begin(), arguments.grids = grids.begin(), arguments.columns = of_columns.begin();
-  arguments.least = least.begin(), arguments.windows = windows;
-  launch({(u32)(windows * parts(of.tokens, WARPS)), 1, 1}, threads, 0, quantize::encode_heads, arguments);
+  const quantize::Heads heads = {x, of_rows, of.width, of.query_factor, grids_of(q, of), grids_of(k, of), grids_of(v, of), windows};
+  const quantize::HeadCodes encoded = {heads, codes.begin(), grids.begin(), of_columns.begin(), least.begin()};
+  const uint3 blocks = {(u32)(windows * parts(of.tokens, WARPS)), 1, 1};
+  launch(blocks, threads, 0, quantize::encode_heads, encoded);
+  Buffer<float> rounded(qkv.size(), "rounded values");
+  launch(blocks, threads, 0, quantize::round_heads, quantize::RoundedHeads{heads, rounded.begin()});
 
   for (const auto& [name, operand] : {std::pair("q", &q), std::pair("k", &k), std::pair("v", &v)}) {
     std::vector<std::vector<float>> values(operand->count);
@@ -183,6 +183,10 @@ static void check(const Shape& of) {
         const float2 grid = operand == &v ? of_columns[(size_t)window * of.width + column % of.width]
                                           : grids[(operand == &k ? rows : 0) + (size_t)row];
         const float value = qkv[(size_t)row * pitch + column] * operand->factor;
+        const int part = column / columns, head = column % columns / of.width;
+        const size_t block = ((size_t)part * windows + window) * of.heads + head;
+        const float is = rounded[(block * of.tokens + row % of.tokens) * of.width + column % of.width];
+        comparison.value(row, column, is, ((float)code - grid.y) * grid.x, 0);
         if (extent.x == extent.y) {
           // As the rules say: the value itself, or a step too small for it.
           if (of.is_exact) comparison.value(row, column, (code - grid.y) * grid.x, value, 0);

@@ -11,11 +11,9 @@ namespace between {
 // Names with C linkage are the same in every namespace.
 namespace between_short {
 #define RUNS 2
-#define softmax softmax_short
 #define normed normed_short
 #include "between.cu"
 #undef normed
-#undef softmax
 #undef RUNS
 }
 
@@ -31,51 +29,7 @@ const int WARPS = 8; // of a block
 
 static uint3 blocks(int rows) { return {(u32)parts(rows, WARPS), 1, 1}; }
 
-// ---- Softmax and layer norm
-
-struct SoftmaxShape {
-  int tokens;
-  bool has_terms, has_grid; // has_terms: bias and mask
-};
-
-static void softmax(const SoftmaxShape& of) {
-  const int heads = 3, windows = 2, images = 2, tokens = of.tokens;
-  const int rows = std::min(images * windows * heads * tokens, 603);
-  Numbers numbers{3};
-  Buffer<float> scores((size_t)rows * tokens, "scores"), bias((size_t)heads * tokens * tokens, "bias");
-  Buffer<float> mask((size_t)windows * tokens * tokens, "mask"), out((size_t)rows * tokens, "results");
-  Buffer<float> grid_scale(1, "scale"), grid_zero(1, "zero point");
-  fill(scores, -9, 9, numbers), fill(bias, -3, 3, numbers), fill(mask, -5, 0, numbers);
-  grid_scale[0] = 0.002f, grid_zero[0] = 3;
-  const FixedGrid grid = {1.0f / grid_scale[0], grid_zero[0], 63};
-
-  between::Softmax arguments{};
-  arguments.scores = scores.begin(), arguments.out = out.begin(), arguments.rows = rows, arguments.tokens = tokens;
-  arguments.heads = heads, arguments.windows = windows, arguments.scale = 0.4f;
-  if (of.has_terms) arguments.bias = bias.begin(), arguments.mask = mask.begin();
-  if (of.has_grid) arguments.grid_scale = grid_scale.begin(), arguments.grid_zero = grid_zero.begin();
-  arguments.max_code = grid.max_code;
-  launch(blocks(rows), WARPS * 32, 0, between::softmax, arguments);
-
-  Comparison comparison("softmax of %d tokens, bias and mask %d, grid %d", tokens, of.has_terms, of.has_grid);
-  std::vector<double> values(tokens);
-  for (int row = 0; row < rows; row++) {
-    const int matrix = row / tokens, query = row % tokens;
-    double most = -INFINITY, sum = 0;
-    for (int i = 0; i < tokens; i++) {
-      values[i] = (double)arguments.scale * scores[(size_t)row * tokens + i];
-      if (of.has_terms) values[i] += (double)bias[(size_t)(matrix % heads * tokens + query) * tokens + i];
-      if (of.has_terms) values[i] += (double)mask[(size_t)(matrix / heads % windows * tokens + query) * tokens + i];
-      most = std::max(most, values[i]);
-    }
-    for (double& x : values) sum += x = exp(x - most);
-    for (int i = 0; i < tokens; i++) {
-      const double is = out[(size_t)row * tokens + i], expected = values[i] / sum;
-      if (of.has_grid) comparison.rounded(row, i, is, grid, expected);
-      else comparison.value(row, i, is, expected, 5e-6 * expected);
-    }
-  }
-}
+// ---- Layer norm
 
 template <class Norm>
 static void normed(void (*kernel)(Norm), int rows, int columns, bool has_order) {
@@ -257,8 +211,6 @@ static void affine(const AffineShape& of) {
 }
 
 static void cases() {
-  for (int tokens : {1, 7, 49, 256, 257, 300})
-    for (bool has_grid : {false, true}) softmax({tokens, tokens != 49, has_grid});
   for (int columns : {4, 96, 132, 256}) normed(between_short::normed_short, 10, columns, columns != 96);
   for (int columns : {32, 384, 1020, 1536}) normed(between::normed, 14, columns, columns != 384);
 

@@ -9,7 +9,7 @@ use crate::kernels::cuda::attention::{Bins, HeadShape, ScoreOffsets};
 use crate::kernels::cuda::gpu::Gpu;
 use crate::kernels::cuda::operand::Tokens;
 use crate::kernels::cuda::quantize::{Affine, Plane, Rounded, Stairs};
-use crate::kernels::cuda::token_attention::TokenHeads;
+use crate::kernels::cuda::token_attention::{TokenAttention, TokenHeads};
 use crate::kernels::passes::ranking::Rules;
 use crate::kernels::passes::staircase::{Passed, Staircase, values_of};
 
@@ -57,23 +57,29 @@ fn check(gpu: &Gpu, case: &Case) -> Result<()> {
     };
     let bins = Bins::new(gpu, &described)?.ok_or_else(|| wrong("bins"))?;
     let grids = case.grids()?;
-    let found = TokenHeads::new(case.shape, grids, &bins)?.ok_or_else(|| wrong("heads"))?;
+    let found = TokenHeads::new(case.shape, grids)?.ok_or_else(|| wrong("heads"))?;
+    let attention = TokenAttention::new(found, &bins)?.ok_or_else(|| wrong("heads"))?;
+    let found = attention.heads();
 
     let qkv = case.qkv()?.f_to_device(gpu.device())?;
-    let codes = gpu.token_codes(&qkv, &found, case.query_scale)?;
+    let codes = gpu.token_codes(&qkv, found, case.query_scale)?;
+    let values = gpu.round_heads(&qkv, found, case.query_scale)?;
     let mut operands = Vec::new();
-    for (index, decoded) in codes.decode(&found)?.iter().enumerate() {
+    for (index, decoded) in codes.decode(found)?.iter().enumerate() {
         let x = case.operand(&qkv, index)?;
         let rounded = Rounded::affine_on(gpu, x, &grids[index])?.ok_or_else(|| wrong("affine"))?;
         let expected = rounded.values()?.f_to_device(tch::Device::Cpu)?;
         same(&decoded.f_permute(Case::order(index))?, &expected, "codes of heads")?;
+        let value = &values[index];
+        let value = if index == 2 { value.f_transpose(2, 3)? } else { value.shallow_clone() };
+        same(&value, &expected, "round_heads")?;
         operands.push(expected);
     }
     let [bias, mask] = case.terms()?;
     let (middle, slack) = case.mixed(&operands, [&bias, &mask], &stairs)?;
     let [bias, mask] = [bias.f_to_device(gpu.device())?, mask.f_to_device(gpu.device())?];
     let offsets = ScoreOffsets { scale: SCALE as f32, bias: Some(&bias), mask: Some(&mask) };
-    let mixed = gpu.token_attention(codes, &found, offsets)?;
+    let mixed = gpu.token_attention(codes, &attention, offsets)?;
     let mixed = mixed.f_to_device(tch::Device::Cpu)?.f_to_kind(Kind::Double)?;
     debug_assert_eq!(mixed.size(), [windows, tokens, heads * width]);
     let excess = mixed.f_sub(&middle)?.f_abs()?.f_sub(&slack)?.f_max()?.f_double_value(&[])?;
