@@ -116,6 +116,6 @@ mod tests {
         assert_eq!(buffer(SPARE + 1), vec![SPARE as u8 + 1; SPARE + 1], "the last one is there");
         assert_eq!(buffer(SPARE + 1), vec![0; SPARE + 1], "and was taken");
         assert_eq!(buffer(1), [0], "the first one had to go");
-        assert_eq!(buffer(7), [0; 7]);
+        assert_eq!(buffer(SPARE + 2), [0; SPARE + 2], "there was none");
     }
 }
