@@ -342,17 +342,17 @@ pub(super) struct Offsets {
 }
 
 impl ScoreOffsets<'_> {
-    /// Dense offsets that fit heads of that shape.
+    /// Dense offsets that fit scores of so many windows, heads and tokens.
     ///
     /// # Errors
     /// `Internal` when they do not; `Device` when memory is short.
-    pub(super) fn dense(&self, gpu: &Gpu, shape: HeadShape) -> Result<Offsets> {
+    pub(super) fn dense(&self, gpu: &Gpu, [windows, heads, tokens]: [i64; 3]) -> Result<Offsets> {
         let masks = self.mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
-        let square = shape.tokens * shape.tokens;
-        let fits = gpu.fits(self.bias, Kind::Float, shape.heads * square)
+        let square = tokens * tokens;
+        let fits = gpu.fits(self.bias, Kind::Float, heads * square)
             && gpu.fits(self.mask, Kind::Float, masks * square)
             && masks > 0
-            && shape.windows % masks == 0;
+            && windows % masks == 0;
         if !fits {
             return Err(Error::internal("heads, bias and mask of an attention do not fit"));
         }
@@ -400,7 +400,7 @@ impl Gpu {
         let Some(padding) = Padding::new(qkv.shape.columns(), 1).filter(|_| is_taken) else {
             return Err(Error::internal(format!("no attention takes {:?}", qkv.shape)));
         };
-        let dense = offsets.dense(self, qkv.shape)?;
+        let dense = offsets.dense(self, [windows, heads, tokens])?;
         let rows = windows * tokens;
         let codes = Tensor::f_empty([rows, padding.width], (Kind::Uint8, self.device()))?;
         let [q, k, v] = qkv.grids;

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::attention::{BinArguments, Bins};
+use super::attention::{BinArguments, Bins, Offsets, ScoreOffsets};
 use super::compile::{PLAIN, Source};
 use super::gpu::{Gpu, Launch, address, by_value, parts, to_i32, to_u32};
 use super::operand::Tokens;
@@ -20,10 +20,7 @@ pub(super) struct GridOnGpu<'a> {
 /// Scores and what is added to them, as the kernels read them.
 struct Scores {
     scores: Tensor,
-    bias: Option<Tensor>,
-    mask: Option<Tensor>,
-    /// Windows of the mask.
-    windows: i64,
+    offsets: Offsets,
 }
 
 #[repr(C)]
@@ -66,21 +63,14 @@ fn source() -> Source {
 impl Scores {
     /// Those of a softmax, as [`Gpu::softmax`] takes them.
     fn new(gpu: &Gpu, scores: &Tensor, [bias, mask]: [Option<&Tensor>; 2]) -> Result<Self> {
-        let (b, heads, tokens, width) = scores.size4()?;
-        let windows = mask.map_or(1, |mask| mask.size().first().copied().unwrap_or(1));
-        let square = tokens * tokens;
-        let is_right = tokens == width
-            && windows > 0
-            && b % windows == 0
-            && gpu.fits(Some(scores), Kind::Float, b * heads * square)
-            && gpu.fits(bias, Kind::Float, heads * square)
-            && gpu.fits(mask, Kind::Float, windows * square);
-        if !is_right {
-            return Err(Error::internal("scores, bias and mask of a softmax do not fit"));
+        let (windows, heads, tokens, width) = scores.size4()?;
+        let count = windows * heads * tokens * tokens;
+        if tokens != width || !gpu.fits(Some(scores), Kind::Float, count) {
+            return Err(Error::internal("scores of a softmax are no squares on its GPU"));
         }
-        let dense = |x: Option<&Tensor>| x.map(Tensor::f_contiguous).transpose();
-        let (bias, mask, scores) = (dense(bias)?, dense(mask)?, scores.f_contiguous()?);
-        Ok(Self { scores, bias, mask, windows })
+        let offsets = ScoreOffsets { scale: 1.0, bias, mask };
+        let offsets = offsets.dense(gpu, [windows, heads, tokens])?;
+        Ok(Self { scores: scores.f_contiguous()?, offsets })
     }
 
     fn rows(&self) -> Result<i64> {
@@ -97,13 +87,13 @@ impl Scores {
         let (_, heads, tokens, _) = self.scores.size4()?;
         Ok(SoftmaxArguments {
             scores: address(Some(&self.scores)),
-            bias: address(self.bias.as_ref()),
-            mask: address(self.mask.as_ref()),
+            bias: address(self.offsets.bias.as_ref()),
+            mask: address(self.offsets.mask.as_ref()),
             out: address(Some(out)),
             rows: to_i32(self.rows()?)?,
             tokens: to_i32(tokens)?,
             heads: to_i32(heads)?,
-            windows: to_i32(self.windows)?,
+            windows: to_i32(self.offsets.masks)?,
             scale,
             max_code: grid.map_or(0.0, |grid| grid.max_code),
             grid_scale: address(grid.map(|grid| grid.scale)),

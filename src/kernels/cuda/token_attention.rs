@@ -399,7 +399,7 @@ impl Gpu {
         {
             return Err(Error::internal("codes do not fit the heads of an attention"));
         }
-        let dense = offsets.dense(self, heads.shape)?;
+        let dense = offsets.dense(self, [windows, count, tokens])?;
         let floats = |shape: &[i64]| Tensor::f_empty(shape, (Kind::Float, self.device()));
         let (sums, out) =
             (floats(&[windows, count, tokens, 2])?, floats(&[windows, tokens, columns])?);
