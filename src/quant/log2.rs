@@ -202,7 +202,8 @@ impl Quantizer for Log2Row {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            if first > 0 && !any_of(&counts, 1, |steps| inside(steps).is_some()) {
+            let of_exponent = |exponent: i64| u8::try_from(beyond - exponent).unwrap_or(0);
+            if first > 0 && !any_of(&counts, of_exponent(end).max(1), of_exponent(first)) {
                 continue;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;

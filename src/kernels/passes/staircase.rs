@@ -3,7 +3,9 @@
 //! Logarithms, tangents and codebooks all come down to it. The thresholds are found once, so that no
 //! element costs a logarithm.
 
-use super::{for_rows, rows_of, vectorized, vectorized_up_to_avx2};
+use std::sync::{Mutex, PoisonError};
+
+use super::{for_rows, rows_of, share, vectorized, vectorized_up_to_avx2};
 use crate::kernels::codes::{buffer, recycle};
 use crate::kernels::cpu::shuffle::{self, TABLE};
 
@@ -15,6 +17,9 @@ const COMPARED: usize = 32;
 
 /// Largest number of thresholds: a count fits a byte.
 pub const MAX_STEPS: usize = 255;
+
+/// Counts of a task of [`Occurring::among`].
+const OCCURRING_PIECE: usize = 1 << 16;
 
 /// One more than thresholds.
 const MAX_VALUES: usize = MAX_STEPS + 1;
@@ -223,30 +228,40 @@ pub fn translate(counts: &[u8], most: usize, table: &[u8; MAX_VALUES]) -> Vec<u8
     codes
 }
 
+/// Which counts there are among many.
+#[derive(Clone, Copy, Debug)]
+pub struct Occurring([bool; MAX_VALUES]);
+
+impl Occurring {
+    /// Looks at all counts, once.
+    pub fn among(counts: &[u8]) -> Self {
+        let all = Mutex::new([false; MAX_VALUES]);
+        share(counts.chunks(OCCURRING_PIECE), |part| {
+            let mut found = [false; MAX_VALUES];
+            for count in part {
+                found[usize::from(*count)] = true;
+            }
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
+            all.iter_mut().zip(found).for_each(|(all, found)| *all |= found);
+        });
+        Self(all.into_inner().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether there is a count for which `wanted` holds.
+    pub fn any(&self, wanted: impl Fn(u8) -> bool) -> bool {
+        (0..=u8::MAX).any(|count| self.0[usize::from(count)] && wanted(count))
+    }
+}
+
 /// Counts that are looked at before it is seen whether one was found.
 const LOOK: usize = 4096;
 
-/// Whether there is a count among those for which `wanted` holds: all from the first to the last of them that are
-/// `every` apart, a power of two.
-pub fn any_of(counts: &[u8], every: u8, wanted: impl Fn(u8) -> bool) -> bool {
-    let mut values = (0..=u8::MAX).filter(|count| wanted(*count));
-    let Some(first) = values.next() else { return false };
-    let last = values.last().unwrap_or(first);
-    debug_assert!(
-        (first..=last).all(|count| wanted(count) == (count - first).is_multiple_of(every)),
-        "counts that are not {every} apart"
-    );
-    any_between(counts, (first, last), every - 1)
-}
-
 vectorized! {
-    fn any_between(counts: &[u8], ends: (u8, u8), mask: u8) -> bool {
-        let (first, width) = (ends.0, ends.1 - ends.0);
+    /// Whether there is a count between two, both included.
+    pub(crate) fn any_of(counts: &[u8], least: u8, most: u8) -> bool {
+        let Some(width) = most.checked_sub(least) else { return false };
         counts.chunks(LOOK).any(|counts| {
-            counts.iter().fold(false, |any, count| {
-                let distance = count.wrapping_sub(first);
-                any | (distance <= width && distance & mask == 0)
-            })
+            counts.iter().fold(false, |any, count| any | (count.wrapping_sub(least) <= width))
         })
     }
 }
@@ -366,31 +381,29 @@ mod tests {
 
     #[test]
     fn a_single_count_is_found_wherever_it_is() {
-        let mut counts = vec![7; 2 * LOOK + 3];
-        for at in [0, LOOK - 1, LOOK, 2 * LOOK + 2] {
+        let mut counts = vec![7; 2 * OCCURRING_PIECE + 3];
+        for at in [0, OCCURRING_PIECE, 2 * OCCURRING_PIECE + 2] {
             counts[at] = 255;
-            assert!(any_of(&counts, 1, |count| count == 255), "{at}");
-            assert!(
-                any_of(&counts, 1, |count| count == 7) && any_of(&counts, 1, |count| count > 6)
-            );
-            assert!(!any_of(&counts, 1, |count| count < 7), "{at}");
-            assert!(!any_of(&counts, 1, |count| count > 7 && count < 255), "{at}");
+            let found = Occurring::among(&counts);
+            assert!(found.any(|count| count == 255) && found.any(|count| count == 7));
+            assert!(!found.any(|count| count != 255 && count != 7));
             counts[at] = 7;
         }
-        assert!(!any_of(&[], 1, |_| true) && !any_of(&counts, 1, |_| false));
+        assert!(!Occurring::among(&[]).any(|_| true));
     }
 
     #[test]
-    fn every_second_count_is_not_the_others() {
-        for (counts, least, expected) in [
-            ([4, 6, 9], 3, true),
-            ([4, 6, 8], 3, false),
-            ([4, 6, 8], 4, true),
-            ([1, 2, 13], 3, false),
-        ] {
-            let wanted = |count: u8| (least..=11).contains(&count) && count % 2 == least % 2;
-            assert_eq!(any_of(&counts, 2, wanted), expected, "{counts:?} {least}");
+    fn a_count_between_two_is_found_wherever_it_is() {
+        let mut counts = vec![9; 2 * LOOK + 5];
+        counts[3] = 1;
+        assert!(!any_of(&counts, 2, 8) && !any_of(&counts, 10, 255) && !any_of(&counts, 8, 2));
+        assert!(any_of(&counts, 0, 1) && any_of(&counts, 9, 9) && any_of(&counts, 1, 1));
+        for at in [0, LOOK - 1, LOOK, 2 * LOOK + 4] {
+            counts[at] = 5;
+            assert!(any_of(&counts, 5, 8) && any_of(&counts, 2, 5), "{at}");
+            counts[at] = 9;
         }
+        assert!(!any_of(&[], 0, 255));
     }
 
     #[test]
