@@ -134,10 +134,11 @@ unsafe fn sums_of<L: Lanes>(values: &mut [f32], other: &[f32]) {
     }
 }
 
-/// eˣ for x ≤ 0: x = n·ln 2 + r, a polynomial in r (Cephes' coefficients), and n in the exponent.
+/// eˣ for x ≤ 0: x = n·ln 2 + r, a polynomial in r (Cephes' coefficients), and n in the exponent. 0 where it is
+/// no normal number: processors take a hundred times as long for what becomes of the others.
 #[inline(always)]
 unsafe fn exp_of_negative<L: Lanes>(x: L) -> L {
-    const LOWEST: f32 = -87.0; // beyond it the result is no normal number
+    const LOWEST: f32 = -88.0; // n is −127 from here on, which leaves nothing in the exponent
     const HIGH: f32 = 0.693_359_4; // ln 2 in two parts
     const LOW: f32 = -2.121_944_4e-4;
     const ROUND: f32 = 12_582_912.0; // 1.5·2^23: adding it leaves an integer in the last bits
@@ -209,7 +210,7 @@ unsafe fn softmax_of<L: Lanes>(row: &mut [f32], terms: ScoreRow<'_>, out: &mut [
             sums = sums.add(x);
         }
         if rest > 0 {
-            // What is beyond the row is next to nothing, and the largest score counts 1.
+            // What is beyond the row is nothing.
             last = exp_of_negative(last.subtract(largest).multiply(late));
             sums = sums.add(last);
         }
@@ -335,6 +336,23 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn scores_far_below_the_largest_weigh_nothing() {
+        for width in WIDTHS {
+            let mut scores = vec![-100.0; width as usize];
+            scores[width as usize / 2] = 3.0;
+            let mut out = scores.clone();
+            softmax(&mut scores, ScoreRow { scale: 1.0, bias: &[], mask: &[] }, &mut out);
+            for (index, weight) in out.into_iter().enumerate() {
+                assert_eq!(weight, if index == width as usize / 2 { 1.0 } else { 0.0 }, "{width}");
+            }
+        }
+        // Down to the smallest normal number they have their weight.
+        let mut out = [0.0; 2];
+        softmax(&mut [0.0, -87.0], ScoreRow { scale: 1.0, bias: &[], mask: &[] }, &mut out);
+        assert!((f64::from(out[1]) / (-87f64).exp() - 1.0).abs() < 1e-6);
     }
 
     #[cfg(target_arch = "x86_64")]
