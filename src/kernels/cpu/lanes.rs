@@ -7,6 +7,9 @@ use std::arch::x86_64::*;
 /// Numbers of [`Lanes`].
 pub(in crate::kernels) const LANES: usize = 16;
 
+/// Entries of a table of [`Lanes::moved_by_few`].
+pub(in crate::kernels) const FEW: usize = 32;
+
 /// The numbers in whole registers of `len`, and how many are left.
 #[inline(always)]
 pub(in crate::kernels) fn registers(len: usize) -> (usize, usize) {
@@ -69,6 +72,11 @@ pub(in crate::kernels) trait Lanes: Copy {
     unsafe fn smallest(self) -> f32;
     /// Whether a lane is NaN.
     unsafe fn has_nan(self) -> bool;
+    /// Whether a lane is not equal to that of `other`: also where one is NaN.
+    unsafe fn differs(self, other: Self) -> bool;
+    /// The bits plus an entry of a table, moved right by `shift`. Which entry it is say the last bits of what is left
+    /// of bits plus `turn` when they are moved as far.
+    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self;
     /// One more than `counts` in lanes with `low <= self < high`.
     unsafe fn count_between(self, low: Self, high: Self, counts: Self) -> Self;
 }
@@ -251,6 +259,20 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
+    unsafe fn differs(self, other: Self) -> bool {
+        self.0.iter().zip(other.0).fold(false, |any, (a, b)| any | (*a != b))
+    }
+
+    #[inline(always)]
+    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
+        each!(|lane| {
+            let bits = self.0[lane].to_bits();
+            let entry = table[(bits.wrapping_add(turn) >> shift) as usize % FEW];
+            f32::from_bits(bits.wrapping_add(entry) >> shift)
+        })
+    }
+
+    #[inline(always)]
     unsafe fn count_between(self, low: Self, high: Self, counts: Self) -> Self {
         each!(|lane| {
             let is_between = (self.0[lane] >= low.0[lane]) & (self.0[lane] < high.0[lane]);
@@ -400,6 +422,28 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
+    unsafe fn differs(self, other: Self) -> bool {
+        // SAFETY: the caller has AVX-512F.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_NEQ_UQ>(self.0, other.0) != 0 } // vcmpps
+    }
+
+    #[inline(always)]
+    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
+        // SAFETY: the caller has AVX-512F; a table fills two registers, and loads are unaligned.
+        unsafe {
+            let low = _mm512_loadu_si512(table.as_ptr().cast());
+            let high = _mm512_loadu_si512(table.as_ptr().add(LANES).cast());
+            let (bits, shift) =
+                (_mm512_castps_si512(self.0), _mm512_set1_epi32(shift.cast_signed()));
+            let turned = _mm512_add_epi32(bits, _mm512_set1_epi32(turn.cast_signed())); // vpaddd
+            let index = _mm512_srlv_epi32(turned, shift); // vpsrlvd
+            let entry = _mm512_permutex2var_epi32(low, index, high); // vpermi2d
+            let moved = _mm512_srlv_epi32(_mm512_add_epi32(bits, entry), shift);
+            Self(_mm512_castsi512_ps(moved))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn count_between(self, low: Self, high: Self, counts: Self) -> Self {
         // SAFETY: the caller has AVX-512F.
         unsafe {
@@ -419,6 +463,30 @@ impl Avx512 {
             let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)); // vextractf64x4
             Avx2(_mm512_castps512_ps256(self.0), _mm256_castpd_ps(high))
         }
+    }
+}
+
+/// [`Lanes::moved_by_few`] of half as many.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn moved_by_few(x: __m256, turn: u32, table: &[u32; FEW], shift: u32) -> __m256 {
+    // SAFETY: the caller has AVX2; a table fills four registers, and loads are unaligned.
+    unsafe {
+        let (bits, shift) = (_mm256_castps_si256(x), _mm256_set1_epi32(shift.cast_signed()));
+        let turned = _mm256_add_epi32(bits, _mm256_set1_epi32(turn.cast_signed())); // vpaddd
+        let index = _mm256_srlv_epi32(turned, shift); // vpsrlvd
+        let part = |part: usize| {
+            let entries = _mm256_loadu_si256(table.as_ptr().add(part * FEW / 4).cast());
+            _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(entries, index)) // vpermd
+        };
+        // Bits 3 and 4 of the index, as signs.
+        let eight = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)); // vpslld
+        let sixteen = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(index));
+        let low = _mm256_blendv_ps(part(0), part(1), eight); // vblendvps
+        let high = _mm256_blendv_ps(part(2), part(3), eight);
+        let entry = _mm256_castps_si256(_mm256_blendv_ps(low, high, sixteen));
+        let moved = _mm256_srlv_epi32(_mm256_add_epi32(bits, entry), shift);
+        _mm256_castsi256_ps(moved)
     }
 }
 
@@ -611,6 +679,25 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn differs(self, other: Self) -> bool {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let first = _mm256_cmp_ps::<_CMP_NEQ_UQ>(self.0, other.0); // vcmpps
+            let second = _mm256_cmp_ps::<_CMP_NEQ_UQ>(self.1, other.1);
+            _mm256_movemask_ps(_mm256_or_ps(first, second)) != 0 // vmovmskps
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let half = |half| moved_by_few(half, turn, table, shift);
+            Self(half(self.0), half(self.1))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn count_between(self, low: Self, high: Self, counts: Self) -> Self {
         // SAFETY: the caller has AVX2.
         unsafe {
@@ -652,6 +739,11 @@ mod tests {
                 x.round().multiply_add(y.round(), one),
                 L::load_first(a.as_ptr(), count, 7.0),
                 x.first(count, -3.0),
+                x.moved_by_few(
+                    9_999_999,
+                    &std::array::from_fn(|entry| entry as u32 * 77_777_777),
+                    21,
+                ),
             ] {
                 let mut out = [0.0f32; LANES];
                 result.store(out.as_mut_ptr());
@@ -670,6 +762,7 @@ mod tests {
             let between = x.count_between(L::splat(-4.0), L::splat(4.0), L::splat(0.0)).sum();
             let above = x.count_between(y, L::splat(9.0), one).sum();
             found.push(vec![between as u32, above as u32, u32::from(x.has_nan())]);
+            found.push([x.differs(y), x.differs(x), y.differs(y)].map(u32::from).to_vec());
             found
         }
     }
@@ -694,10 +787,12 @@ mod tests {
                 }
                 let largest = a.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let smallest = a.iter().copied().fold(f32::INFINITY, f32::min);
-                assert_eq!(expected[14][1..], [largest, smallest].map(f32::to_bits));
+                assert_eq!(expected[15][1..], [largest, smallest].map(f32::to_bits));
                 let between = a.iter().filter(|x| (-4.0..4.0).contains(*x)).count();
-                assert_eq!(expected[15][0] as usize, between);
-                assert_eq!(expected[15][2] == 1, a.iter().any(|x| x.is_nan()));
+                assert_eq!(expected[16][0] as usize, between);
+                let nan = [&a, &b].map(|all| u32::from(all.iter().any(|x| x.is_nan())));
+                assert_eq!(expected[16][2], nan[0]);
+                assert_eq!(expected[17], [1, nan[0], nan[1]]);
             }
         }
     }

@@ -83,13 +83,110 @@ for_lanes!(
     pub fn quantize, quantize_of, (x: &[f32], grid: Grid, out: &mut [f32])
 );
 
-/// The codes of 16 values, as [`Grid::code`] gives them.
-#[inline(always)]
-pub(super) unsafe fn codes_of<L: Lanes>(x: L, grid: Grid) -> L {
-    // SAFETY: the caller has the instruction set.
-    unsafe {
-        let code = x.divide(L::splat(grid.scale)).round().add(L::splat(grid.zero_point));
-        L::splat(grid.max_code).smaller(L::splat(0.0).larger(code)) // NaN stays
+/// Codes are held as the last bits of this number plus a code: 1.5·2^23, to which a sum is rounded to ones.
+const HELD: f32 = 12_582_912.0;
+
+/// Largest zero point with which sums are rounded to ones.
+const MAX_ZERO_POINT: f32 = 1_048_576.0; // 2^20
+
+/// Scales whose reciprocal is a normal number.
+const INVERTIBLE: std::ops::RangeInclusive<f32> = 1e-30..=1e30;
+
+/// How far below and above 1/δ a factor is certain to be on its side of x/δ, relatively: 2^−21. Reciprocal, product
+/// and quotient are each rounded by 2^−24 at most.
+const MARGIN: f32 = 4.768_371_6e-7;
+
+/// A grid for registers. Divisions take longer than all the rest of a code: two products that have the quotient
+/// between them are rounded instead, and only where they differ does it have to be known.
+#[derive(Clone, Copy)]
+pub(super) struct GridOf<L> {
+    grid: Grid,
+    below: L,
+    above: L,
+    zero: L,
+    least: L,
+    most: L,
+}
+
+impl<L: Lanes> GridOf<L> {
+    #[inline(always)]
+    pub(super) unsafe fn new(grid: Grid) -> Self {
+        let Grid { scale, zero_point, max_code } = grid;
+        let rounds = zero_point.abs() <= MAX_ZERO_POINT && zero_point.fract() == 0.0;
+        // With NaN they always differ.
+        let inverse = if rounds && INVERTIBLE.contains(&scale) { 1.0 / scale } else { f32::NAN };
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            Self {
+                grid,
+                below: L::splat(inverse * (1.0 - MARGIN)),
+                above: L::splat(inverse * (1.0 + MARGIN)),
+                zero: L::splat(HELD + zero_point),
+                least: L::splat(HELD),
+                most: L::splat(HELD + max_code),
+            }
+        }
+    }
+
+    /// Codes as they are held; `None` where a division has to decide.
+    #[inline(always)]
+    unsafe fn held(self, x: L) -> Option<L> {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let code = x.multiply_add(self.below, self.zero);
+            if code.differs(x.multiply_add(self.above, self.zero)) {
+                return None;
+            }
+            Some(self.most.smaller(self.least.larger(code)))
+        }
+    }
+
+    /// Codes as [`Grid::code`] gives them.
+    #[inline(always)]
+    unsafe fn divided(self, x: L) -> L {
+        let Grid { scale, zero_point, max_code } = self.grid;
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let code = x.divide(L::splat(scale)).round().add(L::splat(zero_point));
+            L::splat(max_code).smaller(L::splat(0.0).larger(code)) // NaN stays
+        }
+    }
+
+    /// Codes of 16 values as [`Grid::code`] gives them, or what has the same lowest byte when it is held.
+    #[inline(always)]
+    pub(super) unsafe fn codes(self, x: L) -> L {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            match self.held(x) {
+                Some(code) => code.subtract(self.least),
+                None => self.divided(x),
+            }
+        }
+    }
+
+    /// Numbers whose lowest bytes are the codes of 16 values.
+    #[inline(always)]
+    pub(super) unsafe fn bytes(self, x: L) -> L {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            match self.held(x) {
+                Some(code) => code,
+                None => self.divided(x).add(self.least),
+            }
+        }
+    }
+
+    /// x̂ of 16 values as [`Grid::value`] gives them.
+    #[inline(always)]
+    unsafe fn values(self, x: L) -> L {
+        // SAFETY: the caller has the instruction set.
+        unsafe {
+            let steps = match self.held(x) {
+                Some(code) => code.subtract(self.zero),
+                None => self.divided(x).subtract(L::splat(self.grid.zero_point)),
+            };
+            steps.multiply(L::splat(self.grid.scale))
+        }
     }
 }
 
@@ -98,14 +195,12 @@ unsafe fn quantize_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [f32]) {
     let (whole, rest) = registers(x.len().min(out.len()));
     // SAFETY: registers are within both; the caller has the instruction set.
     unsafe {
-        let (zero_point, scale) = (L::splat(grid.zero_point), L::splat(grid.scale));
+        let grid = GridOf::<L>::new(grid);
         for first in (0..whole).step_by(LANES) {
-            let code = codes_of(L::load(x.as_ptr().add(first)), grid);
-            code.subtract(zero_point).multiply(scale).store(out.as_mut_ptr().add(first));
+            grid.values(L::load(x.as_ptr().add(first))).store(out.as_mut_ptr().add(first));
         }
         if rest > 0 {
-            let code = codes_of(L::load_first(x.as_ptr().add(whole), rest, 0.0), grid);
-            let value = code.subtract(zero_point).multiply(scale);
+            let value = grid.values(L::load_first(x.as_ptr().add(whole), rest, 0.0));
             value.store_first(out.as_mut_ptr().add(whole), rest);
         }
     }
@@ -116,22 +211,19 @@ for_lanes!(
     pub fn encode, encode_of, (x: &[f32], grid: Grid, out: &mut [u8])
 );
 
-/// Writes what `$code` makes of 16 values of a slice at a time, as bytes. It is no closure: that would not
-/// be compiled for the instruction set.
+/// Writes the lowest bytes of what `$code` makes of 16 values of a slice at a time. It is no closure: that would
+/// not be compiled for the instruction set.
 macro_rules! encode_registers {
     ($lanes:ident, $from:ident, $out:ident, |$x:ident| $code:expr) => {{
         use $crate::kernels::cpu::lanes::{LANES, registers};
         let (whole, rest) = registers($from.len().min($out.len()));
-        let ones = $lanes::splat($crate::kernels::passes::affine::COUNTS_ONES);
         for first in (0..whole).step_by(LANES) {
             let $x = $lanes::load($from.as_ptr().add(first));
-            let code = $code;
-            code.add(ones).store_bytes($out.as_mut_ptr().add(first));
+            $code.store_bytes($out.as_mut_ptr().add(first));
         }
         if rest > 0 {
             let $x = $lanes::load_first($from.as_ptr().add(whole), rest, 0.0);
-            let code = $code;
-            code.add(ones).store_first_bytes($out.as_mut_ptr().add(whole), rest);
+            $code.store_first_bytes($out.as_mut_ptr().add(whole), rest);
         }
     }};
 }
@@ -140,7 +232,10 @@ pub(super) use encode_registers;
 #[inline(always)]
 unsafe fn encode_of<L: Lanes>(x: &[f32], grid: Grid, out: &mut [u8]) {
     // SAFETY: registers are within both; the caller has the instruction set.
-    unsafe { encode_registers!(L, x, out, |x| codes_of(x, grid)) };
+    unsafe {
+        let grid = GridOf::<L>::new(grid);
+        encode_registers!(L, x, out, |x| grid.bytes(x));
+    }
 }
 
 for_lanes!(

@@ -3,7 +3,7 @@
 
 #![allow(unsafe_code, reason = "registers, and their loads")]
 
-use super::affine::{self, Constants, Grid, encode_rows, quantize_rows};
+use super::affine::{self, COUNTS_ONES, Constants, Grid, GridOf, encode_rows, quantize_rows};
 use super::extent::{self, Extent};
 use super::ranking::Rules;
 use super::tokens::{allocate, count_within, within_of};
@@ -233,9 +233,10 @@ unsafe fn encode_stretched_of<L: Lanes>(
 ) {
     // SAFETY: the caller has the instruction set.
     unsafe {
+        let (grid, ones) = (GridOf::<L>::new(grid), L::splat(COUNTS_ONES));
         affine::encode_registers!(L, x, out, |x| {
-            let all = stretched_codes(x, grid, stretch);
-            L::splat(most).smaller(L::splat(least).larger(all)) // NaN stays
+            let all = grid.codes(stretched(x, stretch));
+            L::splat(most).smaller(L::splat(least).larger(all)).add(ones) // NaN stays
         });
     }
 }
@@ -249,24 +250,23 @@ for_lanes!(
 unsafe fn encode_folded_of<L: Lanes>(x: &[f32], grid: Grid, stretch: f32, out: &mut [u8]) {
     // SAFETY: the caller has the instruction set.
     unsafe {
-        let zero_point = L::splat(grid.zero_point);
+        let (zero_point, ones) = (L::splat(grid.zero_point), L::splat(COUNTS_ONES));
+        let grid = GridOf::<L>::new(grid);
         affine::encode_registers!(L, x, out, |x| {
-            let all = stretched_codes(x, grid, stretch);
+            let all = grid.codes(stretched(x, stretch));
             // Farther from the zero point, by a factor of at least 1: larger above it, smaller below.
             let wide = all.subtract(zero_point).multiply(L::splat(stretch)).add(zero_point);
-            wide.larger(all)
+            wide.larger(all).add(ones)
         });
     }
 }
 
-/// The codes of values whose negatives are stretched.
+/// Values whose negatives are stretched.
 #[inline(always)]
-unsafe fn stretched_codes<L: Lanes>(x: L, grid: Grid, stretch: f32) -> L {
+unsafe fn stretched<L: Lanes>(x: L, stretch: f32) -> L {
     // SAFETY: the caller has the instruction set.
-    unsafe {
-        // A factor of at least 1 makes negative values smaller, and positive ones larger.
-        affine::codes_of(x.multiply(L::splat(stretch)).smaller(x), grid)
-    }
+    // A factor of at least 1 makes negative values smaller, and positive ones larger.
+    unsafe { x.multiply(L::splat(stretch)).smaller(x) }
 }
 
 /// Zero points of the codes of positive and of negative values. Where all values have one sign, the
