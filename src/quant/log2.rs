@@ -10,7 +10,9 @@ use crate::kernels::Codes;
 use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::passes::Strided;
-use crate::kernels::passes::staircase::{Passed, Rows, Staircase, Values, any_of, values_of};
+use crate::kernels::passes::staircase::{
+    Passed, Rows, Staircase, Values, least_above_zero, values_of,
+};
 use crate::quant::cost::{OperandCost, SCALE_BITS, elements};
 use crate::quant::dense::Dense;
 use crate::quant::once::Once;
@@ -196,15 +198,16 @@ impl Quantizer for Log2Row {
         let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
         let beyond = stairs.len() as i64; // the exponent of no step
         let last = self.last_exponent() as i64;
+        let largest_exponent =
+            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps));
         for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
             let end = (first + TERM_EXPONENTS - 1).min(last);
             let inside = |steps: u8| {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            let of_exponent = |exponent: i64| u8::try_from(beyond - exponent).unwrap_or(0);
-            if first > 0 && !any_of(&counts, of_exponent(end).max(1), of_exponent(first)) {
-                continue;
+            if first > 0 && first > largest_exponent {
+                break;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;
             let scale = largest.iter().map(|largest| largest * factor).collect();

@@ -10,7 +10,7 @@ use super::product::{GRID_COLUMNS, GridArguments, MAX_SHARED_BYTES};
 use super::quantize::{Plane, Stairs};
 use crate::error::{Error, Result};
 use crate::kernels::passes::affine::Grid;
-use crate::kernels::passes::staircase::Passed;
+use crate::kernels::passes::bins::{Layout, first_passed};
 
 /// Queries of a warp.
 pub(super) const QUERIES: i64 = 16;
@@ -20,10 +20,6 @@ const KEYS: i64 = 32;
 const STEP: i64 = 32;
 /// Planes that are multiplied in a turn.
 const PLANES: usize = 2;
-/// Bins of scores at most: a block keeps those of a turn in shared memory.
-const MAX_BINS: usize = 1024;
-/// Bits of a float's mantissa.
-const MANTISSA: u32 = 23;
 
 /// Sizes of an attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -125,15 +121,15 @@ impl Bins {
         floats: impl FnOnce(&[f32]) -> Result<Tensor>,
     ) -> Result<Option<Self>> {
         let passed = stairs.stairs.passed();
-        let thresholds: Vec<f32> =
-            stairs.stairs.thresholds().iter().map(|t| from(*t, passed)).collect();
+        let firsts = stairs.stairs.thresholds().iter().map(|t| first_passed(*t, passed));
         // All numbers have passed those up to the least.
         let least = stairs.relative.map_or(0.0, |(_, least_ratio)| least_ratio);
+        let thresholds: Vec<f32> = firsts.collect();
         let always = thresholds.partition_point(|t| *t <= least);
-        let has_planes = !stairs.planes.is_empty();
-        let Some(layout) = Layout::of(&thresholds[always..]).filter(|_| has_planes) else {
-            return Ok(None);
-        };
+        let bits: Vec<u32> = thresholds[always..].iter().map(|t| t.to_bits()).collect();
+        let lowest = bits.first().copied().unwrap_or_default();
+        let layout = Layout::of(&bits, [lowest, 1f32.to_bits()]);
+        let Some(layout) = layout.filter(|_| !stairs.planes.is_empty()) else { return Ok(None) };
         let turns = stairs.planes.chunks(PLANES);
         let (mut table, mut factors) = (Vec::new(), Vec::new());
         for planes in turns.clone() {
@@ -142,7 +138,7 @@ impl Bins {
                 [planes.first().map_or(0, code), planes.get(1).map_or(0, code)]
             };
             for bin in &layout.bins {
-                table.extend(bin.threshold.to_ne_bytes());
+                table.extend(bin.threshold.map_or(f32::INFINITY, f32::from_bits).to_ne_bytes());
                 table.extend(codes(always + bin.below));
                 table.extend(codes(always + bin.above));
             }
@@ -178,58 +174,6 @@ impl Bins {
             first: self.first,
             shift: self.shift,
         }
-    }
-}
-
-/// The first number that has passed a threshold.
-fn from(threshold: f32, passed: Passed) -> f32 {
-    match passed {
-        Passed::AtLeast | Passed::NotBelow => threshold,
-        Passed::Above => threshold.next_up(),
-    }
-}
-
-/// Which numbers share a bin.
-#[derive(Debug, PartialEq)]
-struct Layout {
-    /// Bits that are not looked at.
-    shift: u32,
-    /// First bits of the numbers of the first bin.
-    first: u32,
-    bins: Vec<Bin>,
-}
-
-/// Numbers that begin with the same bits.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Bin {
-    /// Where they pass steps; infinite where they pass none.
-    threshold: f32,
-    /// Steps passed below it, and from it on.
-    below: usize,
-    above: usize,
-}
-
-impl Layout {
-    /// For ascending positive thresholds; `None` where bins would be too many.
-    fn of(thresholds: &[f32]) -> Option<Self> {
-        let lowest = thresholds.first()?.to_bits();
-        (0..MANTISSA).rev().find_map(|shift| {
-            let (first, last) = (lowest >> shift, 1f32.to_bits() >> shift);
-            let count = usize::try_from(last.checked_sub(first)?).ok()? + 1;
-            if count > MAX_BINS {
-                return None;
-            }
-            let bins = (first..=last).map(|bin| {
-                let below = thresholds.partition_point(|t| t.to_bits() >> shift < bin);
-                let above = thresholds.partition_point(|t| t.to_bits() >> shift <= bin);
-                match &thresholds[below..above] {
-                    [] => Some(Bin { threshold: f32::INFINITY, below, above }),
-                    [first, .., last] if first != last => None,
-                    [threshold, ..] => Some(Bin { threshold: *threshold, below, above }),
-                }
-            });
-            Some(Self { shift, first, bins: bins.collect::<Option<_>>()? })
-        })
     }
 }
 
@@ -467,29 +411,8 @@ mod tests {
     }
 
     #[test]
-    fn bins_count_the_steps_of_every_number() {
-        let roots: Vec<f32> = (0..16).rev().map(|e| 0.9 * 2f32.powf(-0.5 * e as f32)).collect();
-        let many: Vec<f32> = (0..256).rev().map(|e| 2f32.powf(-0.5 * e as f32)).collect();
-        for thresholds in [roots, many, vec![0.25, 0.26, 0.75], vec![0.1, 0.3, 0.3, 0.9, 1.5]] {
-            let layout = Layout::of(&thresholds).unwrap();
-            let near = thresholds.iter().flat_map(|t| [t.next_down(), *t, t.next_up()]);
-            let near = near.filter(|x| *x <= 1.0); // as weights are
-            for x in near.chain([0.0, 1e-30, 0.3, 0.7, 1.0, 1f32.next_up()]) {
-                let bin = (x.to_bits() >> layout.shift).saturating_sub(layout.first) as usize;
-                let Bin { threshold, below, above } = layout.bins[bin.min(layout.bins.len() - 1)];
-                let found = if x >= threshold { above } else { below };
-                assert_eq!(found, thresholds.partition_point(|t| *t <= x), "{x}");
-            }
-        }
-        assert_eq!(from(0.5, Passed::Above), 0.5f32.next_up());
-        // Closer than a mantissa of few bits tells apart.
-        assert_eq!(Layout::of(&[1e-9, 0.5, 0.500_001]), None);
-        assert_eq!(Layout::of(&[]), None);
-    }
-
-    #[test]
     fn ratios_below_the_least_have_its_codes() {
-        use crate::kernels::passes::staircase::{Staircase, values_of};
+        use crate::kernels::passes::staircase::{Passed, Staircase, values_of};
         let stairs = Staircase::new(vec![0.01, 0.1, 0.5], Passed::AtLeast).unwrap();
         let planes = vec![Plane { codes: std::array::from_fn(|steps| steps as u8), factor: 1.0 }];
         let (tokens, values) = (Tokens::new(5, 5, 2, 0).unwrap(), values_of(&[]));

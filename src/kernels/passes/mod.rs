@@ -2,9 +2,11 @@
 //!
 //! Every pass does to each element what the tensor code of its quantizer does, operation by operation:
 //! the results are equal to the bit, NaN and infinities included, whatever the instruction set and the
-//! number of threads. Nothing is contracted to a fused multiply-add, and divisions stay divisions.
+//! number of threads. No result is contracted to a fused multiply-add or divided by way of a reciprocal; what is
+//! rounded to a code need not be computed where its code is known without.
 
 pub mod affine;
+pub(crate) mod bins;
 pub mod extent;
 pub mod groups;
 pub mod ranking;

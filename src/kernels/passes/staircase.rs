@@ -3,8 +3,9 @@
 //! Logarithms, tangents and codebooks all come down to it. The thresholds are found once, so that no
 //! element costs a logarithm.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicU8, Ordering};
 
+use super::bins::Bins;
 use super::{for_rows, rows_of, share, vectorized, vectorized_up_to_avx2};
 use crate::kernels::codes::{buffer, recycle};
 use crate::kernels::cpu::shuffle::{self, TABLE};
@@ -17,9 +18,6 @@ const COMPARED: usize = 32;
 
 /// Largest number of thresholds: a count fits a byte.
 pub const MAX_STEPS: usize = 255;
-
-/// Counts of a task of [`Occurring::among`].
-const OCCURRING_PIECE: usize = 1 << 16;
 
 /// One more than thresholds.
 const MAX_VALUES: usize = MAX_STEPS + 1;
@@ -47,7 +45,7 @@ pub enum Passed {
 impl Passed {
     #[inline(always)]
     #[allow(clippy::neg_cmp_op_on_partial_ord, reason = "NaN passes what is not below it")]
-    fn has(self, x: f32, threshold: f32) -> bool {
+    pub(super) fn has(self, x: f32, threshold: f32) -> bool {
         match self {
             Self::AtLeast => x >= threshold,
             Self::NotBelow => !(threshold > x),
@@ -64,6 +62,8 @@ pub struct Staircase {
     /// The same with infinities behind them.
     padded: Box<Values>,
     passed: Passed,
+    /// Where a table holds them.
+    bins: Option<Bins>,
 }
 
 impl Staircase {
@@ -74,7 +74,8 @@ impl Staircase {
         }
         let mut padded = Box::new([f32::INFINITY; MAX_VALUES]);
         padded[..thresholds.len()].copy_from_slice(&thresholds);
-        Some(Self { thresholds, padded, passed })
+        let bins = Bins::of(&thresholds, passed);
+        Some(Self { thresholds, padded, passed, bins })
     }
 
     /// The thresholds, ascending.
@@ -99,6 +100,13 @@ impl Staircase {
 
     /// Number of steps that each of `x` has passed.
     pub fn count(&self, x: &[f32], out: &mut [u8]) {
+        match &self.bins {
+            Some(bins) => bins.count(x, &|x, out| self.count_by_comparison(x, out), out),
+            None => self.count_by_comparison(x, out),
+        }
+    }
+
+    fn count_by_comparison(&self, x: &[f32], out: &mut [u8]) {
         let (thresholds, padded) = (&self.thresholds[..], &self.padded);
         match (self.passed, thresholds.len() <= COMPARED) {
             (Passed::AtLeast, true) => at_least::compare(x, thresholds, out),
@@ -214,12 +222,18 @@ pub fn keep_near_largest(counts: &mut [u8], width: usize, distance: u8) {
 /// What a table gives for every count, none of which is larger than `most`.
 pub fn translate(counts: &[u8], most: usize, table: &[u8; MAX_VALUES]) -> Vec<u8> {
     let mut codes = buffer(counts.len());
-    for_rows(&mut codes, 1, |first, part| {
-        let counts = &counts[first..first + part.len()];
-        if let [0, table @ ..] = table
-            && let Some(table) = table.first_chunk().filter(|_| most <= TABLE)
-        {
-            return shuffle::look_up(counts, table, part);
+    let reached = &table[..=most.min(MAX_STEPS)];
+    let first = reached.iter().position(|code| *code > 0).unwrap_or(0);
+    let last = reached.iter().rposition(|code| *code > 0).unwrap_or(0);
+    let mut window = [0; TABLE];
+    let is_narrow = last - first < TABLE;
+    if is_narrow {
+        window[..=last - first].copy_from_slice(&reached[first..=last]);
+    }
+    for_rows(&mut codes, 1, |from, part| {
+        let counts = &counts[from..from + part.len()];
+        if is_narrow {
+            return shuffle::look_up(counts, (first as u8, &window), part);
         }
         for (code, count) in part.iter_mut().zip(counts) {
             *code = table[usize::from(*count)];
@@ -228,41 +242,22 @@ pub fn translate(counts: &[u8], most: usize, table: &[u8; MAX_VALUES]) -> Vec<u8
     codes
 }
 
-/// Which counts there are among many.
-#[derive(Clone, Copy, Debug)]
-pub struct Occurring([bool; MAX_VALUES]);
+/// Counts that one task looks at.
+const LOOK: usize = 1 << 16;
 
-impl Occurring {
-    /// Looks at all counts, once.
-    pub fn among(counts: &[u8]) -> Self {
-        let all = Mutex::new([false; MAX_VALUES]);
-        share(counts.chunks(OCCURRING_PIECE), |part| {
-            let mut found = [false; MAX_VALUES];
-            for count in part {
-                found[usize::from(*count)] = true;
-            }
-            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
-            all.iter_mut().zip(found).for_each(|(all, found)| *all |= found);
-        });
-        Self(all.into_inner().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    /// Whether there is a count for which `wanted` holds.
-    pub fn any(&self, wanted: impl Fn(u8) -> bool) -> bool {
-        (0..=u8::MAX).any(|count| self.0[usize::from(count)] && wanted(count))
-    }
+/// The smallest count above 0.
+pub fn least_above_zero(counts: &[u8]) -> Option<u8> {
+    let least = AtomicU8::new(u8::MAX);
+    share(counts.chunks(LOOK), |part| {
+        least.fetch_min(least_before(part), Ordering::Relaxed);
+    });
+    least.into_inner().checked_add(1)
 }
 
-/// Counts that are looked at before it is seen whether one was found.
-const LOOK: usize = 4096;
-
 vectorized! {
-    /// Whether there is a count between two, both included.
-    pub(crate) fn any_of(counts: &[u8], least: u8, most: u8) -> bool {
-        let Some(width) = most.checked_sub(least) else { return false };
-        counts.chunks(LOOK).any(|counts| {
-            counts.iter().fold(false, |any, count| any | (count.wrapping_sub(least) <= width))
-        })
+    /// One less than the smallest count above 0; 255 where there is none.
+    fn least_before(counts: &[u8]) -> u8 {
+        counts.iter().fold(u8::MAX, |least, count| least.min(count.wrapping_sub(1)))
     }
 }
 
@@ -380,30 +375,36 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_single_count_is_found_wherever_it_is() {
-        let mut counts = vec![7; 2 * OCCURRING_PIECE + 3];
-        for at in [0, OCCURRING_PIECE, 2 * OCCURRING_PIECE + 2] {
-            counts[at] = 255;
-            let found = Occurring::among(&counts);
-            assert!(found.any(|count| count == 255) && found.any(|count| count == 7));
-            assert!(!found.any(|count| count != 255 && count != 7));
-            counts[at] = 7;
+    fn the_least_count_is_found_wherever_it_is() {
+        let mut counts = vec![0; 2 * LOOK + 3];
+        assert_eq!((least_above_zero(&counts), least_above_zero(&[])), (None, None));
+        for at in [0, LOOK - 1, LOOK, 2 * LOOK + 2] {
+            for count in [255, 9, 1] {
+                counts[at] = count;
+                assert_eq!(least_above_zero(&counts), Some(count), "{at}");
+            }
+            counts[at] = 0;
         }
-        assert!(!Occurring::among(&[]).any(|_| true));
+        counts.fill(7);
+        counts[LOOK + 1] = 3;
+        assert_eq!(least_above_zero(&counts), Some(3));
     }
 
     #[test]
-    fn a_count_between_two_is_found_wherever_it_is() {
-        let mut counts = vec![9; 2 * LOOK + 5];
-        counts[3] = 1;
-        assert!(!any_of(&counts, 2, 8) && !any_of(&counts, 10, 255) && !any_of(&counts, 8, 2));
-        assert!(any_of(&counts, 0, 1) && any_of(&counts, 9, 9) && any_of(&counts, 1, 1));
-        for at in [0, LOOK - 1, LOOK, 2 * LOOK + 4] {
-            counts[at] = 5;
-            assert!(any_of(&counts, 5, 8) && any_of(&counts, 2, 5), "{at}");
-            counts[at] = 9;
+    fn counts_are_translated_by_narrow_and_by_wide_tables() {
+        let counts: Vec<u8> = (0..3000u32).map(|index| (index * 7 % 251) as u8).collect();
+        for (first, last) in [(0, 0), (0, 15), (3, 18), (235, 250), (3, 19), (0, 255), (240, 255)] {
+            let code = |count: usize| (count * 37 + 5) as u8 | 1;
+            let table =
+                std::array::from_fn(
+                    |count| {
+                        if (first..=last).contains(&count) { code(count) } else { 0 }
+                    },
+                );
+            let expected: Vec<u8> = counts.iter().map(|count| table[usize::from(*count)]).collect();
+            assert_eq!(translate(&counts, 250, &table), expected, "{first} {last}");
         }
-        assert!(!any_of(&[], 0, 255));
+        assert_eq!(translate(&counts, 250, &[0; MAX_VALUES]), vec![0; counts.len()]);
     }
 
     #[test]

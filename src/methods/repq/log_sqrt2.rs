@@ -17,7 +17,7 @@ use crate::kernels::codes::recycle;
 use crate::kernels::cuda::{Plane, Rounded, Stairs};
 use crate::kernels::fused::RowEncoder;
 use crate::kernels::passes::staircase::{
-    Occurring, Passed, Staircase, Values, keep_near_largest, values_of,
+    Passed, Staircase, Values, keep_near_largest, least_above_zero, values_of,
 };
 use crate::quant::cost::OperandCost;
 use crate::quant::dense::Dense;
@@ -143,7 +143,8 @@ impl LogSqrt2 {
         }
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;
-        let occurring = (last >= TERM_EXPONENTS).then(|| Occurring::among(&counts));
+        let largest_exponent =
+            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps));
         for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
             for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
                 let end = (first + TERM_EXPONENTS - 1).min(last);
@@ -153,9 +154,8 @@ impl LogSqrt2 {
                     let here = exponent % 2 == parity && (first..=end).contains(&halved);
                     (steps > 0 && here).then_some(end - halved)
                 };
-                let occurs = |found: &Occurring| found.any(|steps| inside(steps).is_some());
-                if first > 0 && !occurring.as_ref().is_some_and(occurs) {
-                    continue;
+                if first > 0 && 2 * first - parity > largest_exponent {
+                    break;
                 }
                 let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
                 let scale = planes.repeated((self.largest * factor * power) as f32);
