@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 /// Numbers of [`Lanes`].
 pub(in crate::kernels) const LANES: usize = 16;
 
-/// Entries of a table of [`Lanes::moved_by_few`].
+/// Entries of a table of [`Lanes::entry`].
 pub(in crate::kernels) const FEW: usize = 32;
 
 /// The numbers in whole registers of `len`, and how many are left.
@@ -74,9 +74,12 @@ pub(in crate::kernels) trait Lanes: Copy {
     unsafe fn has_nan(self) -> bool;
     /// Whether a lane is not equal to that of `other`: also where one is NaN.
     unsafe fn differs(self, other: Self) -> bool;
-    /// The bits plus an entry of a table, moved right by `shift`. Which entry it is say the last bits of what is left
-    /// of bits plus `turn` when they are moved as far.
-    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self;
+    /// The bits plus those of `other`.
+    unsafe fn add_bits(self, other: Self) -> Self;
+    /// The bits moved right, fewer than 32 places.
+    unsafe fn move_bits(self, places: u32) -> Self;
+    /// The bits of the entry of a table whose number the last bits are.
+    unsafe fn entry(self, table: &[u32; FEW]) -> Self;
     /// One more than `counts` in lanes with `low <= self < high`.
     unsafe fn count_between(self, low: Self, high: Self, counts: Self) -> Self;
 }
@@ -264,12 +267,18 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
-    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
-        each!(|lane| {
-            let bits = self.0[lane].to_bits();
-            let entry = table[(bits.wrapping_add(turn) >> shift) as usize % FEW];
-            f32::from_bits(bits.wrapping_add(entry) >> shift)
-        })
+    unsafe fn add_bits(self, other: Self) -> Self {
+        each!(|lane| f32::from_bits(self.0[lane].to_bits().wrapping_add(other.0[lane].to_bits())))
+    }
+
+    #[inline(always)]
+    unsafe fn move_bits(self, places: u32) -> Self {
+        each!(|lane| f32::from_bits(self.0[lane].to_bits() >> places))
+    }
+
+    #[inline(always)]
+    unsafe fn entry(self, table: &[u32; FEW]) -> Self {
+        each!(|lane| f32::from_bits(table[self.0[lane].to_bits() as usize % FEW]))
     }
 
     #[inline(always)]
@@ -428,18 +437,32 @@ impl Lanes for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
+    unsafe fn add_bits(self, other: Self) -> Self {
+        // SAFETY: the caller has AVX-512F.
+        unsafe {
+            let sum = _mm512_add_epi32(_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
+            Self(_mm512_castsi512_ps(sum)) // vpaddd
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn move_bits(self, places: u32) -> Self {
+        // SAFETY: the caller has AVX-512F.
+        unsafe {
+            let places = _mm512_set1_epi32(places.cast_signed());
+            let moved = _mm512_srlv_epi32(_mm512_castps_si512(self.0), places); // vpsrlvd
+            Self(_mm512_castsi512_ps(moved))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn entry(self, table: &[u32; FEW]) -> Self {
         // SAFETY: the caller has AVX-512F; a table fills two registers, and loads are unaligned.
         unsafe {
             let low = _mm512_loadu_si512(table.as_ptr().cast());
             let high = _mm512_loadu_si512(table.as_ptr().add(LANES).cast());
-            let (bits, shift) =
-                (_mm512_castps_si512(self.0), _mm512_set1_epi32(shift.cast_signed()));
-            let turned = _mm512_add_epi32(bits, _mm512_set1_epi32(turn.cast_signed())); // vpaddd
-            let index = _mm512_srlv_epi32(turned, shift); // vpsrlvd
-            let entry = _mm512_permutex2var_epi32(low, index, high); // vpermi2d
-            let moved = _mm512_srlv_epi32(_mm512_add_epi32(bits, entry), shift);
-            Self(_mm512_castsi512_ps(moved))
+            let index = _mm512_castps_si512(self.0);
+            Self(_mm512_castsi512_ps(_mm512_permutex2var_epi32(low, index, high))) // vpermi2d
         }
     }
 
@@ -463,30 +486,6 @@ impl Avx512 {
             let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(self.0)); // vextractf64x4
             Avx2(_mm512_castps512_ps256(self.0), _mm256_castpd_ps(high))
         }
-    }
-}
-
-/// [`Lanes::moved_by_few`] of half as many.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn moved_by_few(x: __m256, turn: u32, table: &[u32; FEW], shift: u32) -> __m256 {
-    // SAFETY: the caller has AVX2; a table fills four registers, and loads are unaligned.
-    unsafe {
-        let (bits, shift) = (_mm256_castps_si256(x), _mm256_set1_epi32(shift.cast_signed()));
-        let turned = _mm256_add_epi32(bits, _mm256_set1_epi32(turn.cast_signed())); // vpaddd
-        let index = _mm256_srlv_epi32(turned, shift); // vpsrlvd
-        let part = |part: usize| {
-            let entries = _mm256_loadu_si256(table.as_ptr().add(part * FEW / 4).cast());
-            _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(entries, index)) // vpermd
-        };
-        // Bits 3 and 4 of the index, as signs.
-        let eight = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)); // vpslld
-        let sixteen = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(index));
-        let low = _mm256_blendv_ps(part(0), part(1), eight); // vblendvps
-        let high = _mm256_blendv_ps(part(2), part(3), eight);
-        let entry = _mm256_castps_si256(_mm256_blendv_ps(low, high, sixteen));
-        let moved = _mm256_srlv_epi32(_mm256_add_epi32(bits, entry), shift);
-        _mm256_castsi256_ps(moved)
     }
 }
 
@@ -689,12 +688,32 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn moved_by_few(self, turn: u32, table: &[u32; FEW], shift: u32) -> Self {
+    unsafe fn add_bits(self, other: Self) -> Self {
         // SAFETY: the caller has AVX2.
         unsafe {
-            let half = |half| moved_by_few(half, turn, table, shift);
-            Self(half(self.0), half(self.1))
+            let [a, b] = [_mm256_castps_si256(self.0), _mm256_castps_si256(other.0)];
+            let first = _mm256_add_epi32(a, b); // vpaddd
+            let [a, b] = [_mm256_castps_si256(self.1), _mm256_castps_si256(other.1)];
+            let second = _mm256_add_epi32(a, b);
+            Self(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn move_bits(self, places: u32) -> Self {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let places = _mm256_set1_epi32(places.cast_signed());
+            let first = _mm256_srlv_epi32(_mm256_castps_si256(self.0), places); // vpsrlvd
+            let second = _mm256_srlv_epi32(_mm256_castps_si256(self.1), places);
+            Self(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn entry(self, table: &[u32; FEW]) -> Self {
+        // SAFETY: the caller has AVX2.
+        unsafe { Self(entry(self.0, table), entry(self.1, table)) }
     }
 
     #[inline(always)]
@@ -712,6 +731,32 @@ impl Lanes for Avx2 {
             let one = _mm256_set1_ps(1.0);
             counts.add(Self(_mm256_and_ps(first, one), _mm256_and_ps(second, one)))
         }
+    }
+}
+
+/// [`Lanes::entry`] of half as many.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn entry(index: __m256, table: &[u32; FEW]) -> __m256 {
+    // SAFETY: the caller has AVX2; a table fills four registers, and loads are unaligned.
+    unsafe {
+        let index = _mm256_castps_si256(index);
+        let first = _mm256_loadu_ps(table.as_ptr().cast());
+        let second = _mm256_loadu_ps(table.as_ptr().add(FEW / 4).cast());
+        let third = _mm256_loadu_ps(table.as_ptr().add(FEW / 2).cast());
+        let fourth = _mm256_loadu_ps(table.as_ptr().add(3 * FEW / 4).cast());
+        let [first, second, third, fourth] = [
+            _mm256_permutevar8x32_ps(first, index), // vpermps
+            _mm256_permutevar8x32_ps(second, index),
+            _mm256_permutevar8x32_ps(third, index),
+            _mm256_permutevar8x32_ps(fourth, index),
+        ];
+        // Bits 3 and 4 of the index, as signs.
+        let eight = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)); // vpslld
+        let sixteen = _mm256_castsi256_ps(_mm256_slli_epi32::<27>(index));
+        let low = _mm256_blendv_ps(first, second, eight); // vblendvps
+        let high = _mm256_blendv_ps(third, fourth, eight);
+        _mm256_blendv_ps(low, high, sixteen)
     }
 }
 
@@ -739,11 +784,9 @@ mod tests {
                 x.round().multiply_add(y.round(), one),
                 L::load_first(a.as_ptr(), count, 7.0),
                 x.first(count, -3.0),
-                x.moved_by_few(
-                    9_999_999,
-                    &std::array::from_fn(|entry| entry as u32 * 77_777_777),
-                    21,
-                ),
+                x.add_bits(y),
+                x.move_bits(21),
+                x.move_bits(21).entry(&std::array::from_fn(|entry| entry as u32 * 77_777_777)),
             ] {
                 let mut out = [0.0f32; LANES];
                 result.store(out.as_mut_ptr());
@@ -787,12 +830,12 @@ mod tests {
                 }
                 let largest = a.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let smallest = a.iter().copied().fold(f32::INFINITY, f32::min);
-                assert_eq!(expected[15][1..], [largest, smallest].map(f32::to_bits));
+                assert_eq!(expected[17][1..], [largest, smallest].map(f32::to_bits));
                 let between = a.iter().filter(|x| (-4.0..4.0).contains(*x)).count();
-                assert_eq!(expected[16][0] as usize, between);
+                assert_eq!(expected[18][0] as usize, between);
                 let nan = [&a, &b].map(|all| u32::from(all.iter().any(|x| x.is_nan())));
-                assert_eq!(expected[16][2], nan[0]);
-                assert_eq!(expected[17], [1, nan[0], nan[1]]);
+                assert_eq!(expected[18][2], nan[0]);
+                assert_eq!(expected[19], [1, nan[0], nan[1]]);
             }
         }
     }

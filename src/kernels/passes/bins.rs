@@ -95,7 +95,7 @@ pub(super) struct Bins {
 /// By bin: what is added to the bits of a number to have its count in front.
 #[derive(Clone, Debug)]
 enum Offsets {
-    /// Few, which registers hold, at the last bits of their number.
+    /// Few, which registers hold, at the last bits of their number; there are no numbers below these.
     Few([u32; FEW]),
     /// Those of the bins from one on.
     Many(u32, Vec<u32>),
@@ -138,7 +138,8 @@ impl Bins {
             (above - below <= 1).then_some(step(count).ok()?.wrapping_sub(from).wrapping_add(turn))
         };
         let offsets: Vec<u32> = (first..).zip(&bins).map(offset).collect::<Option<_>>()?;
-        let offsets = if offsets.len() <= FEW {
+        let none_below = skipped == 0;
+        let offsets = if none_below && offsets.len() <= FEW {
             let mut few = [0; FEW];
             (first..).zip(offsets).for_each(|(bin, offset)| few[bin as usize % FEW] = offset);
             Offsets::Few(few)
@@ -146,24 +147,15 @@ impl Bins {
             Offsets::Many(first, offsets)
         };
         let nan_passes = passed != Passed::AtLeast;
-        Some(Self { least, all, none_below: skipped == 0, nan_passes, shift, turn, offsets })
+        Some(Self { least, all, none_below, nan_passes, shift, turn, offsets })
     }
 
     /// Number of steps that each of `x` has passed. `below` is asked for that of numbers which the table does not
     /// have, and others beside them.
     pub(super) fn count(&self, x: &[f32], below: Below<'_>, out: &mut [u8]) {
-        if let Some(offsets) = self.few() {
-            few(x, self, offsets, out);
-        } else {
-            many(x, self, below, out);
-        }
-    }
-
-    /// A table that registers hold, if it has all numbers.
-    fn few(&self) -> Option<&[u32; FEW]> {
         match &self.offsets {
-            Offsets::Few(offsets) => self.none_below.then_some(offsets),
-            Offsets::Many(..) => None,
+            Offsets::Few(offsets) => few(x, self, offsets, out),
+            Offsets::Many(first, offsets) => many(x, self, (*first, offsets, below), out),
         }
     }
 }
@@ -187,51 +179,71 @@ unsafe fn few_of<L: Lanes>(x: &[f32], bins: &Bins, offsets: &[u32; FEW], out: &m
     // SAFETY: registers are within both; the caller has the instruction set.
     unsafe {
         let bounds = [L::splat(bins.least), L::splat(bins.all)];
+        let turn = L::splat(f32::from_bits(bins.turn));
         super::affine::encode_registers!(L, x, out, |x| {
-            bounded(x, bounds, bins.nan_passes).moved_by_few(bins.turn, offsets, bins.shift)
+            let x = bounded(x, bounds, bins.nan_passes);
+            let offset = x.add_bits(turn).move_bits(bins.shift).entry(offsets);
+            x.add_bits(offset).move_bits(bins.shift)
         });
     }
 }
 
 for_lanes!(
-    fn many, many_of, (x: &[f32], bins: &Bins, below: Below<'_>, out: &mut [u8])
+    fn many, many_of,
+    (x: &[f32], bins: &Bins, table: (u32, &[u32], Below<'_>), out: &mut [u8])
 );
 
 #[inline(always)]
-unsafe fn many_of<L: Lanes>(x: &[f32], bins: &Bins, below: Below<'_>, out: &mut [u8]) {
-    let Bins { least, all, none_below, nan_passes, shift, turn, ref offsets } = *bins;
+unsafe fn many_of<L: Lanes>(
+    x: &[f32],
+    bins: &Bins,
+    (first, offsets, below): (u32, &[u32], Below<'_>),
+    out: &mut [u8],
+) {
+    let Bins { least, all, none_below, nan_passes, shift, turn, .. } = *bins;
+    // To count bins from the first.
+    let before = turn.wrapping_sub(first << shift);
     for (x, out) in x.chunks(BLOCK).zip(out.chunks_mut(BLOCK)) {
-        let mut block = [0.0f32; BLOCK];
+        let (mut inside, mut found) = ([0.0f32; BLOCK], [0u32; BLOCK]);
         let (whole, rest) = registers(x.len());
         let mut is_below = false;
         // SAFETY: registers are within a block; the caller has the instruction set.
         unsafe {
-            let bounds = [L::splat(least), L::splat(all)];
-            for at in (0..whole).step_by(LANES) {
-                let number = L::load(x.as_ptr().add(at));
-                let inside = bounded(number, bounds, nan_passes);
-                is_below |= inside.differs(number.smaller(bounds[1]));
-                inside.store(block.as_mut_ptr().add(at));
-            }
-            if rest > 0 {
-                let number = L::load_first(x.as_ptr().add(whole), rest, all);
-                let inside = bounded(number, bounds, nan_passes);
-                is_below |= inside.differs(number.smaller(bounds[1]));
-                inside.store(block.as_mut_ptr().add(whole));
+            let (bounds, before) =
+                ([L::splat(least), L::splat(all)], L::splat(f32::from_bits(before)));
+            for at in (0..x.len()).step_by(LANES) {
+                let number = if at < whole {
+                    L::load(x.as_ptr().add(at))
+                } else {
+                    L::load_first(x.as_ptr().add(at), rest, all)
+                };
+                let number_inside = bounded(number, bounds, nan_passes);
+                is_below |= number_inside.differs(number.smaller(bounds[1]));
+                number_inside.store(inside.as_mut_ptr().add(at));
+                let bin = number_inside.add_bits(before).move_bits(shift);
+                bin.store(found.as_mut_ptr().cast::<f32>().add(at));
             }
         }
         if is_below && !none_below {
             below(x, out);
             continue;
         }
-        for (out, number) in out.iter_mut().zip(block) {
-            let bits = number.to_bits();
-            let bin = (bits + turn) >> shift;
-            let offset = match offsets {
-                Offsets::Few(offsets) => offsets[bin as usize % FEW],
-                Offsets::Many(first, offsets) => offsets[(bin - first) as usize],
-            };
-            *out = (bits.wrapping_add(offset) >> shift) as u8;
+        // Not gathered: many processors are slow at that.
+        for found in &mut found {
+            *found = offsets[*found as usize];
+        }
+        // SAFETY: as above.
+        unsafe {
+            for at in (0..x.len()).step_by(LANES) {
+                let number = L::load(inside.as_ptr().add(at));
+                let offset = L::load(found.as_ptr().cast::<f32>().add(at));
+                let count = number.add_bits(offset).move_bits(shift);
+                if at < whole {
+                    count.store_bytes(out.as_mut_ptr().add(at));
+                } else {
+                    count.store_first_bytes(out.as_mut_ptr().add(at), rest);
+                }
+            }
         }
     }
 }
@@ -303,9 +315,11 @@ mod tests {
         let mut counts = vec![99; x.len()];
         // SAFETY: the caller has the instruction set.
         unsafe {
-            match bins.few() {
-                Some(offsets) => few_of::<L>(x, bins, offsets, &mut counts),
-                None => many_of::<L>(x, bins, below, &mut counts),
+            match &bins.offsets {
+                Offsets::Few(offsets) => few_of::<L>(x, bins, offsets, &mut counts),
+                Offsets::Many(first, offsets) => {
+                    many_of::<L>(x, bins, (*first, offsets, below), &mut counts);
+                }
             }
         }
         counts
