@@ -1,5 +1,7 @@
 //! The right operand, packed once for many products.
 
+use std::ops::Range;
+
 use crate::kernels::Codes;
 use crate::kernels::aligned::AlignedBytes;
 use crate::kernels::cpu::{InstructionSet, Kernel};
@@ -134,6 +136,13 @@ impl PackedTerm {
     pub(super) fn unpacked(&self, panel: usize, kernel: Kernel, bytes: usize) -> Option<&[u8]> {
         let plain = !self.nibbles && kernel.step() == 4;
         plain.then(|| &self.codes.as_slice()[panel * bytes..(panel + 1) * bytes])
+    }
+
+    /// All that is kept of some panels' codes, `bytes` of each as the kernel reads them.
+    pub(super) fn kept(&self, panels: Range<usize>, kernel: Kernel, bytes: usize) -> &[u8] {
+        let codes = bytes * kernel.step() / 4;
+        let bytes = if self.nibbles { codes / 2 } else { codes };
+        &self.codes.as_slice()[panels.start * bytes..panels.end * bytes]
     }
 
     /// Writes a panel's codes to `out` as the kernel reads them: centred, one per byte (or per two

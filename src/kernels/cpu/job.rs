@@ -13,6 +13,12 @@ use crate::kernels::{Finish, PackedRhs};
 /// multiplied with all of them before the next tile, so that results are written in order.
 const PANEL_BYTES: usize = 128 << 10;
 
+/// Bytes of a line of the caches.
+const LINE: usize = 64;
+
+/// Sums of columns that do not wait for each other.
+const CHAINS: usize = 4;
+
 /// What one call computes: rows of the left operand times panels of the right one.
 pub(in crate::kernels) struct Job<'a> {
     /// The left operand.
@@ -170,6 +176,16 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                 residual: if term.residual.is_empty() { &[] } else { &term.residual[range] },
             });
         }
+        let next_panels = last_panel..(last_panel + together).min(job.panels.end);
+        let terms_kept = rhs
+            .terms
+            .iter()
+            .map(|term| term.kept(next_panels.clone(), rhs.kernel, columns * row_bytes));
+        let next: Vec<&[u8]> = terms_kept.collect();
+        let next_lines: usize = next.iter().map(|bytes| bytes.len().div_ceil(LINE)).sum();
+        let mut next = next.into_iter().flat_map(|bytes| bytes.chunks(LINE));
+        let tiles = job.rows.len().div_ceil(ROWS) * (last_panel - first_panel);
+        let lines_per_tile = next_lines.div_ceil(tiles);
         let start = (first_panel - job.panels.start) * columns;
         let end = job_columns.min(start + (last_panel - first_panel) * columns);
         // Rows that are not kept have room for whole tiles.
@@ -204,6 +220,10 @@ pub(super) unsafe fn run<V: Vector, const ROWS: usize, const WIDTH: usize>(
                 for row in rows.iter() {
                     // SAFETY: a hint about an address within the row.
                     unsafe { V::prefetch(row[start..].as_ptr()) };
+                }
+                for line in next.by_ref().take(lines_per_tile) {
+                    // SAFETY: a hint about an address within the operand.
+                    unsafe { V::prefetch_for_later(line.as_ptr()) };
                 }
                 // SAFETY: operands are as long as said above; the instruction set is available.
                 unsafe { tile.multiply::<V, WIDTH>(right, bias, Target { rows, start }) };
@@ -245,7 +265,26 @@ unsafe fn sum_columns<V: Vector, const WIDTH: usize>(
                 let first = group * extent.group_steps + start;
                 let codes = codes.as_ptr().add(4 * columns * first);
                 let mut sums = [V::no_sums(); WIDTH];
-                for step in 0..steps {
+                let mut done = 0;
+                if !V::HAS_RUNS {
+                    let mut chains = [sums; CHAINS];
+                    while done + CHAINS <= steps {
+                        for (chain, sums) in chains.iter_mut().enumerate() {
+                            for v in 0..WIDTH {
+                                let at = 4 * V::LANES * ((done + chain) * WIDTH + v);
+                                let columns = V::columns(codes.add(at));
+                                sums[v] = V::dot(sums[v], V::row(one.as_ptr()), columns);
+                            }
+                        }
+                        done += CHAINS;
+                    }
+                    for chain in chains {
+                        for v in 0..WIDTH {
+                            sums[v] = V::add(sums[v], chain[v]);
+                        }
+                    }
+                }
+                for step in done..steps {
                     for v in 0..WIDTH {
                         let columns = V::columns(codes.add(4 * V::LANES * (step * WIDTH + v)));
                         sums[v] = V::dot(sums[v], V::row(one.as_ptr()), columns);

@@ -84,6 +84,9 @@ impl<const LANES: usize> Vector for Portable<LANES> {
     unsafe fn prefetch(_to: *const f32) {}
 
     #[inline(always)]
+    unsafe fn prefetch_for_later(_from: *const u8) {}
+
+    #[inline(always)]
     unsafe fn multiply_add(a: Self::Reals, b: Self::Reals, c: Self::Reals) -> Self::Reals {
         std::array::from_fn(|lane| a[lane].mul_add(b[lane], c[lane]))
     }

@@ -113,31 +113,12 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
             let bias = load::<V, WIDTH>(bias);
             if let ([left], [right], 1) = (self.left, right, self.extent.groups)
                 && !left.term.any_outside
-                && right.residual.is_empty()
             {
-                // The common case needs no memory for its sums; the roundings are the same.
-                let (zero_points, _) =
-                    left.term.zero_points[self.index * ROWS..].as_chunks::<ROWS>();
-                let scales = &left.term.scales[self.index * ROWS..][..ROWS];
-                let sums = self.sum_group::<V, WIDTH>(&self.first, right, 0, &zero_points[0]);
-                let scale = load::<V, WIDTH>(right.scale);
-                // Row by row and at once, where the tile is whole, so that sums stay in registers.
-                if let Some(out) = out.whole::<ROWS>(WIDTH * V::LANES) {
-                    for r in 0..ROWS {
-                        let row = rescale::<V, WIDTH>(&sums[r], scales[r], &scale, &bias);
-                        for v in 0..WIDTH {
-                            V::store(out[r].add(v * V::LANES), row[v]);
-                        }
-                    }
+                return if right.residual.is_empty() {
+                    self.multiply_one::<V, WIDTH, false>(left, right, bias, out)
                 } else {
-                    let mut parts = Parts::<ROWS>::new();
-                    for r in 0..ROWS {
-                        let row = rescale::<V, WIDTH>(&sums[r], scales[r], &scale, &bias);
-                        parts.set::<V, WIDTH>(r, row);
-                    }
-                    out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
-                }
-                return;
+                    self.multiply_one::<V, WIDTH, true>(left, right, bias, out)
+                };
             }
             if let [right] = right {
                 let total = self.total::<V, WIDTH>(right);
@@ -177,6 +158,46 @@ impl<'a, const ROWS: usize> Tile<'a, ROWS> {
                 parts.set::<V, WIDTH>(r, result[r]);
             }
             out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
+        }
+    }
+
+    /// The common case of one sum an element, which needs no memory; the roundings are the same.
+    #[inline(always)]
+    unsafe fn multiply_one<V: Vector, const WIDTH: usize, const RESIDUAL: bool>(
+        &self,
+        left: &Left<'_>,
+        right: &Right<'_>,
+        bias: [V::Reals; WIDTH],
+        mut out: Target<'_, '_>,
+    ) {
+        let first = self.index * ROWS;
+        let (zero_points, _) = left.term.zero_points[first..].as_chunks::<ROWS>();
+        let scales = &left.term.scales[first..][..ROWS];
+        let centred = if RESIDUAL { &left.term.centred[first..][..ROWS] } else { scales };
+        // SAFETY: as the caller says.
+        unsafe {
+            let sums = self.sum_group::<V, WIDTH>(&self.first, right, 0, &zero_points[0]);
+            let scale = load::<V, WIDTH>(right.scale);
+            let residual = if RESIDUAL { load::<V, WIDTH>(right.residual) } else { scale };
+            let columns = ColumnTerms::<V, WIDTH> { scale, residual, bias };
+            // Row by row and at once, where the tile is whole, so that sums stay in registers.
+            if let Some(out) = out.whole::<ROWS>(WIDTH * V::LANES) {
+                for r in 0..ROWS {
+                    let factors = [scales[r], centred[r]];
+                    let row = rescale::<V, WIDTH, RESIDUAL>(&sums[r], factors, &columns);
+                    for v in 0..WIDTH {
+                        V::store(out[r].add(v * V::LANES), row[v]);
+                    }
+                }
+            } else {
+                let mut parts = Parts::<ROWS>::new();
+                for r in 0..ROWS {
+                    let factors = [scales[r], centred[r]];
+                    let row = rescale::<V, WIDTH, RESIDUAL>(&sums[r], factors, &columns);
+                    parts.set::<V, WIDTH>(r, row);
+                }
+                out.store_parts::<ROWS>(&parts, WIDTH * V::LANES);
+            }
         }
     }
 
@@ -414,24 +435,34 @@ unsafe fn load<V: Vector, const WIDTH: usize>(from: &[f32]) -> [V::Reals; WIDTH]
     }
 }
 
-/// A row of the common case: one sum, rescaled.
+/// What the columns of a panel have in the common case.
+struct ColumnTerms<V: Vector, const WIDTH: usize> {
+    scale: [V::Reals; WIDTH],
+    /// Unused where columns have none.
+    residual: [V::Reals; WIDTH],
+    bias: [V::Reals; WIDTH],
+}
+
+/// A row of the common case: one sum, rescaled. The factors are the row's scale and that of the residual.
 ///
 /// # Safety
 /// The instruction set of `V` must be available.
 #[inline(always)]
-unsafe fn rescale<V: Vector, const WIDTH: usize>(
+unsafe fn rescale<V: Vector, const WIDTH: usize, const RESIDUAL: bool>(
     sums: &[V::Sums; WIDTH],
-    left_scale: f32,
-    scale: &[V::Reals; WIDTH],
-    bias: &[V::Reals; WIDTH],
+    [left_scale, centred]: [f32; 2],
+    columns: &ColumnTerms<V, WIDTH>,
 ) -> [V::Reals; WIDTH] {
     // SAFETY: as the caller says.
     unsafe {
         let left_scale = V::splat(left_scale);
-        let mut row = *bias;
+        let mut row = columns.bias;
         for v in 0..WIDTH {
-            let sum = V::multiply_add(V::reals(sums[v]), left_scale, V::splat(0.0));
-            row[v] = V::multiply_add(sum, scale[v], bias[v]);
+            let mut sum = V::multiply_add(V::reals(sums[v]), left_scale, V::splat(0.0));
+            if RESIDUAL {
+                sum = V::multiply_add(V::splat(-centred), columns.residual[v], sum);
+            }
+            row[v] = V::multiply_add(sum, columns.scale[v], columns.bias[v]);
         }
         row
     }

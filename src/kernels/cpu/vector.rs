@@ -48,6 +48,8 @@ pub(super) trait Vector {
     unsafe fn store(to: *mut f32, reals: Self::Reals);
     /// Says that what is at `to` will be written soon. Any address will do.
     unsafe fn prefetch(to: *const f32);
+    /// Says that what is at `from` will be read later. Any address will do.
+    unsafe fn prefetch_for_later(from: *const u8);
     /// `a · b + c`, rounded once.
     unsafe fn multiply_add(a: Self::Reals, b: Self::Reals, c: Self::Reals) -> Self::Reals;
 }

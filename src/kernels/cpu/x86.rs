@@ -142,6 +142,12 @@ macro_rules! vector_256 {
         }
 
         #[inline(always)]
+        unsafe fn prefetch_for_later(from: *const u8) {
+            // SAFETY: a hint, without effect on memory.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) } // prefetcht1
+        }
+
+        #[inline(always)]
         unsafe fn multiply_add(a: __m256, b: __m256, c: __m256) -> __m256 {
             // SAFETY: the caller has FMA.
             unsafe { _mm256_fmadd_ps(a, b, c) } // vfmadd
@@ -315,6 +321,12 @@ impl Vector for Avx512Vnni {
     unsafe fn prefetch(to: *const f32) {
         // SAFETY: a hint, without effect on memory.
         unsafe { _mm_prefetch::<_MM_HINT_ET0>(to.cast()) } // prefetchw
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch_for_later(from: *const u8) {
+        // SAFETY: a hint, without effect on memory.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(from.cast()) } // prefetcht1
     }
 
     #[inline(always)]
