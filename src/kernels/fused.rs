@@ -4,7 +4,8 @@
 
 #![allow(unsafe_code, reason = "parts of a result that do not lie together")]
 
-use crate::kernels::codes::buffer;
+use crate::kernels::codes::{buffer, recycle};
+use crate::kernels::cpu::shuffle::transpose_bytes;
 use crate::kernels::cpu_elementwise::{self, NormRow};
 use crate::kernels::pack::Operand;
 use crate::kernels::passes::affine::{self, Grid};
@@ -180,25 +181,24 @@ pub(crate) fn split_heads(
                 let (head, within) = (column / width, column % width);
                 let (of_head, others) = codes.split_at_mut(codes.len().min(width - within));
                 let matrix = (image * shape.heads + head) * tokens * width;
+                let place = matrix + token * width + within;
                 // SAFETY: every part of every row comes once, and each has places of its own.
-                unsafe {
-                    if part == 2 {
-                        for (index, code) in of_head.iter().enumerate() {
-                            let place = matrix + (within + index) * tokens + token;
-                            targets[part].part(place, 1)[0] = *code;
-                        }
-                    } else {
-                        let place = matrix + token * width + within;
-                        targets[part].part(place, of_head.len()).copy_from_slice(of_head);
-                    }
-                }
+                unsafe { targets[part].part(place, of_head.len()) }.copy_from_slice(of_head);
                 column += of_head.len();
                 codes = others;
             }
         }
     };
     pass_on(Workers::shared(), (lhs, rhs), bias, &finish);
-    let [q, k, v] = codes;
+    let [q, k, by_token] = codes;
+    let mut v = buffer(by_token.len());
+    for_rows(&mut v, tokens * width, |first, part| {
+        let heads = by_token[first * tokens * width..].chunks_exact(tokens * width);
+        for (from, to) in heads.zip(part.chunks_exact_mut(tokens * width)) {
+            transpose_bytes(from, [tokens, width], to);
+        }
+    });
+    recycle(by_token);
     [codes_on(grids[0], width, q), codes_on(grids[1], width, k), codes_on(grids[2], tokens, v)]
 }
 

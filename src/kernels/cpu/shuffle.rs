@@ -73,6 +73,70 @@ pub fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &
     }
 }
 
+/// `to[column, row] = from[row, column]`, of bytes.
+///
+/// # Panics
+/// When the lengths are not those of the matrix.
+pub(crate) fn transpose_bytes(from: &[u8], [rows, columns]: [usize; 2], to: &mut [u8]) {
+    assert!(from.len() == rows * columns && to.len() == from.len(), "size of the matrix");
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 processor has SSE2; the sizes are checked above.
+    let (whole_rows, whole_columns) = unsafe { transpose_sse2(from, [rows, columns], to) };
+    #[cfg(not(target_arch = "x86_64"))]
+    let (whole_rows, whole_columns) = (0, 0);
+    for column in 0..columns {
+        let first = if column < whole_columns { whole_rows } else { 0 };
+        for row in first..rows {
+            to[column * rows + row] = from[row * columns + column];
+        }
+    }
+}
+
+/// As many rows and columns as make squares of 16; returns these numbers.
+///
+/// # Safety
+/// Both must hold `rows` times `columns` bytes.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "sse2")]
+unsafe fn transpose_sse2(
+    from: &[u8],
+    [rows, columns]: [usize; 2],
+    to: &mut [u8],
+) -> (usize, usize) {
+    const SIDE: usize = 16;
+    let (whole_rows, whole_columns) = (rows - rows % SIDE, columns - columns % SIDE);
+    for row in (0..whole_rows).step_by(SIDE) {
+        for column in (0..whole_columns).step_by(SIDE) {
+            let mut lines = [_mm_setzero_si128(); SIDE];
+            for (index, line) in lines.iter_mut().enumerate() {
+                // SAFETY: rows row..row + 16 and columns column..column + 16 exist; the load is unaligned.
+                *line = unsafe {
+                    _mm_loadu_si128(from.as_ptr().add((row + index) * columns + column).cast())
+                };
+            }
+            // Four times, each line and the one 8 further on are dealt out in turns: the four bits of a place go
+            // round by one, and with them those of row and column change places.
+            for _ in 0..4 {
+                let mut dealt = lines;
+                for index in 0..SIDE / 2 {
+                    let (low, high) = (lines[index], lines[index + SIDE / 2]);
+                    dealt[2 * index] = _mm_unpacklo_epi8(low, high); // punpcklbw
+                    dealt[2 * index + 1] = _mm_unpackhi_epi8(low, high); // punpckhbw
+                }
+                lines = dealt;
+            }
+            for (index, line) in lines.into_iter().enumerate() {
+                // SAFETY: as above, with rows and columns exchanged.
+                unsafe {
+                    let out = to.as_mut_ptr().add((column + index) * rows + row);
+                    _mm_storeu_si128(out.cast(), line);
+                }
+            }
+        }
+    }
+    (whole_rows, whole_columns)
+}
+
 /// As many rows and columns as make squares of 8; returns these numbers.
 ///
 /// # Safety
@@ -154,6 +218,18 @@ mod tests {
             transpose(&from, stride, [rows, columns], &mut to);
             for (index, found) in to.iter().enumerate() {
                 assert_eq!(*found, from[index % rows * stride + index / rows]);
+            }
+        }
+    }
+
+    #[test]
+    fn matrices_of_bytes_are_transposed() {
+        for [rows, columns] in [[1, 1], [16, 16], [197, 64], [49, 32], [5, 40], [32, 3], [0, 7]] {
+            let from: Vec<u8> = (0..rows * columns).map(|index| (index * 7 % 251) as u8).collect();
+            let mut to = vec![0; from.len()];
+            transpose_bytes(&from, [rows, columns], &mut to);
+            for (index, found) in to.iter().enumerate() {
+                assert_eq!(*found, from[index % rows * columns + index / rows]);
             }
         }
     }
