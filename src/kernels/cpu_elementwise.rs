@@ -66,28 +66,46 @@ unsafe fn polynomial<L: Lanes, const N: usize>(x: L, coefficients: [f32; N]) -> 
     }
 }
 
+/// 1 / x to about 1e-7, for x from 2^−100 to 2^100. A division of 16 numbers takes as long as 30 other operations.
+#[inline(always)]
+unsafe fn reciprocal<L: Lanes>(x: L) -> L {
+    // Taken off twice the exponent's offset, a number's bits are nearly those of its reciprocal: to a sixteenth.
+    const TWICE: u32 = 0x7ef3_11c7;
+    // SAFETY: the caller has the instruction set.
+    unsafe {
+        let minus_x = L::splat(0.0).subtract(x);
+        let mut result = L::splat(f32::from_bits(TWICE)).subtract_bits(x);
+        // The error e = 1 − x·result becomes e³, twice.
+        for _ in 0..2 {
+            let error = minus_x.multiply_add(result, L::splat(1.0));
+            let change = error.multiply_add(error, error);
+            result = result.multiply_add(change, result);
+        }
+        result
+    }
+}
+
 /// erf to about 3e-7: a rational minimax approximation on −4..4, beyond which erf is ±1 in float32
-/// (coefficients as in Eigen).
+/// (coefficients as in Eigen, both signs turned).
 #[inline(always)]
 unsafe fn erf<L: Lanes>(x: L) -> L {
     const NUMERATOR: [f32; 7] = [
-        -2.726_142_3e-10,
-        2.770_681_4e-8,
-        -2.101_024e-6,
-        -5.692_506_4e-5,
-        -7.349_906e-4,
-        -2.954_6e-3,
-        -1.609_603_3e-2,
+        2.726_142_3e-10,
+        -2.770_681_4e-8,
+        2.101_024e-6,
+        5.692_506_4e-5,
+        7.349_906e-4,
+        2.954_6e-3,
+        1.609_603_3e-2,
     ];
     const DENOMINATOR: [f32; 5] =
-        [-1.456_607_2e-5, -2.133_740_6e-4, -1.682_827e-3, -7.373_329e-3, -1.426_473_9e-2];
+        [1.456_607_2e-5, 2.133_740_6e-4, 1.682_827e-3, 7.373_329e-3, 1.426_473_9e-2];
     // SAFETY: the caller has the instruction set.
     unsafe {
         let x = L::splat(4.0).smaller(L::splat(-4.0).larger(x)); // NaN stays
         let square = x.multiply(x);
-        let ratio =
-            polynomial::<L, 7>(square, NUMERATOR).divide(polynomial::<L, 5>(square, DENOMINATOR));
-        x.multiply(ratio)
+        let inverse = reciprocal(polynomial::<L, 5>(square, DENOMINATOR));
+        x.multiply(polynomial::<L, 7>(square, NUMERATOR)).multiply(inverse)
     }
 }
 

@@ -76,6 +76,8 @@ pub(in crate::kernels) trait Lanes: Copy {
     unsafe fn differs(self, other: Self) -> bool;
     /// The bits plus those of `other`.
     unsafe fn add_bits(self, other: Self) -> Self;
+    /// The bits less those of `other`.
+    unsafe fn subtract_bits(self, other: Self) -> Self;
     /// The bits moved right, fewer than 32 places.
     unsafe fn move_bits(self, places: u32) -> Self;
     /// The bits of the entry of a table whose number the last bits are.
@@ -272,6 +274,11 @@ impl Lanes for Plain {
     }
 
     #[inline(always)]
+    unsafe fn subtract_bits(self, other: Self) -> Self {
+        each!(|lane| f32::from_bits(self.0[lane].to_bits().wrapping_sub(other.0[lane].to_bits())))
+    }
+
+    #[inline(always)]
     unsafe fn move_bits(self, places: u32) -> Self {
         each!(|lane| f32::from_bits(self.0[lane].to_bits() >> places))
     }
@@ -442,6 +449,15 @@ impl Lanes for Avx512 {
         unsafe {
             let sum = _mm512_add_epi32(_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
             Self(_mm512_castsi512_ps(sum)) // vpaddd
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn subtract_bits(self, other: Self) -> Self {
+        // SAFETY: the caller has AVX-512F.
+        unsafe {
+            let (a, b) = (_mm512_castps_si512(self.0), _mm512_castps_si512(other.0));
+            Self(_mm512_castsi512_ps(_mm512_sub_epi32(a, b))) // vpsubd
         }
     }
 
@@ -700,6 +716,18 @@ impl Lanes for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn subtract_bits(self, other: Self) -> Self {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let [a, b] = [_mm256_castps_si256(self.0), _mm256_castps_si256(other.0)];
+            let first = _mm256_sub_epi32(a, b); // vpsubd
+            let [a, b] = [_mm256_castps_si256(self.1), _mm256_castps_si256(other.1)];
+            let second = _mm256_sub_epi32(a, b);
+            Self(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn move_bits(self, places: u32) -> Self {
         // SAFETY: the caller has AVX2.
         unsafe {
@@ -785,6 +813,7 @@ mod tests {
                 L::load_first(a.as_ptr(), count, 7.0),
                 x.first(count, -3.0),
                 x.add_bits(y),
+                x.subtract_bits(y),
                 x.move_bits(21),
                 x.move_bits(21).entry(&std::array::from_fn(|entry| entry as u32 * 77_777_777)),
             ] {
@@ -830,12 +859,12 @@ mod tests {
                 }
                 let largest = a.iter().copied().fold(f32::NEG_INFINITY, f32::max);
                 let smallest = a.iter().copied().fold(f32::INFINITY, f32::min);
-                assert_eq!(expected[17][1..], [largest, smallest].map(f32::to_bits));
+                assert_eq!(expected[18][1..], [largest, smallest].map(f32::to_bits));
                 let between = a.iter().filter(|x| (-4.0..4.0).contains(*x)).count();
-                assert_eq!(expected[18][0] as usize, between);
+                assert_eq!(expected[19][0] as usize, between);
                 let nan = [&a, &b].map(|all| u32::from(all.iter().any(|x| x.is_nan())));
-                assert_eq!(expected[18][2], nan[0]);
-                assert_eq!(expected[19], [1, nan[0], nan[1]]);
+                assert_eq!(expected[19][2], nan[0]);
+                assert_eq!(expected[20], [1, nan[0], nan[1]]);
             }
         }
     }

@@ -13,7 +13,7 @@ mod vector;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
-use std::sync::OnceLock;
+use std::sync::{LazyLock, OnceLock};
 
 pub(super) use job::{Destination, Job, Passing, Scratch, sums};
 use portable::Portable;
@@ -22,11 +22,15 @@ use portable::Portable;
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(super) fn has_avx512() -> bool {
-    is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512dq")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("fma")
+    // Asked for every row: one look instead of five.
+    static HAS_ALL: LazyLock<bool> = LazyLock::new(|| {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl")
+            && is_x86_feature_detected!("fma")
+    });
+    *HAS_ALL
 }
 
 /// What a processor may be able to do, slowest first.
