@@ -137,7 +137,9 @@ async fn result(events: Streaming<EvaluateEvent>) -> EvaluationMetrics {
         Some(Event::Progress(progress)) => progress.progress.as_ref().map(|p| p.images),
         _ => None,
     });
-    assert_eq!(images.max(), Some(IMAGES), "the last progress tells of all images");
+    let images: Vec<u32> = images.collect();
+    assert!(images.is_sorted(), "progress went back: {images:?}");
+    assert_eq!(images.last(), Some(&IMAGES), "the last progress tells of all images");
     match events.last().and_then(|event| event.event.clone()) {
         Some(Event::Result(result)) => {
             EvaluationMetrics { images_per_second: 0.0, ..result.metrics.unwrap() }

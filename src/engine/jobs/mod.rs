@@ -209,7 +209,7 @@ pub struct JobProgress {
     pub unit: usize,
     /// Units of the stage; 0 if it has none.
     pub units: usize,
-    /// Images seen so far.
+    /// Images seen so far; of an evaluation never fewer than were told before.
     pub images: usize,
     /// Images in all.
     pub images_total: usize,

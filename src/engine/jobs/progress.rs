@@ -10,7 +10,7 @@ use tch::Tensor;
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::store::{JobStore, Lease, ShardLease, Standing};
+use super::store::{JobStore, Lease, Shard, ShardLease, Standing};
 use super::{Figures, JobProgress};
 use crate::artifact::store::{ArtifactStore, put_named};
 use crate::calib::kept::{Tensors, from_bytes, to_bytes};
@@ -191,6 +191,14 @@ impl JobReporter {
     /// The right to run the job.
     pub(super) fn lease(&self) -> &Lease {
         &self.hold.lease
+    }
+
+    /// The shards of the job, as all its workers have left them.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub(super) fn shards(&self) -> Result<Vec<Shard>> {
+        self.runtime.block_on(self.store.shards(&self.hold.lease.id))
     }
 
     /// Starts a stage without units.

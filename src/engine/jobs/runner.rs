@@ -383,7 +383,7 @@ impl JobRunner {
         tracing::info!(attempt = lease.attempt, "job started");
         let result = catch_unwind(AssertUnwindSafe(|| match &*job.spec {
             JobSpec::Quantize(spec) => quantize::run(self, spec, &reporter),
-            JobSpec::Evaluate(spec) => evaluate::run(self, spec, &reporter),
+            JobSpec::Evaluate(spec) => evaluate::run(self, spec, job.progress.as_ref(), &reporter),
         }))
         .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
         reporter.flush();

@@ -8,10 +8,11 @@ mod shards;
 
 use super::progress::{JobReporter, START};
 use super::runner::{JobRunner, RunnerParts};
-use super::{EvaluateJob, Evaluation, JobOutput};
+use super::{EvaluateJob, Evaluation, JobOutput, JobProgress};
 use crate::artifact::store::ModelRecord;
-use crate::calib::Progress as _;
+use crate::calib::{Progress as _, ProgressUpdate};
 use crate::data::{Dataset, Sample};
+use crate::engine::evaluator::Metrics;
 use crate::engine::resources::DatasetLook;
 use crate::error::{Error, Result};
 
@@ -34,16 +35,18 @@ pub(super) fn check(parts: &RunnerParts, job: &EvaluateJob) -> Result<()> {
     }
 }
 
-/// Evaluates, together with other processes if there is much to do.
+/// Evaluates, together with other processes if there is much to do. `earlier` is what watchers were
+/// told last.
 ///
 /// # Errors
 /// Whatever its steps report; `Cancelled`.
 pub(super) fn run(
     runner: &JobRunner,
     job: &EvaluateJob,
+    earlier: Option<&JobProgress>,
     reporter: &JobReporter,
 ) -> Result<JobOutput> {
-    reporter.stage("load");
+    let told = begin(earlier, reporter);
     let going_on = || reporter.check_cancelled();
     let (measurement, no_reference) =
         reporter.wait_for(START, || Measurement::prepare(runner, job, &going_on))?;
@@ -52,7 +55,7 @@ pub(super) fn run(
         warnings.push(format!("no agreement and no SQNR: {error}"));
         reporter.warn(error);
     }
-    let figures = shards::lead(runner, &measurement, reporter)?;
+    let figures = shards::lead(runner, &measurement, told, reporter)?;
     Ok(JobOutput::Evaluated(Evaluation {
         model: job.model.clone(),
         model_version: measurement.record().digest.clone(),
@@ -60,6 +63,24 @@ pub(super) fn run(
         figures,
         warnings,
     }))
+}
+
+/// Tells that the models are loaded now, and again of the images that an earlier attempt told of:
+/// watchers never see fewer. Their numbers.
+fn begin(earlier: Option<&JobProgress>, reporter: &JobReporter) -> Metrics {
+    let (images, images_total) = earlier.map_or((0, 0), |told| (told.images, told.images_total));
+    let figures = earlier.and_then(|told| told.figures.clone());
+    let told = figures.as_ref().map(|figures| figures.metrics.clone()).unwrap_or_default();
+    if let Some(figures) = figures {
+        reporter.figures(figures);
+    }
+    reporter.report(ProgressUpdate {
+        stage: "load".to_owned(),
+        images,
+        images_total,
+        ..ProgressUpdate::default()
+    });
+    told
 }
 
 /// The images that are evaluated.

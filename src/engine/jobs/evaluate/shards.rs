@@ -33,13 +33,15 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Pause of a leader who waits for the last shards of its helpers.
 const PAUSE: Duration = Duration::from_millis(250);
 
-/// Computes and adds up all shards of a job that this worker holds, with the help of others.
+/// Computes and adds up all shards of a job that this worker holds, with the help of others. `told`
+/// are the numbers that watchers have seen of an earlier attempt.
 ///
 /// # Errors
 /// Whatever a shard reports; `Cancelled`.
 pub(super) fn lead(
     runner: &JobRunner,
     measurement: &Measurement,
+    told: Metrics,
     reporter: &JobReporter,
 ) -> Result<Figures> {
     let job = &reporter.lease().id;
@@ -49,7 +51,7 @@ pub(super) fn lead(
         runner.runtime.block_on(runner.store().plan_shards(reporter.lease(), &inputs, &plan))
     })?;
     reporter.hold().note(planned);
-    let mut totals = Totals::new(runner, reporter, measurement.images());
+    let mut totals = Totals::new(reporter, measurement.images(), told);
     loop {
         reporter.check_cancelled()?;
         let claim = || claim(runner, job, &inputs, ShardWorker::Holder);
@@ -58,6 +60,8 @@ pub(super) fn lead(
             let step =
                 &mut |_: &Hold<ShardLease>, own: &Metrics| totals.tell(Some((position, own)));
             compute(runner, measurement, shard, &reporter.hold().stop, step)?;
+            // Its numbers are in the store from now on.
+            totals.look_again();
             continue;
         }
         totals.look_again();
@@ -165,7 +169,6 @@ fn compute(
 
 /// What all workers have found so far.
 struct Totals<'a> {
-    runner: &'a JobRunner,
     reporter: &'a JobReporter,
     images: usize,
     shards: Vec<Shard>,
@@ -173,12 +176,17 @@ struct Totals<'a> {
     started: Instant,
     /// Images that an earlier attempt has counted.
     found: Option<u64>,
+    /// The furthest numbers that watchers have seen, those of earlier attempts included: they stand
+    /// until the sum is there again, when a shard is lost and has to be computed once more.
+    told: Metrics,
 }
 
 impl<'a> Totals<'a> {
-    fn new(runner: &'a JobRunner, reporter: &'a JobReporter, images: usize) -> Self {
+    fn new(reporter: &'a JobReporter, images: usize, told: Metrics) -> Self {
         let started = Instant::now();
-        Self { runner, reporter, images, shards: vec![], looked: None, started, found: None }
+        // More than there are: the data set was replaced between two attempts.
+        let told = if told.images <= images as u64 { told } else { Metrics::default() };
+        Self { reporter, images, shards: vec![], looked: None, started, found: None, told }
     }
 
     /// Makes the next telling read the shards.
@@ -189,17 +197,22 @@ impl<'a> Totals<'a> {
     /// Tells the watchers; the numbers of the leader's own shard are not in the store yet.
     fn tell(&mut self, own: Option<(u64, &Metrics)>) {
         if self.looked.is_none_or(|looked| looked.elapsed() >= LOOK) {
-            let job = &self.reporter.lease().id;
-            match self.runner.runtime.block_on(self.runner.store().shards(job)) {
+            match self.reporter.shards() {
                 Ok(shards) => self.shards = shards,
                 // What was seen last will do.
                 Err(error) => tracing::debug!(%error, "the shards could not be read"),
             }
             self.looked = Some(Instant::now());
         }
-        let metrics = self.merged(own);
-        let images = usize::try_from(metrics.images).unwrap_or(usize::MAX);
-        self.reporter.figures(self.figures(metrics));
+        let found = self.merged(own);
+        let mut figures = self.figures(found);
+        if figures.metrics.images < self.told.images {
+            figures.metrics = self.told.clone();
+        } else {
+            self.told = figures.metrics.clone();
+        }
+        let images = usize::try_from(figures.metrics.images).unwrap_or(usize::MAX);
+        self.reporter.figures(figures);
         self.reporter.report(ProgressUpdate {
             stage: "evaluate".to_owned(),
             unit: images.div_ceil(BATCH),
@@ -238,7 +251,114 @@ impl<'a> Totals<'a> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::runtime::Runtime;
+
+    use super::super::begin;
     use super::*;
+    use crate::artifact::store::LocalArtifactStore;
+    use crate::database::Database;
+    use crate::engine::jobs::store::{Claimed, JobLimits, JobStore};
+    use crate::engine::jobs::{JobEventKind, JobSpec, NewJob};
+    use crate::engine::names::ModelId;
+
+    /// The numbers of so many images.
+    fn metrics(images: usize) -> Metrics {
+        let mut metrics = Metrics::default();
+        for image in 0..images {
+            metrics.add(&[1.0, 0.0], image % 2, None);
+        }
+        metrics
+    }
+
+    #[test]
+    fn what_watchers_were_told_stands_when_a_shard_or_a_worker_is_lost() {
+        let runtime = Runtime::new().unwrap();
+        let now = runtime.handle();
+        let folder = tempfile::tempdir().unwrap();
+        let database = now.block_on(Database::file(&folder.path().join("jobs.db"))).unwrap();
+        let store = Arc::new(JobStore::new(database, JobLimits::default()));
+        let model = ModelId::parse("m", "model").unwrap();
+        let spec = EvaluateJob { model, dataset: "d".to_owned(), limit: None, seed: 0 };
+        let id = now
+            .block_on(store.submit(&NewJob {
+                spec: JobSpec::Evaluate(spec),
+                request_id: None,
+                priority: 0,
+                principal: "somebody".to_owned(),
+                trace: None,
+            }))
+            .unwrap()
+            .id;
+        let attempt = || {
+            let Claimed { record, lease } = now.block_on(store.claim("leader")).unwrap().unwrap();
+            let hold = Arc::new(Hold::new(lease, CancellationToken::new()));
+            let artifacts = Arc::new(LocalArtifactStore::open(folder.path()).unwrap());
+            let reporter = JobReporter::new(Arc::clone(&store), artifacts, hold, now.clone());
+            let told = begin(record.progress.as_ref(), &reporter);
+            (reporter, told)
+        };
+        let shard = |worker: ShardWorker| {
+            let claimed = store.claim_shard(&id, "inputs", (worker, "worker"));
+            now.block_on(claimed).unwrap().unwrap()
+        };
+        let tell = |totals: &mut Totals<'_>, own: Option<(u64, &Metrics)>| {
+            totals.look_again();
+            totals.tell(own);
+            totals.reporter.flush();
+        };
+
+        let (reporter, told) = attempt();
+        let plan = plan(64, 32);
+        now.block_on(store.plan_shards(reporter.lease(), "inputs", &plan)).unwrap();
+        let mut totals = Totals::new(&reporter, 64, told);
+        let (first, second) = (shard(ShardWorker::Helper), shard(ShardWorker::Helper));
+        now.block_on(store.finish_shard(&first, &metrics(32))).unwrap();
+        now.block_on(store.report_shard(&second, &metrics(20))).unwrap();
+        tell(&mut totals, None);
+
+        // The second one's worker falls silent: its shard is begun again.
+        now.block_on(store.forget_leases()).unwrap();
+        let second = shard(ShardWorker::Holder);
+        tell(&mut totals, Some((second.position, &metrics(8))));
+
+        // So does the leader.
+        now.block_on(store.forget_leases()).unwrap();
+        let (reporter, told) = attempt();
+        let mut totals = Totals::new(&reporter, 64, told);
+        tell(&mut totals, None);
+        let second = shard(ShardWorker::Holder);
+        now.block_on(store.finish_shard(&second, &metrics(32))).unwrap();
+        tell(&mut totals, None);
+
+        let events = now.block_on(store.events(&id, 0)).unwrap();
+        let told: Vec<_> = events
+            .iter()
+            .filter_map(|event| match &event.kind {
+                JobEventKind::Progress(told) => {
+                    let measured = told.figures.as_ref().map(|figures| figures.metrics.images);
+                    Some((&*told.stage, told.images, measured))
+                }
+                JobEventKind::Accepted | JobEventKind::Ended(_) | JobEventKind::Heartbeat => None,
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                ("load", 0, None),
+                ("evaluate", 52, Some(52)),
+                ("evaluate", 52, Some(52)),
+                ("load", 52, Some(52)),
+                ("evaluate", 52, Some(52)),
+                ("evaluate", 64, Some(64)),
+            ]
+        );
+        // The result is the sum, whatever was told before.
+        let mut whole = metrics(32);
+        whole.merge(&metrics(32));
+        assert_eq!(totals.complete().map(|figures| figures.metrics), Some(whole));
+        // Numbers of a larger data set say nothing about what is there now.
+        assert_eq!(Totals::new(&reporter, 10, metrics(11)).told, Metrics::default());
+    }
 
     #[test]
     fn shards_are_whole_batches_and_cover_everything_once() {
