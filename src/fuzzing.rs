@@ -83,6 +83,7 @@ pub fn checkpoint(bytes: &[u8]) {
     let Some((config, model)) = rest.split_at_checked(length) else { return };
     if let Ok(checkpoint) = Checkpoint::from_bytes(config, model) {
         assert_eq!(checkpoint.bytes, model.len() as u64);
+        Checkpoint::check_config(config).expect("the config of a checkpoint");
         crate::model::Model::build(&checkpoint.spec, &checkpoint.weights)
             .expect("what was checked can be built");
     }

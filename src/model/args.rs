@@ -96,6 +96,28 @@ pub(super) fn hidden_width(dim: i64, ratio: f64) -> Result<i64> {
     Ok(hidden)
 }
 
+/// Checks every argument that is given for itself; what they have to fit, only the tensors tell.
+pub(super) fn check_each(args: &Map<String, Value>) -> Result<()> {
+    let read = Args(args);
+    for (key, value) in args {
+        match key.as_str() {
+            "in_chans" => check_channels(read),
+            "img_size" | "patch_size" => read.size(key, MAX_IMAGE).map(drop),
+            "mlp_ratio" => read.positive(key, MAX_MLP_RATIO).map(drop),
+            "qkv_bias" | "class_token" | "fc_norm" => read.flag(key).map(drop),
+            // Of Swin, one number per stage.
+            "depths" | "num_heads" | "window_size" if value.is_array() => {
+                read.sizes(key, MAX_SIZE).map(drop)
+            }
+            "embed_dim" | "depth" | "depths" | "num_heads" | "window_size" => {
+                read.size(key, MAX_SIZE).map(drop)
+            }
+            _ => Ok(()),
+        }?;
+    }
+    Ok(())
+}
+
 /// Fails unless the model takes RGB images.
 pub(super) fn check_channels(args: Args<'_>) -> Result<()> {
     match args.size("in_chans", MAX_SIZE)? {

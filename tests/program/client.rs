@@ -170,7 +170,7 @@ fn a_refusal_names_field_and_reason() {
 fn ctrl_c_leaves_the_job_and_says_how_to_cancel_it() {
     let server = Server::start();
     let mut client = server
-        .command(&quantize("slow", "ubb", "32"))
+        .command(&quantize("slow", "ias", "32"))
         .stderr(Stdio::piped())
         .stdout(Stdio::null())
         .spawn()
@@ -228,6 +228,43 @@ fn what_is_brought_can_be_used_until_it_is_deleted() {
     assert!(stderr(&output).contains("config.json"), "{}", stderr(&output));
 }
 
+/// How much was sent, as a line of progress tells.
+fn sent_bytes(line: &str) -> Option<u64> {
+    line.strip_prefix("upload ")?.split('/').next()?.parse().ok()
+}
+
+#[test]
+fn an_upload_that_does_not_fit_ends_at_its_beginning_with_the_servers_word() {
+    let server = Server::start();
+    let folder = tempfile::tempdir().unwrap();
+    let folder = folder.path().join("small");
+    let made = ["generate", "--architecture", "vit_small", "--out", folder.to_str().unwrap()];
+    server.json(&made);
+    let config = folder.join("config.json");
+    let right = fs::read_to_string(&config).unwrap();
+    let upload = ["checkpoints", "upload", folder.to_str().unwrap()];
+    for (from, to, field) in [
+        ("\"embed_dim\": 384", "\"embed_dim\": 192", "chunk"),
+        ("\"embed_dim\": 384", "\"embed_dim\": -1", "header.config"),
+    ] {
+        assert_eq!(right.matches(from).count(), 1, "{right}");
+        fs::write(&config, right.replace(from, to)).unwrap();
+        let output = server.run(&[&upload[..], &["--json"]].concat());
+        assert_eq!(output.status.code(), Some(FAILED));
+        let text = stderr(&output);
+        let error: Value = serde_json::from_str(text.lines().last().unwrap()).unwrap();
+        assert_eq!(error["error"]["code"], "INVALID_ARGUMENT", "{text}");
+        assert_eq!(error["error"]["fields"][0]["field"], field, "{text}");
+        assert!(error["error"]["message"].as_str().unwrap().contains("embed_dim"), "{text}");
+        // Of 88 MB no more was on its way than the connection takes ahead of the server.
+        assert!(!text.lines().any(|line| line.starts_with("retry")), "{text}");
+        let sent = text.lines().filter_map(sent_bytes).max().unwrap_or(0);
+        assert!(sent < 40_000_000, "{text}");
+    }
+    fs::write(&config, right).unwrap();
+    assert_eq!(server.json(&upload)["name"], "small");
+}
+
 #[test]
 fn an_upload_goes_on_when_its_server_is_killed_and_started_again() {
     let mut server = Server::start();
@@ -245,9 +282,7 @@ fn an_upload_goes_on_when_its_server_is_killed_and_started_again() {
     let (mut seen, mut crashed) = (Vec::new(), false);
     for line in lines.map(Result::unwrap) {
         // Of 88 MB more than a stored part has come by then.
-        let bytes =
-            line.strip_prefix("upload ").and_then(|rest| rest.split('/').next()?.parse().ok());
-        if !crashed && bytes.is_some_and(|bytes: u64| bytes > 40_000_000) {
+        if !crashed && sent_bytes(&line).is_some_and(|bytes| bytes > 40_000_000) {
             server.crash();
             crashed = true;
         }

@@ -228,6 +228,90 @@ async fn a_broken_stream_goes_on_where_it_broke_off() {
     server.stop().await;
 }
 
+/// A stream that is begun and not ended: its client waits for nothing but an answer.
+async fn begin(server: &TestServer, parts: Vec<Part>) -> Status {
+    let (sender, receiver) = mpsc::channel(parts.len());
+    for part in parts {
+        sender.send(UploadRequest { part: Some(part) }).await.unwrap();
+    }
+    let mut client = uploads(server);
+    let answer = client.upload(ReceiverStream::new(receiver));
+    let answer = tokio::time::timeout(SOON, answer).await.expect("an answer before the end");
+    drop(sender);
+    answer.unwrap_err()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_checkpoint_that_does_not_fit_its_config_is_refused_before_it_has_come() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let file = weights();
+    let end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let fitting = checkpoint_header("mine", &file);
+    let changed = |from: &str, to: &str| {
+        assert_eq!(fitting.config.matches(from).count(), 1, "{from}");
+        UploadHeader { config: fitting.config.replace(from, to), ..fitting.clone() }
+    };
+    let wide = || changed("\"embed_dim\": 96", "\"embed_dim\": 192");
+    let start = |header: &UploadHeader, ends: &[usize]| {
+        let begins = std::iter::once(0).chain(ends.iter().copied());
+        let chunks = begins.zip(ends).map(|(from, to)| Part::Chunk(file.slice(from..*to)));
+        std::iter::once(Part::Header(header.clone())).chain(chunks).collect::<Vec<_>>()
+    };
+    let renamed = {
+        let (from, to) = (b"\"norm.bias\"", b"\"norm.bios\"");
+        let place = file.windows(from.len()).position(|bytes| bytes == from).unwrap();
+        let mut file = file.to_vec();
+        file[place..place + to.len()].copy_from_slice(to);
+        Part::Chunk(Bytes::from(file).slice(..end))
+    };
+    for (parts, field, words) in [
+        // The config speaks against itself.
+        (start(&changed("\"depth\": 6", "\"depth\": \"six\""), &[]), "header.config", "depth"),
+        (start(&changed("\"crop_pct\": 0.9", "\"crop_pct\": 9"), &[]), "header.config", "crop_pct"),
+        (start(&changed("vit_tiny_patch16", "resnet_50"), &[]), "header.config", "resnet_50"),
+        (
+            start(&UploadHeader { bytes: 17 << 30, ..fitting.clone() }, &[]),
+            "header.bytes",
+            "18253611008",
+        ),
+        // The tensors speak against it.
+        (start(&wide(), &[end]), "chunk", "embed_dim = 192"),
+        (start(&wide(), &[3, 9, 500, end]), "chunk", "embed_dim = 192"),
+        (start(&wide(), &[end + 7]), "chunk", "embed_dim = 192"),
+        (start(&changed("\"depth\": 6", "\"depth\": 7"), &[end]), "chunk", "depth = 7"),
+        (vec![Part::Header(fitting.clone()), renamed], "chunk", "norm.bias is missing"),
+        (
+            start(&UploadHeader { bytes: fitting.bytes + 4, ..fitting.clone() }, &[end]),
+            "chunk",
+            "truncated",
+        ),
+    ] {
+        let status = begin(&server, parts).await;
+        let (code, found, _) = refusal(&status);
+        assert_eq!((code, found.as_str()), (Code::InvalidArgument, field), "{status}");
+        assert!(status.message().contains(words), "{status}");
+        let left = upload_of(&server, UploadKind::Checkpoint, "mine").await.unwrap_err();
+        assert_eq!(left.code(), Code::NotFound, "{words}");
+    }
+
+    // A stream that broke off within the header: what it left counts.
+    for left in [5, 1000] {
+        let header = wide();
+        let upload = send(&server, start(&header, &[left])).await.unwrap();
+        assert_eq!((upload.received_bytes, upload.complete), (left as u64, false));
+        let header = UploadHeader { offset: left as u64, ..header };
+        let status =
+            begin(&server, vec![Part::Header(header), Part::Chunk(file.slice(left..end))]).await;
+        assert_eq!(refusal(&status).1, "chunk", "{status}");
+        assert!(status.message().contains("embed_dim = 192"), "{status}");
+    }
+    assert_eq!(objects(&data), 0);
+    // The name is free for what fits.
+    assert!(send_file(&server, fitting, &file).await.unwrap().complete);
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn images_may_come_one_by_one() {
     let data = tempfile::tempdir().unwrap();

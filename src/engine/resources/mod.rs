@@ -416,7 +416,7 @@ impl Resources {
             return Err(Error::AlreadyExists { kind: kind.name(), name });
         }
         let claimed = self.table.begin(&announced).await?;
-        Receiver::new(Arc::clone(self), claimed, offset, permit)
+        Receiver::new(Arc::clone(self), claimed, offset, permit).await
     }
 
     /// An upload, on its way or whole.
@@ -562,6 +562,9 @@ fn check_announced(announced: &Announced) -> Result<()> {
         {
             let reason = "must be the file's sha256 in 64 lower-case hexadecimal digits";
             return Err(Error::invalid("header.sha256", reason));
+        }
+        Content::File { bytes, .. } if *kind == ResourceKind::Checkpoint => {
+            Checkpoint::check_size(*bytes).map_err(|error| error.on_field("header.bytes"))?;
         }
         Content::File { .. } => {}
         Content::Images(0) => {

@@ -20,7 +20,7 @@ use crate::model::Checkpoint;
 
 /// Size of the parts; what a broken connection loses at most.
 const PART: usize = 8 << 20;
-/// Bytes that tell what a file is.
+/// Bytes that tell what a file is, and where the header of a checkpoint's ends.
 const START: usize = 8;
 
 /// Takes the content of one upload. Dropped without [`Receiver::finish`] or [`Receiver::pause`], what
@@ -31,6 +31,8 @@ pub struct Receiver {
     claim: Claim,
     upload: Upload,
     buffer: BytesMut,
+    /// The file from its beginning, until what its first bytes tell was checked.
+    start: Option<BytesMut>,
     /// Images in the buffer, of those that come one by one.
     images: u64,
     /// Names of the images that came on this stream.
@@ -41,7 +43,7 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub(super) fn new(
+    pub(super) async fn new(
         resources: Arc<Resources>,
         (upload, claim): (Upload, Claim),
         offset: u64,
@@ -55,11 +57,13 @@ impl Receiver {
             let reason = format!("only {received} were received so far, go on there");
             Error::invalid("header.offset", reason)
         })?;
+        let start = stored_start(&resources, &upload).await?;
         Ok(Self {
             resources,
             claim,
             upload,
             buffer: BytesMut::new(),
+            start,
             images: 0,
             names: HashSet::new(),
             skip,
@@ -75,9 +79,10 @@ impl Receiver {
     /// Takes the next bytes of the announced file.
     ///
     /// # Errors
-    /// `InvalidArgument` on `chunk` for more bytes than announced, or on `chunk` or `name` for
-    /// content that cannot be what was announced; `FailedPrecondition` when another stream took
-    /// over; `Io` or `Unavailable` when a part cannot be stored. What was stored stays.
+    /// `InvalidArgument` on `chunk` for more bytes than announced, and for content that cannot be
+    /// what was announced: then the upload is forgotten. `FailedPrecondition` when another stream
+    /// took over; `Io` or `Unavailable` when a part cannot be stored. Otherwise what was stored
+    /// stays.
     pub async fn chunk(&mut self, mut chunk: Bytes) -> Result<()> {
         let Content::File { bytes, .. } = self.upload.announced.content else {
             return Err(Error::invalid("chunk", "images were announced: send them as `image`"));
@@ -90,10 +95,13 @@ impl Receiver {
             let reason = format!("goes beyond the {bytes} bytes that were announced");
             return Err(Error::invalid("chunk", reason));
         }
+        if let Err(error) = self.check_start(&chunk, bytes).await {
+            self.forget_unusable(&error).await;
+            return Err(error);
+        }
         while !chunk.is_empty() {
             let room = PART - self.buffer.len();
             self.buffer.extend_from_slice(&chunk.split_to(room.min(chunk.len())));
-            self.check_start(bytes)?;
             if self.buffer.len() == PART {
                 self.store().await?;
             }
@@ -101,18 +109,30 @@ impl Receiver {
         Ok(())
     }
 
-    /// Refuses what its first bytes speak against, before the rest is sent.
-    fn check_start(&self, size: u64) -> Result<()> {
-        if self.upload.received_bytes > 0 || self.buffer.len() < START {
-            return Ok(());
-        }
-        let start = &self.buffer[..START];
+    /// Refuses what its first bytes speak against, before the rest is sent: another format, or a
+    /// checkpoint whose tensors are not those of its config.
+    async fn check_start(&mut self, next: &[u8], size: u64) -> Result<()> {
+        let Some(start) = &mut self.start else { return Ok(()) };
+        start.extend_from_slice(&next[..next.len().min(PART.saturating_sub(start.len()))]);
+        let Some(first) = start.first_chunk::<START>() else { return Ok(()) };
         match self.upload.announced.kind {
+            ResourceKind::Dataset => check_tar_start(first, "chunk")?,
             ResourceKind::Checkpoint => {
-                Checkpoint::check_start(start, size).map_err(|error| error.on_field("chunk"))
+                let on_chunk = |error: Error| error.on_field("chunk");
+                let end = Checkpoint::check_start(first, size).map_err(on_chunk)?;
+                // A longer header is left to the check of the whole: no model of ours has one.
+                if end <= PART as u64 {
+                    let Some(header) = start.get(..end as usize) else { return Ok(()) };
+                    let header = Bytes::copy_from_slice(header);
+                    let config = self.upload.announced.config.clone();
+                    blocking(move || Checkpoint::check_header(config.as_bytes(), &header, size))
+                        .await
+                        .map_err(on_chunk)?;
+                }
             }
-            ResourceKind::Dataset => check_tar_start(start, "chunk"),
         }
+        self.start = None;
+        Ok(())
     }
 
     /// Takes the next image, `CLASS/FILE`; its sha256 is checked if it is not empty.
@@ -204,18 +224,21 @@ impl Receiver {
                 Ok(summary)
             }
             Err(error) => {
-                let is_final =
-                    matches!(error, Error::InvalidArgument { .. } | Error::CorruptArtifact { .. });
-                if is_final {
-                    match resources.table.discard(claim).await {
-                        Ok(()) => resources.garbage.collect().await,
-                        Err(error) => {
-                            tracing::warn!(%error, "an unusable upload stays until it expires");
-                        }
-                    }
-                }
+                self.forget_unusable(&error).await;
                 Err(error)
             }
+        }
+    }
+
+    /// Forgets an upload that failed a check which it would fail again.
+    async fn forget_unusable(&self, error: &Error) {
+        if !matches!(error, Error::InvalidArgument { .. } | Error::CorruptArtifact { .. }) {
+            return;
+        }
+        let Self { resources, claim, .. } = self;
+        match resources.table.discard(claim).await {
+            Ok(()) => resources.garbage.collect().await,
+            Err(error) => tracing::warn!(%error, "an unusable upload stays until it expires"),
         }
     }
 
@@ -238,6 +261,24 @@ impl Receiver {
         self.upload.received_images += images;
         Ok(())
     }
+}
+
+/// What earlier streams have stored of a file whose first bytes may not be checked yet; `None` if
+/// there is nothing more to check before the end.
+async fn stored_start(resources: &Resources, upload: &Upload) -> Result<Option<BytesMut>> {
+    let most = match (&upload.announced.content, upload.announced.kind) {
+        (Content::Images(_), _) => return Ok(None),
+        (Content::File { .. }, ResourceKind::Checkpoint) => PART,
+        (Content::File { .. }, ResourceKind::Dataset) => START,
+    };
+    if upload.summary.is_some() || upload.received_bytes >= most as u64 {
+        return Ok(None);
+    }
+    let mut start = BytesMut::new();
+    for part in resources.table.parts(&upload.id).await? {
+        start.extend_from_slice(&resources.artifacts.get(&part.digest).await?);
+    }
+    Ok(Some(start))
 }
 
 impl Resources {

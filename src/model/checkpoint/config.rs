@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
-use crate::model::args::{TensorShapes, contradiction, first_axis, unusable};
+use crate::model::args::{TensorShapes, check_each, contradiction, first_axis, unusable};
 use crate::model::{
     FAMILIES, FamilyEntry, Interpolation, ModelSpec, Preprocessing, family, variant,
 };
@@ -108,6 +108,14 @@ impl Config {
 
     /// Completes the config from the tensors and from timm's table, in that order.
     pub(super) fn into_spec(self, shapes: &TensorShapes) -> Result<ModelSpec> {
+        let (mut spec, given) = self.alone()?;
+        spec.num_classes = classes(given, shapes)?;
+        (family(&spec.family)?.infer)(&mut spec, shapes)?;
+        complete(spec)
+    }
+
+    /// What the config says by itself, with no classes yet; and how many classes it gives.
+    pub(super) fn alone(self) -> Result<(ModelSpec, Option<i64>)> {
         let family = family(self.family()?)?;
         let published = variant(&self.architecture).map(|(_, variant)| variant);
         let pretrained = self.pretrained_cfg.unwrap_or_default();
@@ -124,17 +132,21 @@ impl Config {
             }
             agree(&mut args, "img_size", height.into())?;
         }
+        check_each(&args)?;
         let preprocessing = preprocessing(pretrained, published.map(|v| v.normalization))?;
-        let mut spec = ModelSpec {
-            num_classes: classes(self.num_classes, shapes)?,
+        let labels = self.label_names.unwrap_or_default();
+        if let Some(classes) = self.num_classes {
+            check_classes(classes, &labels)?;
+        }
+        let spec = ModelSpec {
+            num_classes: 0,
             architecture: self.architecture,
             family: family.id.to_owned(),
             model_args: args,
             preprocessing,
-            labels: self.label_names.unwrap_or_default(),
+            labels,
         };
-        (family.infer)(&mut spec, shapes)?;
-        complete(spec)
+        Ok((spec, self.num_classes))
     }
 }
 
@@ -147,19 +159,22 @@ pub(in crate::model) fn complete(mut spec: ModelSpec) -> Result<ModelSpec> {
             spec.model_args.entry(key).or_insert(value);
         }
     }
-    let classes = spec.num_classes;
-    if !(1..=MAX_CLASSES).contains(&classes) {
-        return Err(unusable(format!("{classes} classes, expected 1 to {MAX_CLASSES}")));
-    }
+    check_classes(spec.num_classes, &spec.labels)?;
     // Checks the arguments against each other, the image size among them.
     (family(&spec.family)?.parameters)(&spec)?;
     let image = spec.model_args.get("img_size").and_then(Value::as_i64);
     spec.preprocessing.image_size = image.unwrap_or(0);
-    let labels = spec.labels.len();
-    if labels > 0 && labels as i64 != classes {
-        return Err(unusable(format!("{labels} label_names for {classes} classes")));
-    }
     Ok(spec)
+}
+
+fn check_classes(classes: i64, labels: &[String]) -> Result<()> {
+    if !(1..=MAX_CLASSES).contains(&classes) {
+        return Err(unusable(format!("{classes} classes, expected 1 to {MAX_CLASSES}")));
+    }
+    if !labels.is_empty() && labels.len() as i64 != classes {
+        return Err(unusable(format!("{} label_names for {classes} classes", labels.len())));
+    }
+    Ok(())
 }
 
 /// The arguments that the family reads; others must be known to change nothing.

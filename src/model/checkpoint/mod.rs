@@ -12,7 +12,6 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use safetensors::SafeTensors;
 use sha2::{Digest, Sha256};
 
 use crate::digest::hex;
@@ -23,6 +22,7 @@ use crate::nn::Weights;
 
 use config::Config;
 pub(super) use config::complete;
+use file::{Entry, Outline};
 
 const CONFIG: &str = "config.json";
 const MODEL: &str = "model.safetensors";
@@ -53,7 +53,7 @@ impl Checkpoint {
     pub fn open(folder: &Path) -> Result<Self> {
         let config = file::read_config(&folder.join(CONFIG))?;
         // A wrong config is found before gigabytes are read.
-        Config::parse(&config)?;
+        Self::check_config(&config)?;
         Self::from_bytes(&config, &file::read_model(&folder.join(MODEL))?)
     }
 
@@ -63,14 +63,11 @@ impl Checkpoint {
     /// `InvalidArgument` on field `checkpoint`.
     pub(crate) fn from_bytes(config_bytes: &[u8], bytes: &[u8]) -> Result<Self> {
         let config = Config::parse(config_bytes)?;
-        let tensors = file::parse(bytes)?;
-        let names = canonical_names(&config, &tensors)?;
-        let shapes = shapes(&names, &tensors)?;
-        let spec = config.into_spec(&shapes)?;
-        check_parameters(&spec, &shapes)?;
+        let (tensors, outline) = file::parse(bytes)?;
+        let (spec, parameters) = fit(config, &outline)?;
         let mut weights = BTreeMap::new();
-        for (name, source) in names {
-            weights.insert(name, file::read_tensor(&tensors, &source)?);
+        for (name, (source, entry)) in parameters {
+            weights.insert(name, file::read_tensor(&tensors, source, entry)?);
         }
         let mut hash = Sha256::new();
         hash.update(config_bytes);
@@ -83,21 +80,46 @@ impl Checkpoint {
         })
     }
 
-    /// Whether a `config.json` names an architecture that is known.
+    /// Whether a `config.json` could be that of a checkpoint, as far as it tells without the tensors:
+    /// its architecture is known, and so is every value that it gives.
     ///
     /// # Errors
     /// `InvalidArgument` on field `checkpoint`.
     pub fn check_config(config: &[u8]) -> Result<()> {
-        Config::parse(config)?.family().map(drop)
+        Config::parse(config)?.alone().map(drop)
     }
 
-    /// Says what the first eight bytes speak of against a file of `size` bytes being
-    /// `model.safetensors`: pickles and archives are refused by content.
+    /// Whether a `model.safetensors` may have so many bytes.
     ///
     /// # Errors
     /// `InvalidArgument` on field `checkpoint`.
-    pub fn check_start(start: &[u8], size: u64) -> Result<()> {
+    pub fn check_size(size: u64) -> Result<()> {
+        if size > file::MAX_MODEL_BYTES {
+            let text = format!("{size} bytes are more than {}", file::MAX_MODEL_BYTES);
+            return Err(unusable(text));
+        }
+        Ok(())
+    }
+
+    /// Says what the first eight bytes speak of against a file of `size` bytes being
+    /// `model.safetensors`: pickles and archives are refused by content. The bytes up to the end of
+    /// its header.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint`.
+    pub fn check_start(start: &[u8], size: u64) -> Result<u64> {
         file::sniff(start, size)
+    }
+
+    /// Whether config and tensors fit, by the first bytes of a `model.safetensors` of `size` bytes,
+    /// up to the end of its header: what is left to [`Checkpoint::open`] are the values.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on field `checkpoint`.
+    pub fn check_header(config: &[u8], header: &[u8], size: u64) -> Result<()> {
+        let outline = file::outline(header, size)?;
+        let (_, parameters) = fit(Config::parse(config)?, &outline)?;
+        parameters.values().try_for_each(|(name, entry)| file::kind(name, entry).map(drop))
     }
 
     /// A checkpoint of given parts; its digest and size are those of the files that
@@ -132,26 +154,33 @@ impl Checkpoint {
     }
 }
 
-/// Canonical name → name in the file, without buffers.
-fn canonical_names(config: &Config, tensors: &SafeTensors<'_>) -> Result<BTreeMap<String, String>> {
+/// Canonical name → name in the file, and what its header says of the tensor.
+type Parameters<'f> = BTreeMap<String, (&'f str, &'f Entry)>;
+
+/// The model of a config and of the tensors that a header lists, which must be its parameters.
+fn fit(config: Config, outline: &Outline) -> Result<(ModelSpec, Parameters<'_>)> {
+    let parameters = canonical_names(&config, outline)?;
+    let mut shapes = TensorShapes::new();
+    for (canonical, (name, entry)) in &parameters {
+        shapes.insert(canonical.clone(), file::shape(name, entry)?);
+    }
+    let spec = config.into_spec(&shapes)?;
+    check_parameters(&spec, &shapes)?;
+    Ok((spec, parameters))
+}
+
+/// The tensors under canonical names, without buffers.
+fn canonical_names<'f>(config: &Config, outline: &'f Outline) -> Result<Parameters<'f>> {
     let rename = family(config.family()?)?.canonical_name;
-    let given: BTreeSet<String> = tensors.names().into_iter().map(str::to_owned).collect();
-    let mut names = BTreeMap::new();
-    for name in &given {
+    let given: BTreeSet<String> = outline.keys().cloned().collect();
+    let mut parameters = Parameters::new();
+    for (name, entry) in outline {
         let Some(canonical) = rename(&given, name) else { continue };
-        if let Some(other) = names.insert(canonical, name.clone()) {
+        if let Some((other, _)) = parameters.insert(canonical, (name, entry)) {
             return Err(unusable(format!("parameters {other} and {name} are the same one")));
         }
     }
-    Ok(names)
-}
-
-fn shapes(names: &BTreeMap<String, String>, tensors: &SafeTensors<'_>) -> Result<TensorShapes> {
-    let mut shapes = TensorShapes::new();
-    for (canonical, name) in names {
-        shapes.insert(canonical.clone(), file::shape(tensors, name)?);
-    }
-    Ok(shapes)
+    Ok(parameters)
 }
 
 /// Fails unless the tensors are exactly the architecture's parameters.

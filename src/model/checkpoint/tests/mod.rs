@@ -103,16 +103,30 @@ impl Draft {
         open_bytes(&serde_json::to_vec(&self.config).unwrap(), &self.model_bytes())
     }
 
+    /// What is found before the values have come.
+    fn check_header(&self) -> Result<()> {
+        let (config, model) = (serde_json::to_vec(&self.config).unwrap(), self.model_bytes());
+        let size = model.len() as u64;
+        let end = Checkpoint::check_start(&model[..8], size)?;
+        Checkpoint::check_header(&config, &model[..end as usize], size)
+    }
+
     fn logits(&self) -> Tensor {
+        self.check_header().unwrap();
         let checkpoint = self.open().unwrap();
         let model = Model::build(&checkpoint.spec, &checkpoint.weights).unwrap();
         let side = checkpoint.spec.preprocessing.image_size;
         model.forward(&mut Float, &images(2, side, 0).unwrap()).unwrap()
     }
 
-    /// The reason why the checkpoint is refused.
+    /// The reason why the checkpoint is refused; all but values are refused by the header, too.
     fn refusal(&self) -> String {
-        reason(self.open())
+        let reason = reason(self.open());
+        match self.check_header() {
+            Ok(()) => assert_mentions(&reason, &["not finite"]),
+            header => assert_eq!(self::reason(header), reason),
+        }
+        reason
     }
 }
 

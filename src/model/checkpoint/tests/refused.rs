@@ -27,6 +27,10 @@ fn other_formats_are_refused_by_content() {
     for pickle in pickles {
         assert_mentions(&reason(open_bytes(&config, &pickle)), &["pickle", "safetensors"]);
     }
+    // The length of a header, which happens to begin with the same two bytes.
+    let start = 0x280u64.to_le_bytes();
+    assert_eq!(Checkpoint::check_start(&start, 10_000).unwrap(), 0x280 + 8);
+    assert_mentions(&reason(Checkpoint::check_start(&start, 600)), &["pickle"]);
     let zip = reason(open_bytes(&config, b"PK\x03\x04 and so on"));
     assert_mentions(&zip, &["zip", "safetensors"]);
     assert_mentions(&reason(open_bytes(&config, b"")), &["only 0 bytes"]);
@@ -126,6 +130,64 @@ fn unlisted_variants_need_what_the_table_would_give() {
     let mut silent = other("vit_atto_patch4_8");
     silent.config["model_args"].as_object_mut().unwrap().remove("num_heads");
     assert_mentions(&silent.refusal(), &["num_heads"]);
+}
+
+/// What no tensor has to be there for.
+#[test]
+fn a_config_is_refused_by_itself() {
+    let check =
+        |draft: &Draft| Checkpoint::check_config(&serde_json::to_vec(&draft.config).unwrap());
+    let vit: [(&str, Value, &str); 18] = [
+        ("/architecture", json!("resnet50"), "resnet50"),
+        ("/model_args/depth", json!(1e300), "depth"),
+        ("/model_args/embed_dim", json!("4"), "embed_dim"),
+        ("/model_args/num_heads", json!(0), "num_heads"),
+        ("/model_args/patch_size", json!(-4), "patch_size"),
+        ("/model_args/mlp_ratio", json!(0), "mlp_ratio"),
+        ("/model_args/qkv_bias", json!(1), "qkv_bias"),
+        ("/model_args/in_chans", json!(1), "in_chans"),
+        ("/model_args/act_layer", json!("quick_gelu"), "act_layer"),
+        ("/model_args/init_values", json!(1e-5), "init_values"),
+        ("/pretrained_cfg/input_size", json!([3, 8, 16]), "input_size"),
+        ("/pretrained_cfg/interpolation", json!("random"), "interpolation"),
+        ("/pretrained_cfg/crop_pct", json!(2), "crop_pct"),
+        ("/pretrained_cfg/crop_mode", json!("squash"), "crop_mode"),
+        ("/pretrained_cfg/std", json!([1, 0, 1]), "std"),
+        ("/label_names", json!(["one"]), "label_names"),
+        ("/num_classes", json!(0), "0 classes"),
+        ("/num_classes", json!("3"), "config.json"),
+    ];
+    for (pointer, value, word) in vit {
+        assert_mentions(&reason(check(&Draft::vit().set(pointer, value))), &[word]);
+    }
+    for (key, value) in [("num_heads", json!([1, 0])), ("depths", json!([])), ("ape", json!(true))]
+    {
+        let draft = Draft::swin().set(&format!("/model_args/{key}"), value);
+        assert_mentions(&reason(check(&draft)), &[key]);
+    }
+    for draft in [Draft::vit(), Draft::swin()] {
+        check(&draft).unwrap();
+        // What the tensors tell need not be there.
+        check(&draft.set("/model_args", json!({}))).unwrap();
+    }
+}
+
+#[test]
+fn a_header_is_refused_as_the_whole_file_is() {
+    Draft::swin().check_header().unwrap();
+    let mut other = Draft::vit();
+    other.tensors.get_mut("norm.bias").unwrap().dtype = "I32";
+    assert_mentions(&other.refusal(), &["norm.bias", "element type I32"]);
+    // Lengths that do not add up.
+    let (config, model) = (Draft::vit().config.to_string(), Draft::vit().model_bytes());
+    let end = 8 + u64::from_le_bytes(model[..8].try_into().unwrap()) as usize;
+    for size in [end, model.len() - 1, model.len() + 1] {
+        let found = Checkpoint::check_header(config.as_bytes(), &model[..end], size as u64);
+        assert_mentions(&reason(found), &["truncated"]);
+    }
+    let cut = Checkpoint::check_header(config.as_bytes(), &model[..end - 1], model.len() as u64);
+    assert_mentions(&reason(cut), &["not a safetensors file"]);
+    assert_mentions(&reason(Checkpoint::check_size(17 << 30)), &["17"]);
 }
 
 /// Every contradiction names both values.
