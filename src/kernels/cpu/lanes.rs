@@ -519,6 +519,19 @@ macro_rules! both {
     };
 }
 
+/// An instruction on the bits of both halves.
+#[cfg(target_arch = "x86_64")]
+macro_rules! both_bits {
+    ($instruction:ident, $($operand:ident),+) => {
+        // SAFETY: the caller has AVX2.
+        unsafe {
+            let first = $instruction($(_mm256_castps_si256($operand.0)),+);
+            let second = $instruction($(_mm256_castps_si256($operand.1)),+);
+            Avx2(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
+        }
+    };
+}
+
 #[cfg(target_arch = "x86_64")]
 impl Lanes for Avx2 {
     #[inline(always)]
@@ -705,26 +718,12 @@ impl Lanes for Avx2 {
 
     #[inline(always)]
     unsafe fn add_bits(self, other: Self) -> Self {
-        // SAFETY: the caller has AVX2.
-        unsafe {
-            let [a, b] = [_mm256_castps_si256(self.0), _mm256_castps_si256(other.0)];
-            let first = _mm256_add_epi32(a, b); // vpaddd
-            let [a, b] = [_mm256_castps_si256(self.1), _mm256_castps_si256(other.1)];
-            let second = _mm256_add_epi32(a, b);
-            Self(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
-        }
+        both_bits!(_mm256_add_epi32, self, other) // vpaddd
     }
 
     #[inline(always)]
     unsafe fn subtract_bits(self, other: Self) -> Self {
-        // SAFETY: the caller has AVX2.
-        unsafe {
-            let [a, b] = [_mm256_castps_si256(self.0), _mm256_castps_si256(other.0)];
-            let first = _mm256_sub_epi32(a, b); // vpsubd
-            let [a, b] = [_mm256_castps_si256(self.1), _mm256_castps_si256(other.1)];
-            let second = _mm256_sub_epi32(a, b);
-            Self(_mm256_castsi256_ps(first), _mm256_castsi256_ps(second))
-        }
+        both_bits!(_mm256_sub_epi32, self, other) // vpsubd
     }
 
     #[inline(always)]
