@@ -65,6 +65,16 @@ pub fn transpose(from: &[f32], stride: usize, [rows, columns]: [usize; 2], to: &
     };
     #[cfg(not(target_arch = "x86_64"))]
     let (whole_rows, whole_columns) = (0, 0);
+    transpose_rest((from, stride), [rows, columns], [whole_rows, whole_columns], to);
+}
+
+/// What is left of a transposition after the first rows and columns. Rows of `from` begin `stride` elements apart.
+fn transpose_rest<T: Copy>(
+    (from, stride): (&[T], usize),
+    [rows, columns]: [usize; 2],
+    [whole_rows, whole_columns]: [usize; 2],
+    to: &mut [T],
+) {
     for column in 0..columns {
         let first = if column < whole_columns { whole_rows } else { 0 };
         for row in first..rows {
@@ -84,12 +94,7 @@ pub(crate) fn transpose_bytes(from: &[u8], [rows, columns]: [usize; 2], to: &mut
     let (whole_rows, whole_columns) = unsafe { transpose_sse2(from, [rows, columns], to) };
     #[cfg(not(target_arch = "x86_64"))]
     let (whole_rows, whole_columns) = (0, 0);
-    for column in 0..columns {
-        let first = if column < whole_columns { whole_rows } else { 0 };
-        for row in first..rows {
-            to[column * rows + row] = from[row * columns + column];
-        }
-    }
+    transpose_rest((from, columns), [rows, columns], [whole_rows, whole_columns], to);
 }
 
 /// As many rows and columns as make squares of 16; returns these numbers.
