@@ -1,6 +1,7 @@
 //! Row-wise dynamic log2 quantization of attention scores (methods/ubb.md, section 8):
 //! Δ = row maximum, e = round(−log2(max(x/Δ, 1e-8))), x̂ = Δ·2^(−e), 0 where e does not fit.
 
+use std::cell::LazyCell;
 use std::sync::Arc;
 
 use tch::{Kind, Tensor};
@@ -198,15 +199,16 @@ impl Quantizer for Log2Row {
         let counts = stairs.count_rows(values, Rows { width, largest: &largest, least_ratio });
         let beyond = stairs.len() as i64; // the exponent of no step
         let last = self.last_exponent() as i64;
-        let largest_exponent =
-            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps));
+        let largest_exponent = LazyCell::new(|| {
+            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps))
+        });
         for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
             let end = (first + TERM_EXPONENTS - 1).min(last);
             let inside = |steps: u8| {
                 let exponent = beyond - i64::from(steps);
                 (steps > 0 && (first..=end).contains(&exponent)).then_some(end - exponent)
             };
-            if first > 0 && first > largest_exponent {
+            if first > 0 && first > *largest_exponent {
                 break;
             }
             let factor = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX)) as f32;

@@ -113,7 +113,8 @@ impl Bins {
         }
         // Numbers too small to be normal ones are as close to each other as those above them.
         let normal = firsts.partition_point(|t| *t < 2.0 * f32::MIN_POSITIVE);
-        Self::from(0, &firsts, passed).or_else(|| Self::from(normal, &firsts, passed))
+        let from = |skipped| Self::from(skipped, &firsts, passed);
+        from(0).or_else(|| (normal > 0).then(|| from(normal)).flatten())
     }
 
     /// A table from a step on.

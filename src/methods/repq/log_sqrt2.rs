@@ -5,9 +5,9 @@
 //! odd exponents are two integer terms. Scores that cannot move a float32 sum with the largest of their
 //! row are left out of these.
 
-use std::sync::Arc;
-
+use std::cell::LazyCell;
 use std::f64::consts::SQRT_2;
+use std::sync::Arc;
 
 use tch::{Kind, Tensor};
 
@@ -143,8 +143,9 @@ impl LogSqrt2 {
         }
         let beyond = self.last_exponent() as i64 + 1; // the exponent of no step
         let last = beyond / 2;
-        let largest_exponent =
-            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps));
+        let largest_exponent = LazyCell::new(|| {
+            least_above_zero(&counts).map_or(0, |steps| beyond - i64::from(steps))
+        });
         for (parity, factor) in [(0, 1.0), (1, SQRT_2)] {
             for first in (0..=last).step_by(TERM_EXPONENTS as usize) {
                 let end = (first + TERM_EXPONENTS - 1).min(last);
@@ -154,7 +155,7 @@ impl LogSqrt2 {
                     let here = exponent % 2 == parity && (first..=end).contains(&halved);
                     (steps > 0 && here).then_some(end - halved)
                 };
-                if first > 0 && 2 * first - parity > largest_exponent {
+                if first > 0 && 2 * first - parity > *largest_exponent {
                     break;
                 }
                 let power = 2f64.powi(-i32::try_from(end).unwrap_or(i32::MAX));
