@@ -152,8 +152,8 @@ pub struct ProcessConfig {
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
-    /// Arithmetic of the models: simulated, integer (on CPUs and NVIDIA GPUs), float.
-    #[arg(long, env = "VITQ_EXECUTOR", default_value_t = Backend::Simulated, value_name = "NAME")]
+    /// Arithmetic of the models: integer (simulated on devices without kernels), simulated, float.
+    #[arg(long, env = "VITQ_EXECUTOR", default_value_t = Backend::Integer, value_name = "NAME")]
     pub executor: Backend,
     /// Largest batch on a device, in images.
     #[arg(long, env = "VITQ_MAX_BATCH", default_value_t = 32, value_name = "IMAGES",

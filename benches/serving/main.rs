@@ -14,6 +14,7 @@ mod subject;
 
 use clap::{Parser, ValueEnum};
 use serde_json::{Map, Value, json};
+use vitq::exec::Backend;
 
 use subject::{Subject, SubjectKind};
 
@@ -47,6 +48,9 @@ struct Args {
     /// Largest batch, and the bare executor's.
     #[arg(long, default_value_t = 8)]
     max_batch: usize,
+    /// Arithmetic of the server's models and of the bare one.
+    #[arg(long, default_value_t = Backend::Integer)]
+    executor: Backend,
     /// Images that may be in the server.
     #[arg(long, default_value_t = 64)]
     queue_images: usize,
@@ -97,6 +101,7 @@ async fn main() {
                 ("threads", json!(threads)),
                 ("cores", json!(cores)),
                 ("max_batch", json!(args.max_batch)),
+                ("executor", json!(args.executor.name())),
                 ("seconds", json!(args.seconds)),
             ] {
                 line.insert(key.to_owned(), value);

@@ -19,7 +19,6 @@ use vitq::data::{DecodeLimits, decode, preprocess};
 use vitq::engine::batcher::QueueLimits;
 use vitq::engine::device::Batching;
 use vitq::engine::{Engine, EngineConfig, QuantizedModel};
-use vitq::exec::Backend;
 use vitq::grpc::ops::Probes;
 use vitq::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use vitq::grpc::proto::quantize_event::Event;
@@ -95,6 +94,7 @@ impl Subject {
             checkpoints: Some(checkpoints),
             datasets: Some(demo("datasets")),
             queue: QueueLimits { images: args.queue_images, bytes: 512 << 20 },
+            backend: args.executor,
             batching: Batching { max_batch: args.max_batch, delay: Duration::ZERO },
             decode_threads: cores,
             ..EngineConfig::local(&data, tch::Device::Cpu)
@@ -115,7 +115,7 @@ impl Subject {
         let digest = made.model.unwrap().digest;
         let file = data.join("objects/sha256").join(format!("{digest}.safetensors"));
         let artifact = Artifact::from_bytes(MODEL, &fs::read(file).unwrap()).unwrap();
-        let bare = QuantizedModel::load(&artifact, tch::Device::Cpu, Backend::Simulated).unwrap();
+        let bare = QuantizedModel::load(&artifact, tch::Device::Cpu, args.executor).unwrap();
         Self { url, images, bare, channel, stop, served, _folder: folder }
     }
 

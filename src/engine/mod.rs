@@ -113,7 +113,7 @@ impl EngineConfig {
             upload_quota: 1 << 30,
             hub: None,
             devices: vec![device],
-            backend: Backend::Simulated,
+            backend: Backend::Integer,
             batching: Batching { max_batch: 8, delay: Duration::ZERO },
             queue: QueueLimits { images: 64, bytes: 256 << 20 },
             images_per_client: 0,

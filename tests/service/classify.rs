@@ -38,7 +38,7 @@ async fn answers_what_the_stored_model_computes() {
 
     let file = data.path().join("objects/sha256").join(format!("{}.safetensors", model.digest));
     let artifact = Artifact::from_bytes("m", &fs::read(file).unwrap()).unwrap();
-    let direct = QuantizedModel::load(&artifact, tch::Device::Cpu, Backend::Simulated).unwrap();
+    let direct = QuantizedModel::load(&artifact, tch::Device::Cpu, Backend::Integer).unwrap();
     for (item, image) in response.items.iter().zip([digit(3, 0), digit(7, 1)]) {
         let decoded = decode(&image, &DecodeLimits::default(), "image").unwrap();
         let how = &artifact.header.model.preprocessing;
