@@ -255,7 +255,9 @@ impl HeadShape {
     /// Whether there is a kernel for such heads.
     pub fn is_taken(self, scores: &FixedGrid) -> bool {
         let bins = match scores {
-            FixedGrid::Uniform(_) => 0,
+            // Four zero points share a word with codes.
+            FixedGrid::Uniform(grid) if (0.0..=grid.max_code).contains(&grid.zero_point) => 0,
+            FixedGrid::Uniform(_) => return false,
             FixedGrid::Stepped(bins) if bins.relative.is_none() => bins.count(),
             FixedGrid::Stepped(_) => return false,
         };
@@ -431,11 +433,22 @@ mod tests {
         assert_eq!(lowest(Some((tokens, 0.1))), (Some(tokens), 2));
     }
 
+    fn uniform(zero_point: f32) -> FixedGrid {
+        FixedGrid::Uniform(Grid { scale: 0.1, zero_point, max_code: 15.0 })
+    }
+
+    #[test]
+    fn scores_whose_zero_is_no_code_are_not_taken() {
+        let shape = HeadShape { windows: 2, tokens: 49, heads: 3, width: 32 };
+        let takes = |zero_point| shape.is_taken(&uniform(zero_point));
+        assert!(takes(-0.0) && takes(0.0) && takes(3.0) && takes(15.0));
+        assert!(!takes(-7.0) && !takes(16.0));
+    }
+
     #[test]
     fn heads_beyond_shared_memory_are_not_taken() {
-        let uniform = FixedGrid::Uniform(Grid { scale: 0.1, zero_point: 0.0, max_code: 15.0 });
         let takes = |tokens, heads, width| {
-            HeadShape { windows: 2, tokens, heads, width }.is_taken(&uniform)
+            HeadShape { windows: 2, tokens, heads, width }.is_taken(&uniform(0.0))
         };
         assert!(takes(197, 6, 64) && takes(577, 12, 64) && takes(49, 3, 32) && takes(65, 3, 32));
         assert!(takes(1, 2, 16) && takes(49, 2, 16));

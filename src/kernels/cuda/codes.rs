@@ -136,6 +136,16 @@ impl GpuCodes {
         }))
     }
 
+    /// `count` rows from the one at `first` on.
+    pub(super) fn part(&self, first: i64, count: i64) -> Result<Self> {
+        Ok(Self {
+            rows: count,
+            padding: self.padding,
+            codes: self.codes.f_narrow(1, first, count)?.f_contiguous()?,
+            grids: self.grids.f_narrow(2, first, count)?.f_contiguous()?,
+        })
+    }
+
     /// Groups of columns.
     pub fn groups(&self) -> i64 {
         self.padding.groups
@@ -301,6 +311,9 @@ mod tests {
             let found = GpuCodes::of_terms(&terms, bits).unwrap().unwrap();
             let largest = expected.abs().max().double_value(&[]);
             let decoded = found.decode().unwrap();
+            let part = found.part(2, 3).unwrap();
+            assert!(part.rows == 3 && part.codes.is_contiguous() && part.grids.is_contiguous());
+            assert!(part.decode().unwrap().equal(&decoded.narrow(0, 2, 3)));
             assert!((&decoded - &expected).abs().max().double_value(&[]) <= 1e-6 * largest);
             // What a product adds for zero points of the other operand: Σ x̂ of a row.
             let sums =

@@ -24,6 +24,9 @@ const MAX_GPUS: usize = 64;
 /// The first compute capability with asynchronous copies and integer products as the kernels use them.
 const MIN_CAPABILITY: (i32, i32) = (8, 0);
 
+/// Constants that are kept at once; a calibration that tries grids has some thousands.
+const MAX_CONSTANTS: usize = 1024;
+
 /// Threads of a warp.
 pub(super) const WARP: i64 = 32;
 
@@ -236,7 +239,7 @@ impl Gpu {
         Ok(())
     }
 
-    /// Values that many calls need, kept on the GPU.
+    /// Values that many calls need, kept on the GPU for a while.
     pub(super) fn constant<T: quantize::Constant>(&self, values: &[T]) -> Result<Tensor> {
         let mut constants = self.constants.lock().unwrap_or_else(PoisonError::into_inner);
         let kind = std::iter::once(T::WIDTH);
@@ -245,6 +248,10 @@ impl Gpu {
             return Ok(tensor.shallow_clone());
         }
         let tensor = Tensor::f_from_slice(values)?.f_to_device(self.device)?;
+        if constants.len() >= MAX_CONSTANTS {
+            // Whoever uses one has a reference to it.
+            constants.clear();
+        }
         constants.insert(key, tensor.shallow_clone());
         Ok(tensor)
     }

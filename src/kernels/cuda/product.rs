@@ -17,6 +17,9 @@ pub(super) const GRID_COLUMNS: i64 = 32;
 /// Values that are added and written at once to a product of a fixed grid.
 const VALUES: i64 = 4;
 
+/// Matrices of a launch at most: what the grid of blocks takes along its last axis.
+const MAX_MATRICES: i64 = u16::MAX as i64;
+
 /// Grids of a result at most.
 const MAX_GRIDS: usize = 3;
 
@@ -260,14 +263,28 @@ impl Gpu {
         }
         let (m, n) = (lhs.rows / batch, rhs.rows / batch);
         let out = Tensor::f_empty([batch, m, n], (Kind::Float, lhs.codes.device()))?;
+        if batch <= MAX_MATRICES {
+            self.multiply_matrices(lhs, rhs, &out)?;
+            return Ok(out);
+        }
+        for (first, count) in slices(batch) {
+            let (lhs, rhs) = (lhs.part(first * m, count * m)?, rhs.part(first * n, count * n)?);
+            self.multiply_matrices(&lhs, &rhs, &out.f_narrow(0, first, count)?)?;
+        }
+        Ok(out)
+    }
+
+    /// [`Gpu::product_batch`] of no more matrices than a launch takes, into `out` [batch, m, n].
+    fn multiply_matrices(&self, lhs: &GpuCodes, rhs: &GpuCodes, out: &Tensor) -> Result<()> {
+        let shape = out.size3()?;
         for term in 0..rhs.terms() {
             let (codes, grids) = (rhs.codes.f_select(0, term)?, rhs.grids.f_select(0, term)?);
             // The fourth number of a grid is its sum of codes.
             let rhs = Rhs { codes: &codes, grids: &grids, sums: (&grids, 3, 4), nibbles: false };
-            let target = Target::Values { out: &out, accumulate: term > 0 };
-            self.multiply((Lhs::Rows(lhs), rhs), (batch, m, n), Epilogue::default(), &target)?;
+            let target = Target::Values { out, accumulate: term > 0 };
+            self.multiply((Lhs::Rows(lhs), rhs), shape, Epilogue::default(), &target)?;
         }
-        Ok(out)
+        Ok(())
     }
 
     /// `residual` plus `lhs · weightᵀ (+ bias)`, float32 in the shape of the residual [images, rows, n];
@@ -438,6 +455,14 @@ impl Gpu {
     }
 }
 
+/// First and number of the matrices of each launch.
+fn slices(batch: i64) -> impl Iterator<Item = (i64, i64)> {
+    (0..parts(batch, MAX_MATRICES)).map(move |slice| {
+        let first = slice * MAX_MATRICES;
+        (first, MAX_MATRICES.min(batch - first))
+    })
+}
+
 fn fit(lhs: Padding, rhs: Padding) -> Result<()> {
     if lhs == rhs { Ok(()) } else { Err(misfit(lhs, rhs)) }
 }
@@ -479,6 +504,18 @@ mod tests {
             // Codes of a byte, too, whose rows take turns in another way.
             let program = Tiling::WIDE.source(false, Variant::FixedToCodes).compile(capability);
             assert!(program.unwrap().to_src().contains("mma.sync"));
+        }
+    }
+
+    #[test]
+    fn matrices_are_divided_among_launches() {
+        for batch in [1, MAX_MATRICES, MAX_MATRICES + 1, 3 * MAX_MATRICES] {
+            let mut next = 0;
+            for (first, count) in slices(batch) {
+                assert!(first == next && (1..=MAX_MATRICES).contains(&count));
+                next += count;
+            }
+            assert_eq!(next, batch);
         }
     }
 

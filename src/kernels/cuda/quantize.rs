@@ -20,8 +20,10 @@ pub(super) const THREADS: u32 = 256;
 pub(super) const ROWS: i64 = 8;
 /// Bytes of shared memory for each token of an allocation.
 const TOKEN_BYTES: i64 = 8;
-/// Tokens of an image that an allocation has room for.
-const MAX_TOKENS: i64 = (48 << 10) / TOKEN_BYTES;
+/// Tokens of an image that an allocation has room for, beside a few bytes of its own.
+const MAX_TOKENS: i64 = ((48 << 10) - 256) / TOKEN_BYTES;
+/// Groups of a row that a kernel has room for.
+const MAX_GROUPS: i64 = MAX_SEGMENTS;
 /// Most threads of a block.
 const MAX_THREADS: i64 = 1024;
 
@@ -331,9 +333,10 @@ impl Affine<'_> {
         self.rules.filter(|(rules, per_image)| rules.mixed && *per_image > 1)
     }
 
-    /// Whether there is room for an allocation, if there is one.
+    /// Whether there is room for a row's grids, and for an allocation if there is one.
     pub(super) fn fits(&self) -> bool {
-        self.mixed().is_none_or(|(_, per_image)| per_image <= MAX_TOKENS)
+        self.groups <= MAX_GROUPS
+            && self.mixed().is_none_or(|(_, per_image)| per_image <= MAX_TOKENS)
     }
 
     /// Whether codes are bytes.
@@ -710,6 +713,32 @@ mod tests {
             }
             assert!(!program.contains("fma.rn.f32 \t%f1, %f2, %f3"), "operations were contracted");
         }
+    }
+
+    #[test]
+    fn grids_and_tokens_beyond_shared_memory_are_left_to_tensors() {
+        assert!(source().text.contains(&format!("const int MAX_GROUPS = {MAX_GROUPS};")));
+        let rules = Rules {
+            bits: 4,
+            mixed: true,
+            first_factor: 1.0,
+            min_swaps: 1,
+            threshold: 1.1,
+            density: None,
+        };
+        let fits = |groups: i64, per_image: i64| {
+            let affine = Affine {
+                tokens: Tokens::new(per_image, 384, 1, 0).unwrap(),
+                groups,
+                max_code: 15.0,
+                rules: Some((rules, per_image)),
+                exact_constants: true,
+                stretch: None,
+            };
+            affine.fits()
+        };
+        assert!(fits(1, 197) && fits(64, 197) && fits(8, 4097));
+        assert!(!fits(96, 197) && !fits(384, 1) && !fits(8, 6144));
     }
 
     #[test]
