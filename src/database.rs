@@ -12,7 +12,7 @@ use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, Row as _, SqlSafeStr as _
 use crate::error::{Error, Result};
 
 /// Schema changes in order: version, name, text.
-const MIGRATIONS: [(i64, &str, &str); 7] = [
+const MIGRATIONS: [(i64, &str, &str); 8] = [
     (1, "jobs", include_str!("../migrations/0001_jobs.sql")),
     (2, "models", include_str!("../migrations/0002_models.sql")),
     (3, "units", include_str!("../migrations/0003_units.sql")),
@@ -20,6 +20,7 @@ const MIGRATIONS: [(i64, &str, &str); 7] = [
     (5, "principals", include_str!("../migrations/0005_principals.sql")),
     (6, "traces", include_str!("../migrations/0006_traces.sql")),
     (7, "shards", include_str!("../migrations/0007_shards.sql")),
+    (8, "installation", include_str!("../migrations/0008_installation.sql")),
 ];
 /// Connections at once; on SQLite, readers beside the one writer.
 const MAX_CONNECTIONS: u32 = 8;
@@ -135,6 +136,19 @@ impl Database {
             Dialect::Postgres => self.pool.begin().await,
         }
         .map_err(failed)
+    }
+
+    /// Who this database is: an id that no other one has, and that copies of it keep.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    pub async fn installation(&self) -> Result<String> {
+        let sql = "INSERT INTO installation (only_row, id) VALUES (1, $1) \
+                   ON CONFLICT (only_row) DO NOTHING";
+        let id = ulid::Ulid::generate().to_string();
+        sqlx::query(sql).bind(id).execute(&self.pool).await.map_err(failed)?;
+        let query = sqlx::query_scalar("SELECT id FROM installation");
+        query.fetch_one(&self.pool).await.map_err(failed)
     }
 
     /// The database's clock in milliseconds since the Unix epoch, as an expression.

@@ -1,11 +1,14 @@
 //! `vitq worker`: runs the jobs that servers accept, and serves nothing.
 
+use std::sync::Arc;
+
 use crate::cli::failure::Failure;
 use crate::cli::process::{Process, run};
 use crate::config::{Settings, WorkerConfig};
 use crate::device;
 use crate::engine::Engine;
 use crate::error::Result;
+use crate::grpc;
 
 /// Flags of the command.
 #[derive(clap::Args, Debug)]
@@ -33,7 +36,10 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     process.probes.attach(&engine);
     process.probes.readiness.set(true);
     tracing::info!(workers = config.workers, "working");
-    process.stop.cancelled().await;
+    tokio::select! {
+        () = process.stop.cancelled() => {}
+        () = grpc::watchdog(Arc::clone(&engine), process.probes.alive.clone()) => {}
+    }
     process.probes.readiness.set(false);
     engine.jobs.stop();
     match tokio::time::timeout(config.process.drain_timeout, engine.jobs.stopped()).await {

@@ -125,6 +125,17 @@ struct Vitals {
     is_lost: AtomicBool,
 }
 
+impl Vitals {
+    /// Whether an error on the device says that it has failed for good, which is kept.
+    fn note(&self, error: &Error) -> bool {
+        let sticky = is_sticky(error);
+        if sticky && !self.is_lost.swap(true, Ordering::AcqRel) {
+            tracing::error!(%error, "the device has failed for good");
+        }
+        sticky
+    }
+}
+
 /// The way to a device thread. The thread ends, its models with it, after the last handle is gone.
 #[derive(Clone, Debug)]
 pub struct DeviceHandle {
@@ -184,6 +195,12 @@ impl DeviceHandle {
     /// Whether the device has failed for good: nothing but another process can use it again.
     pub fn is_lost(&self) -> bool {
         self.vitals.is_lost.load(Ordering::Acquire)
+    }
+
+    /// Whether the device is lost, of which `error` may be the first sign: others use it, too.
+    pub(super) fn is_lost_after(&self, error: &Error) -> bool {
+        self.vitals.note(error);
+        self.is_lost()
     }
 
     /// Moves a model that was built on the device to its thread and warms it up there, between the
@@ -493,10 +510,8 @@ impl DeviceThread {
         let result = guarded(|| model.network.forward(images));
         self.vitals.busy_since.store(0, Ordering::Release);
         if let Err(error) = &result
-            && is_sticky(error)
+            && self.vitals.note(error)
         {
-            tracing::error!(%error, "the device has failed for good");
-            self.vitals.is_lost.store(true, Ordering::Release);
             return Err(Error::DeviceLost);
         }
         result
@@ -768,6 +783,19 @@ mod tests {
             assert!(matches!(error, Error::DeviceLost), "{error}");
         }
         assert!(device.is_lost() && batches.lock().unwrap().len() == 1);
+    }
+
+    #[tokio::test]
+    async fn errors_of_a_job_on_the_device_tell_that_it_is_lost() {
+        let device = with_sums(1).await;
+        let failed = |text: &str| Error::Device { source: tch::TchError::Torch(text.to_owned()) };
+        for harmless in [Error::Cancelled, failed("shapes do not match")] {
+            assert!(!device.is_lost_after(&harmless), "{harmless}");
+        }
+        assert!(device.is_lost_after(&failed("CUDA error: unspecified launch failure")));
+        assert!(device.is_lost_after(&Error::Cancelled), "for good");
+        let answer = classify(&device, 1, 1.0).await.unwrap();
+        assert!(matches!(answer, Err(Error::DeviceLost)));
     }
 
     /// Holds the device until so many images wait for it, pixel values 0, 1, ...

@@ -241,8 +241,8 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     }
 }
 
-/// Says whether every device still answers.
-async fn watchdog(engine: Arc<Engine>, alive: Flag) {
+/// Says whether every device still answers, as long as it is polled.
+pub(crate) async fn watchdog(engine: Arc<Engine>, alive: Flag) {
     let devices = engine.registry.devices();
     loop {
         look(devices, STUCK, &alive);

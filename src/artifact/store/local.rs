@@ -9,7 +9,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 
 use super::atomic::{self, Place, WriteFn};
-use super::{ArtifactStore, is_digest, not_found, verified};
+use super::{ArtifactStore, OWNER, is_digest, not_found, owner_in, verified};
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
@@ -92,6 +92,20 @@ impl LocalArtifactStore {
         Ok(names)
     }
 
+    /// Beside the folder of artifacts.
+    fn owner_path(&self) -> PathBuf {
+        self.folder.with_file_name(OWNER)
+    }
+
+    fn owner_blocking(&self) -> Result<Option<String>> {
+        let path = self.owner_path();
+        match fs::read(&path) {
+            Ok(bytes) => Ok(Some(owner_in(&bytes))),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(Error::io(path, error)),
+        }
+    }
+
     fn delete_blocking(&self, name: &str) -> Result<()> {
         let path = self.path(name)?;
         match fs::remove_file(&path) {
@@ -130,6 +144,19 @@ impl ArtifactStore for LocalArtifactStore {
 
     async fn older_than(&self, age: Duration) -> Result<Vec<String>> {
         self.blocking(move |store| store.older_than_blocking(age)).await
+    }
+
+    async fn owner(&self) -> Result<Option<String>> {
+        self.blocking(Self::owner_blocking).await
+    }
+
+    async fn give_to(&self, installation: &str) -> Result<()> {
+        let id = installation.to_owned();
+        self.blocking(move |store| {
+            let path = store.owner_path();
+            atomic::put(&path, id.as_bytes(), Place::Free, store.write).map(drop)
+        })
+        .await
     }
 
     async fn delete(&self, digest: &str) -> Result<()> {

@@ -47,6 +47,18 @@ impl ArtifactStore for MeasuredStore {
         result
     }
 
+    async fn owner(&self) -> Result<Option<String>> {
+        let result = self.0.owner().await;
+        store_operation("get", &result);
+        result
+    }
+
+    async fn give_to(&self, installation: &str) -> Result<()> {
+        let result = self.0.give_to(installation).await;
+        store_operation("put", &result);
+        result
+    }
+
     async fn delete(&self, digest: &str) -> Result<()> {
         let result = self.0.delete(digest).await;
         store_operation("delete", &result);

@@ -53,6 +53,18 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
     /// `Io` or `Unavailable` when the store cannot be asked.
     async fn older_than(&self, age: Duration) -> Result<Vec<String>>;
 
+    /// The id of the installation that may clean up here; `None` before [`ArtifactStore::give_to`].
+    ///
+    /// # Errors
+    /// `Io` or `Unavailable` when the store cannot be asked.
+    async fn owner(&self) -> Result<Option<String>>;
+
+    /// Gives the store to an installation, unless it belongs to one.
+    ///
+    /// # Errors
+    /// `Io` or `Unavailable` when the store refuses.
+    async fn give_to(&self, installation: &str) -> Result<()>;
+
     /// Forgets an artifact. Forgetting an unknown one is fine.
     ///
     /// # Errors
@@ -99,6 +111,14 @@ pub async fn put_named<T, F: Future<Output = Result<T>>>(
 /// Whether a name is a sha256 in hexadecimal digits: anything else names no artifact.
 fn is_digest(name: &str) -> bool {
     name.len() == 64 && name.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+}
+
+/// The object beside the artifacts that names their installation.
+const OWNER: &str = "installation";
+
+/// The id in that object; whatever else is there is nobody's.
+fn owner_in(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).trim().to_owned()
 }
 
 fn not_found(name: &str) -> Error {

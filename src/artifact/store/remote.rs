@@ -12,7 +12,7 @@ use object_store::{
 };
 use tokio_stream::StreamExt as _;
 
-use super::{ArtifactStore, is_digest, not_found, verified};
+use super::{ArtifactStore, OWNER, is_digest, not_found, owner_in, verified};
 use crate::digest::sha256_hex;
 use crate::error::{Error, Result};
 
@@ -26,6 +26,7 @@ const RETRY_TIMEOUT: Duration = Duration::from_secs(15);
 pub struct RemoteArtifactStore {
     objects: Box<dyn ObjectStore>,
     folder: ObjectPath,
+    owner: ObjectPath,
 }
 
 impl RemoteArtifactStore {
@@ -87,7 +88,8 @@ impl RemoteArtifactStore {
         };
         let prefix =
             ObjectPath::from_url_path(url.path()).map_err(|error| unusable(error.to_string()))?;
-        Ok(Self { objects, folder: prefix.join("sha256") })
+        let owner = prefix.clone().join(OWNER);
+        Ok(Self { objects, folder: prefix.join("sha256"), owner })
     }
 
     /// The only way from a digest to a name in the bucket.
@@ -177,6 +179,21 @@ impl ArtifactStore for RemoteArtifactStore {
             }
         }
         Ok(names)
+    }
+
+    async fn owner(&self) -> Result<Option<String>> {
+        let found = match self.objects.get(&self.owner).await {
+            Ok(found) => found,
+            Err(object_store::Error::NotFound { .. }) => return Ok(None),
+            Err(error) => return Err(unavailable(&error)),
+        };
+        let bytes = found.bytes().await.map_err(|error| unavailable(&error))?;
+        Ok(Some(owner_in(&bytes)))
+    }
+
+    async fn give_to(&self, installation: &str) -> Result<()> {
+        let bytes = Bytes::copy_from_slice(installation.as_bytes());
+        self.write(&self.owner, &bytes, PutMode::Create).await.map(drop)
     }
 
     async fn delete(&self, digest: &str) -> Result<()> {

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::artifact::store::ArtifactStore;
 use crate::data::DecodeLimits;
-use crate::engine::device::panic_text;
+use crate::engine::device::{DeviceHandle, panic_text};
 use crate::engine::garbage::Garbage;
 use crate::engine::registry::{ModelRegistry, blocking};
 use crate::engine::resources::Resources;
@@ -320,6 +320,10 @@ impl JobRunner {
 
     async fn next_work(&self, declined: &mut BTreeSet<JobId>) -> Option<Work> {
         loop {
+            if self.device().is_some_and(DeviceHandle::is_lost) {
+                // Whoever watches the process will end it; meanwhile others do the jobs.
+                self.stop.cancelled().await;
+            }
             if self.stop.is_cancelled() {
                 return None;
             }
@@ -388,6 +392,15 @@ impl JobRunner {
         .unwrap_or_else(|panic| Err(panicked(panic.as_ref())));
         reporter.flush();
         lock(&self.running).remove(&job.id);
+        if let Err(error) = &result
+            && self.device_is_lost_after(error)
+        {
+            // The lease runs out: another process takes the job, and the attempt counts, because the job
+            // may be what the device failed of.
+            tracing::error!(%error, "the job is left to others: the device is lost");
+            heart.abort();
+            return;
+        }
         let ended = self.runtime.block_on(self.end(&hold, result));
         heart.abort();
         match ended {
@@ -395,6 +408,15 @@ impl JobRunner {
             None if hold.is_lost() => metrics::lease_lost(),
             None => {}
         }
+    }
+
+    /// Whether the device of calibrations is lost for this process; `error` came up in a job.
+    fn device_is_lost_after(&self, error: &Error) -> bool {
+        self.device().is_some_and(|device| device.is_lost_after(error))
+    }
+
+    fn device(&self) -> Option<&DeviceHandle> {
+        self.parts.registry.devices().iter().find(|device| device.device() == self.parts.device)
     }
 
     /// Stores how a job ended. While the database cannot be reached the heart beats on, so that

@@ -144,6 +144,14 @@ impl ArtifactStore for Gated {
         self.inner.older_than(age).await
     }
 
+    async fn owner(&self) -> Result<Option<String>> {
+        self.inner.owner().await
+    }
+
+    async fn give_to(&self, installation: &str) -> Result<()> {
+        self.inner.give_to(installation).await
+    }
+
     async fn delete(&self, digest: &str) -> Result<()> {
         self.inner.delete(digest).await
     }
