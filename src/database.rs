@@ -7,7 +7,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
 use sqlx::migrate::{MigrateError, Migration, MigrationType, Migrator};
-use sqlx::{Any, AnyPool, AssertSqlSafe, Executor as _, Row as _, SqlSafeStr as _, Transaction};
+use sqlx::{
+    Any, AnyPool, AssertSqlSafe, Connection as _, Executor as _, Row as _, SqlSafeStr as _,
+    Transaction,
+};
 
 use crate::error::{Error, Result};
 
@@ -88,6 +91,15 @@ impl Database {
                         connection.execute(SQLITE_SETTINGS).await?;
                     }
                     Ok(())
+                })
+            })
+            .after_release(|connection, _| {
+                Box::pin(async move {
+                    // Behind a rollback that is still on its way.
+                    connection.ping().await?;
+                    // SQLite ends a transaction by itself when the disk is full, and refuses the
+                    // rollback: the driver then takes the transaction for open, and begins no other.
+                    Ok(!connection.is_in_transaction())
                 })
             })
             .connect_with(options)
@@ -286,6 +298,30 @@ mod tests {
         assert!(path.is_file());
         let again = Database::file(&path).await.unwrap();
         again.pool().fetch_all("SELECT * FROM jobs").await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_was_full_for_a_moment_leaves_no_broken_connection() {
+        let folder = tempfile::tempdir().unwrap();
+        let database = Database::file(&folder.path().join("db")).await.unwrap();
+        let insert = "INSERT INTO condemned (digest) VALUES (hex(randomblob(100000)))";
+        for _ in 0..3 {
+            let mut tx = database.write().await.unwrap();
+            // Holds for this connection alone.
+            tx.execute("PRAGMA max_page_count = 1").await.unwrap();
+            let error = failed(tx.execute(insert).await.unwrap_err());
+            assert!(error.is_disk_full(), "{error}");
+        }
+        // All that there may be at once: a broken one would be among them.
+        let mut connections = Vec::new();
+        for _ in 0..MAX_CONNECTIONS {
+            connections.push(database.pool().acquire().await.unwrap());
+        }
+        assert!(connections.iter().all(|connection| !connection.is_in_transaction()));
+        drop(connections);
+        let mut tx = database.write().await.unwrap();
+        tx.execute(insert).await.unwrap();
+        tx.commit().await.unwrap();
     }
 
     #[tokio::test]
