@@ -55,6 +55,9 @@ pub enum Error {
         /// Which state is missing.
         reason: String,
     },
+    /// The model left its device before the work's turn came.
+    #[error("the model was unloaded while the call was on its way")]
+    Unloaded,
     /// A queue or a limit is full; the call may be retried after the given time.
     #[error("{reason}")]
     Overloaded {
@@ -189,6 +192,7 @@ impl Error {
             Self::FailedPrecondition { reason } => {
                 Self::FailedPrecondition { reason: reason.clone() }
             }
+            Self::Unloaded => Self::Unloaded,
             Self::Overloaded { reason, retry_after } => {
                 Self::Overloaded { reason: reason.clone(), retry_after: *retry_after }
             }

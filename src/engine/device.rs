@@ -253,7 +253,8 @@ impl DeviceHandle {
         self.send(Command::Classify(entry))
     }
 
-    /// Runs a whole batch between the batches of queued images; the receiver gets its logits.
+    /// Runs a whole batch between the batches of queued images; the receiver gets its logits, or
+    /// `Unloaded` when the model left first.
     ///
     /// # Errors
     /// `Internal` when the thread is gone.
@@ -361,7 +362,7 @@ impl DeviceThread {
                 self.queue.push(entry);
             }
             Command::Classify(entry) => {
-                let _ = entry.reply.send(Err(unloaded())); // the caller may have left
+                let _ = entry.reply.send(Err(Error::Unloaded)); // the caller may have left
             }
             Command::Forward(bulk) => self.bulk.push_back(bulk),
             Command::Load { key, network, meter, reply } => self.load(key, network, meter, reply),
@@ -505,7 +506,7 @@ impl DeviceThread {
         if self.vitals.is_lost.load(Ordering::Acquire) {
             return Err(Error::DeviceLost);
         }
-        let model = self.models.get(&key).ok_or_else(unloaded)?;
+        let model = self.models.get(&key).ok_or(Error::Unloaded)?;
         self.vitals.busy_since.store(clock(), Ordering::Release);
         let result = guarded(|| model.network.forward(images));
         self.vitals.busy_since.store(0, Ordering::Release);
@@ -521,12 +522,6 @@ impl DeviceThread {
 fn refuse(batch: Vec<Image>, error: &Error) {
     for entry in batch {
         let _ = entry.reply.send(Err(error.replica())); // the caller may have left
-    }
-}
-
-fn unloaded() -> Error {
-    Error::FailedPrecondition {
-        reason: "the model was unloaded while the call was on its way".to_owned(),
     }
 }
 
@@ -688,7 +683,7 @@ mod tests {
         }
         assert_eq!(device.resident_bytes(), 0);
         let late = classify(&device, 1, 1.0).await.unwrap().unwrap_err();
-        assert!(matches!(late, Error::FailedPrecondition { .. }));
+        assert!(matches!(late, Error::Unloaded));
     }
 
     /// Does what its function does, and notes the batches that it gets.

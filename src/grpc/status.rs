@@ -111,7 +111,7 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
         Error::AlreadyExists { kind, name } => {
             (Code::AlreadyExists, of_kind(kind, "ALREADY_EXISTS"), resource(kind, name, error))
         }
-        Error::FailedPrecondition { .. } => {
+        Error::FailedPrecondition { .. } | Error::Unloaded => {
             (Code::FailedPrecondition, "FAILED_PRECONDITION".to_owned(), none)
         }
         Error::Overloaded { retry_after, .. } => (
@@ -199,6 +199,7 @@ mod tests {
                 Code::FailedPrecondition,
                 "FAILED_PRECONDITION",
             ),
+            (Error::Unloaded, Code::FailedPrecondition, "FAILED_PRECONDITION"),
             (
                 Error::Overloaded { reason: name(), retry_after: Duration::from_millis(200) },
                 Code::ResourceExhausted,

@@ -138,7 +138,7 @@ fn callers(device: &DeviceHandle, admission: &Admission) -> Vec<thread::JoinHand
                         assert!((1..=3).contains(&answer.batch_size));
                         answered += 1;
                     }
-                    Err(Error::FailedPrecondition { .. }) => {} // unloaded
+                    Err(Error::Unloaded) => {}
                     Err(error) => panic!("{error}"),
                 }
             }

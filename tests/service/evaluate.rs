@@ -1,12 +1,18 @@
 //! `EvaluationService`.
 
+use std::fs;
+use std::path::Path;
+
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use vitq::grpc::proto::evaluate_event::Event;
 use vitq::grpc::proto::longrunning::GetOperationRequest;
-use vitq::grpc::proto::{EvaluateEvent, EvaluateRequest, EvaluateResult, JobMetadata};
+use vitq::grpc::proto::{
+    DeleteModelRequest, EvaluateEvent, EvaluateRequest, EvaluateResult, EvaluationMetrics,
+    JobMetadata, UnloadModelRequest,
+};
 
-use crate::server::{Setup, TestServer, refusal};
+use crate::server::{Setup, TestServer, demo, refusal};
 
 /// Everything that an evaluation tells, to its end.
 pub(crate) async fn evaluate(
@@ -120,5 +126,94 @@ async fn unusable_requests_are_refused_at_once() {
     let check = EvaluateRequest { validate_only: true, ..request(10) };
     let events = evaluate(&server, check).await.unwrap();
     assert!(matches!(events[0].event, Some(Event::Validated(_))));
+    server.stop().await;
+}
+
+/// The images of an event that tells of some.
+fn counted(event: &EvaluateEvent) -> Option<u64> {
+    match &event.event {
+        Some(Event::Progress(progress)) => progress.metrics.as_ref().map(|found| found.images),
+        _ => None,
+    }
+}
+
+async fn unload(server: &TestServer) {
+    let request = UnloadModelRequest { model: "m".to_owned() };
+    server.models().unload_model(request).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn unloading_the_model_changes_nothing() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    server.make("m").await;
+    let undisturbed = result(evaluate(&server, request(0)).await.unwrap()).metrics.unwrap();
+    let mut events = server.evaluation().evaluate(request(0)).await.unwrap().into_inner();
+    let (mut all, mut unloaded) = (Vec::new(), 0);
+    while let Some(event) = events.next().await {
+        let event = event.unwrap();
+        if counted(&event).is_some() {
+            unload(&server).await;
+            unloaded += 1;
+        }
+        all.push(event);
+    }
+    assert!(unloaded > 0);
+    let metrics = result(all).metrics.unwrap();
+    let images_per_second = undisturbed.images_per_second;
+    assert_eq!(EvaluationMetrics { images_per_second, ..metrics }, undisturbed);
+    server.stop().await;
+}
+
+/// The digits of that name, each so many times.
+fn repeat(name: &str, folder: &Path, times: usize) {
+    for class in fs::read_dir(demo("datasets/digits").join(name)).unwrap() {
+        let class = class.unwrap();
+        let copies = folder.join(class.file_name());
+        fs::create_dir_all(&copies).unwrap();
+        for file in fs::read_dir(class.path()).unwrap() {
+            let file = file.unwrap();
+            for copy in 0..times {
+                let name = format!("{copy}-{}", file.file_name().into_string().unwrap());
+                fs::copy(file.path(), copies.join(name)).unwrap();
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn deleting_the_model_ends_its_evaluation() {
+    let data = tempfile::tempdir().unwrap();
+    let datasets = tempfile::tempdir().unwrap();
+    repeat("calib", &datasets.path().join("digits/calib"), 1);
+    // An evaluation that takes a while.
+    repeat("val", &datasets.path().join("val"), 20);
+    let setup = Setup { datasets: Some(datasets.path().to_owned()), ..Setup::default() };
+    let server = TestServer::with(&data, setup).await;
+    server.make("m").await;
+    let long = EvaluateRequest { dataset: "val".to_owned(), ..request(0) };
+    let mut events = server.evaluation().evaluate(long).await.unwrap().into_inner();
+    let (mut before, mut seen) = (None, Vec::new());
+    while let Some(event) = events.next().await {
+        let event = event.unwrap();
+        match (counted(&event), before) {
+            (Some(images), None) => {
+                unload(&server).await;
+                before = Some(images);
+            }
+            // It goes on with the model, which is back.
+            (Some(images), Some(earlier)) if images > earlier + 64 => {
+                let request = DeleteModelRequest { model: "m".to_owned() };
+                server.models().delete_model(request).await.ok();
+            }
+            _ => {}
+        }
+        seen.push(event);
+    }
+    let Some(Event::Error(error)) = seen.pop().and_then(|event| event.event) else {
+        panic!("it did not fail");
+    };
+    assert_eq!(error.code, i32::from(Code::FailedPrecondition), "{error:?}");
+    assert_eq!(error.message, "model `m` was deleted while it was evaluated");
     server.stop().await;
 }

@@ -113,9 +113,10 @@ fn reason(error: &Error) -> &'static str {
         Error::DeviceMemory { .. } => "oom",
         Error::Device { .. } | Error::DeviceLost => "device",
         Error::Draining | Error::Unavailable { .. } => "unavailable",
-        Error::AlreadyExists { .. } | Error::FailedPrecondition { .. } | Error::Busy { .. } => {
-            "precondition"
-        }
+        Error::AlreadyExists { .. }
+        | Error::FailedPrecondition { .. }
+        | Error::Unloaded
+        | Error::Busy { .. } => "precondition",
         Error::Unauthenticated { .. } | Error::PermissionDenied { .. } => "denied",
         Error::CorruptArtifact { .. } | Error::Io { .. } | Error::Internal { .. } => "internal",
     }

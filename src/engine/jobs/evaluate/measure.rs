@@ -1,6 +1,7 @@
 //! One worker's side of an evaluation: the model, the float model beside it, the list of images; and
 //! the numbers of some of them.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,7 +18,8 @@ use crate::engine::device::{DeviceHandle, LoadKey};
 use crate::engine::evaluator::Metrics;
 use crate::engine::jobs::EvaluateJob;
 use crate::engine::jobs::runner::JobRunner;
-use crate::engine::registry::Placement;
+use crate::engine::names::ModelId;
+use crate::engine::registry::{ModelRegistry, Placement};
 use crate::engine::resources::GoingOn;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
@@ -29,7 +31,10 @@ pub(super) const BATCH: usize = 32;
 pub(super) struct Measurement {
     record: Arc<ModelRecord>,
     backend: Backend,
-    placement: Placement,
+    /// Another one once the model was unloaded meanwhile.
+    placement: RefCell<Placement>,
+    registry: Arc<ModelRegistry>,
+    runtime: Handle,
     reference: Option<Reference>,
     samples: Vec<Sample>,
     limits: DecodeLimits,
@@ -58,8 +63,17 @@ impl Measurement {
                 Err(Error::Cancelled) => return Err(Error::Cancelled),
                 Err(error) => (None, Some(error)),
             };
-        let limits = parts.limits.clone();
-        Ok((Self { record, backend, placement, reference, samples, limits }, missing))
+        let measurement = Self {
+            record,
+            backend,
+            placement: placement.into(),
+            registry: Arc::clone(&parts.registry),
+            runtime: runner.runtime.clone(),
+            reference,
+            samples,
+            limits: parts.limits.clone(),
+        };
+        Ok((measurement, missing))
     }
 
     /// The model as it was stored.
@@ -106,20 +120,51 @@ impl Measurement {
         for batch in samples.chunks(BATCH).map(Some).chain([None]) {
             step(&metrics)?;
             let next = batch.map(|batch| self.start(batch)).transpose()?;
-            if let Some(pending) = before.take() {
-                self.add(pending, &mut metrics)?;
+            while let Some(pending) = before.take() {
+                let samples = pending.samples;
+                match self.add(pending, &mut metrics) {
+                    // Unloading frees memory, and ends no job.
+                    Err(Error::Unloaded) => {
+                        step(&metrics)?;
+                        self.load_again()?;
+                        before = Some(self.start(samples)?);
+                    }
+                    added => added?,
+                }
             }
             before = next;
         }
         Ok(metrics)
     }
 
+    /// # Errors
+    /// `FailedPrecondition` when the model was deleted; whatever the load reports.
+    fn load_again(&self) -> Result<()> {
+        let ModelRecord { id, digest, .. } = &*self.record;
+        let model = ModelId::parse(id, "model")?;
+        let loaded = match self.runtime.block_on(self.registry.ensure_loaded(&model)) {
+            // Another one may have the name by now.
+            Ok((record, placement)) => (record.digest == *digest).then_some(placement),
+            Err(Error::NotFound { .. }) => None,
+            Err(error) => return Err(error),
+        };
+        let placement = loaded.ok_or_else(|| {
+            let reason = format!("model `{id}` was deleted while it was evaluated");
+            Error::FailedPrecondition { reason }
+        })?;
+        tracing::info!("the model was unloaded, it is loaded again");
+        self.placement.replace(placement);
+        Ok(())
+    }
+
     fn start<'s>(&self, samples: &'s [Sample]) -> Result<Pending<'s>> {
         let pixels = load_pixels(samples, &self.record.model.preprocessing, &self.limits)?;
-        let Placement { device, key, .. } = &self.placement;
+        let Placement { device, key, .. } = &*self.placement.borrow();
         let float = self.reference.as_ref().map(|reference| {
             let Pixels { count, image_size, ref data } = pixels;
-            device.forward(reference.key, Pixels { count, image_size, data: data.clone() })
+            reference
+                .device
+                .forward(reference.key, Pixels { count, image_size, data: data.clone() })
         });
         let float = float.transpose()?;
         Ok(Pending { samples, logits: device.forward(*key, pixels)?, float })

@@ -94,7 +94,7 @@ impl From<&Error> for Failure {
                 Self::QuotaExceeded { subject: subject.clone(), reason: reason.clone() }
             }
             // Calls are refused so, never jobs.
-            Error::Unauthenticated(_) | Error::PermissionDenied { .. } => {
+            Error::Unauthenticated(_) | Error::PermissionDenied { .. } | Error::Unloaded => {
                 Self::FailedPrecondition { reason: error.to_string() }
             }
             Error::Cancelled => Self::Cancelled,
