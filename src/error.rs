@@ -122,6 +122,12 @@ pub enum Error {
         /// The other job's operation.
         operation: String,
     },
+    /// A job ended because too many workers fell silent over it.
+    #[error("{workers} workers died over this job, it is not tried again")]
+    WorkersDied {
+        /// How many.
+        workers: u32,
+    },
     /// The server is shutting down.
     #[error("the server is draining")]
     Draining,
@@ -215,6 +221,7 @@ impl Error {
             Self::Busy { model, operation } => {
                 Self::Busy { model: model.clone(), operation: operation.clone() }
             }
+            Self::WorkersDied { workers } => Self::WorkersDied { workers: *workers },
             Self::CorruptArtifact { path, reason } => Self::corrupt(path, reason),
             Self::Device { source } => {
                 Self::Device { source: tch::TchError::Torch(source.to_string()) }

@@ -157,6 +157,7 @@ fn details(error: &Error) -> (Code, String, ErrorDetails) {
             ErrorDetails::with_retry_info(Some(RETRY_STORE)),
         ),
         Error::Busy { .. } => (Code::Aborted, "MODEL_BUSY".to_owned(), none),
+        Error::WorkersDied { .. } => (Code::Aborted, "WORKERS_DIED".to_owned(), none),
         Error::CorruptArtifact { path, .. } => {
             (Code::DataLoss, "CORRUPT_ARTIFACT".to_owned(), resource("artifact", path, error))
         }
@@ -234,6 +235,7 @@ mod tests {
                 "STORE_UNAVAILABLE",
             ),
             (Error::Busy { model: name(), operation: name() }, Code::Aborted, "MODEL_BUSY"),
+            (Error::WorkersDied { workers: 3 }, Code::Aborted, "WORKERS_DIED"),
             (Error::corrupt("d", "flipped"), Code::DataLoss, "CORRUPT_ARTIFACT"),
             (io(io::ErrorKind::StorageFull), Code::ResourceExhausted, "DISK_FULL"),
             (io(io::ErrorKind::PermissionDenied), Code::Internal, "IO"),

@@ -137,6 +137,7 @@ pub(crate) const UNPROVOKED: &[(&str, &str)] = &[
     ("error while loading shared libraries: libtorch_cpu.so…", "the dynamic linker's"),
     ("the client is not installed: run …", "a test's"),
     ("operation … is making model …", "in time; tests/service/quantize.rs"),
+    ("… workers died over this job, it is not tried again", "a minute; tests/stores/job_store"),
     ("… jobs are waiting already", "in time"),
     ("grpc-status header missing, mapped from HTTP status code 404", "the operators' port is any"),
     ("the queue is full: … images are in the server", "in time; tests/service/overload.rs"),

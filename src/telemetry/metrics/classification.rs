@@ -116,7 +116,8 @@ fn reason(error: &Error) -> &'static str {
         Error::AlreadyExists { .. }
         | Error::FailedPrecondition { .. }
         | Error::Unloaded
-        | Error::Busy { .. } => "precondition",
+        | Error::Busy { .. }
+        | Error::WorkersDied { .. } => "precondition",
         Error::Unauthenticated { .. } | Error::PermissionDenied { .. } => "denied",
         Error::CorruptArtifact { .. } | Error::Io { .. } | Error::Internal { .. } => "internal",
     }

@@ -339,7 +339,8 @@ async fn a_dead_workers_job_goes_on_elsewhere_and_the_dead_cannot_write() {
         assert!(store.claim("other").await.unwrap().is_none());
         let record = store.get(&id).await.unwrap();
         assert_eq!(record.state, JobState::Failed);
-        assert!(record.outcome.unwrap().unwrap_err().to_string().contains("2 workers died"));
+        let error = record.outcome.unwrap().unwrap_err();
+        assert!(matches!(*error, Error::WorkersDied { workers: 2 }), "{error}");
     })
     .await;
 }

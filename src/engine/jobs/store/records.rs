@@ -65,6 +65,7 @@ enum Failure {
     Draining,
     Unavailable { reason: String },
     Busy { model: String, operation: String },
+    WorkersDied { workers: u32 },
     CorruptArtifact { path: String, reason: String },
     Device { reason: String },
     DiskFull { path: String },
@@ -107,6 +108,7 @@ impl From<&Error> for Failure {
             Error::Busy { model, operation } => {
                 Self::Busy { model: model.clone(), operation: operation.clone() }
             }
+            Error::WorkersDied { workers } => Self::WorkersDied { workers: *workers },
             Error::CorruptArtifact { path, reason } => {
                 Self::CorruptArtifact { path: path.clone(), reason: reason.clone() }
             }
@@ -144,6 +146,7 @@ impl From<Failure> for Error {
             Failure::Draining => Self::Draining,
             Failure::Unavailable { reason } => Self::Unavailable { what: "store", reason },
             Failure::Busy { model, operation } => Self::Busy { model, operation },
+            Failure::WorkersDied { workers } => Self::WorkersDied { workers },
             Failure::CorruptArtifact { path, reason } => Self::CorruptArtifact { path, reason },
             Failure::Device { reason } => Self::Device { source: tch::TchError::Torch(reason) },
             Failure::DiskFull { path } => Self::io(path, io::ErrorKind::StorageFull.into()),
@@ -206,6 +209,7 @@ mod tests {
             Error::Draining,
             Error::Unavailable { what: "store", reason: text() },
             Error::Busy { model: text(), operation: text() },
+            Error::WorkersDied { workers: 3 },
             Error::corrupt("path", "reason"),
             Error::Device { source: tch::TchError::Torch(text()) },
             Error::io("path", io::ErrorKind::StorageFull.into()),

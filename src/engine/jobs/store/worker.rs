@@ -65,9 +65,8 @@ impl JobStore {
             let over = if JobState::parse(&column::<String>(&row, 1)?)? == JobState::Cancelling {
                 Some(cancelled())
             } else if column::<i64>(&row, 2)? <= 0 {
-                let attempts = self.limits.attempts;
-                let reason = format!("{attempts} workers died over this job");
-                Some(Err(std::sync::Arc::new(Error::internal(reason))))
+                let workers = self.limits.attempts;
+                Some(Err(std::sync::Arc::new(Error::WorkersDied { workers })))
             } else {
                 None
             };
@@ -75,6 +74,10 @@ impl JobStore {
                 self.end(&mut tx, &id, &outcome).await?;
                 tx.commit().await.map_err(failed)?;
                 let kind = column::<String>(&row, 3)?;
+                if let Err(error) = &outcome {
+                    // No worker is left to say so.
+                    tracing::warn!(job = %id, kind, %error, "job ended");
+                }
                 metrics::job_ended(kind, JobState::of(&outcome).name(), None);
                 self.changed.send_replace(());
                 continue;
