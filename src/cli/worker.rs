@@ -34,9 +34,14 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     let process = Process::start(&config.process).await?;
     let engine = Engine::start(engine_config).await?;
     process.probes.attach(&engine);
-    process.probes.readiness.set(true);
     tracing::info!(workers = config.workers, "working");
+    let ready = async {
+        engine.wait_for_store().await;
+        process.probes.readiness.set(true);
+        std::future::pending().await
+    };
     tokio::select! {
+        () = ready => {}
         () = process.stop.cancelled() => {}
         () = grpc::watchdog(Arc::clone(&engine), process.probes.alive.clone()) => {}
     }

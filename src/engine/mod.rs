@@ -49,6 +49,9 @@ pub use quantized_model::{FloatModel, QuantizedModel};
 /// The database's name in the data folder.
 const DATABASE_FILE: &str = "vitq.sqlite";
 
+/// When a store that did not answer is asked again.
+const RETRY_STORE: Duration = Duration::from_secs(5);
+
 /// The name of the folder of local copies in the data folder.
 const CACHE_FOLDER: &str = "cache";
 
@@ -139,6 +142,7 @@ pub struct Engine {
     pub classifier: Classifier,
     /// Checkpoints and data sets.
     pub resources: Arc<Resources>,
+    artifacts: Arc<dyn ArtifactStore>,
     _upkeep: DropGuard,
 }
 
@@ -231,7 +235,7 @@ impl Engine {
         let resources = Arc::new(blocking(move || Resources::open(parts, runtime)).await?);
         let parts = RunnerParts {
             store: Arc::clone(&job_store),
-            artifacts,
+            artifacts: Arc::clone(&artifacts),
             garbage: garbage.clone(),
             registry: Arc::clone(&registry),
             resources: Arc::clone(&resources),
@@ -260,8 +264,18 @@ impl Engine {
             jobs: JobRunner::start(parts, Handle::current())?,
             registry,
             resources,
+            artifacts,
             _upkeep: stop.drop_guard(),
         }))
+    }
+
+    /// Returns once the artifact store has answered, however long that takes. The database has, or
+    /// there would be no engine.
+    pub async fn wait_for_store(&self) {
+        while let Err(error) = self.artifacts.reach().await {
+            tracing::error!(%error, "not ready: the artifact store does not answer, trying again");
+            tokio::time::sleep(RETRY_STORE).await;
+        }
     }
 
     /// Deletes a checkpoint or a data set that a client brought.

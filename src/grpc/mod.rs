@@ -209,6 +209,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     let serving = router.serve_with_incoming_shutdown(incoming, goodbye.clone().cancelled_owned());
     tokio::pin!(serving);
     let ready = async {
+        engine.wait_for_store().await;
         preload(&engine, &config.preload).await;
         probes.readiness.set(true);
         std::future::pending().await

@@ -8,6 +8,9 @@ use std::time::{Duration, Instant};
 
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 use tonic_types::StatusExt as _;
 use vitq::grpc::proto::inference_service_client::InferenceServiceClient;
 use vitq::grpc::proto::longrunning::WaitOperationRequest;
@@ -120,4 +123,23 @@ async fn a_job_waits_for_a_bucket_that_refuses_writes() {
     fs::remove_file(&objects).unwrap();
     assert_eq!(finish(&program, &operation).await.state(), JobState::Succeeded);
     classify(&program, "m").await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_not_ready_before_its_bucket_has_answered() {
+    let s3 = S3::start().await;
+    s3.accept(false);
+    let data = tempfile::tempdir().unwrap();
+    let flags = ["--store", &s3.url(), "--data-dir", data.path().to_str().unwrap()];
+    let flags = flags.map(str::to_owned).to_vec();
+    let program = Program::start(&Stores { flags, variables: s3.settings() }).await;
+    let mut health = HealthClient::new(program.channel.clone());
+    let whole = HealthCheckRequest::default;
+    let mut changes = health.watch(whole()).await.unwrap().into_inner();
+    assert_eq!(changes.next().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    tokio::time::sleep(outage()).await;
+    let status = health.check(whole()).await.unwrap().into_inner().status();
+    assert_eq!(status, ServingStatus::NotServing);
+    s3.accept(true);
+    assert_eq!(changes.next().await.unwrap().unwrap().status(), ServingStatus::Serving);
 }

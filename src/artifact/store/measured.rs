@@ -23,6 +23,10 @@ impl MeasuredStore {
 
 #[async_trait]
 impl ArtifactStore for MeasuredStore {
+    async fn reach(&self) -> Result<()> {
+        self.0.reach().await
+    }
+
     async fn put(&self, bytes: Bytes) -> Result<String> {
         let result = self.0.put(bytes).await;
         store_operation("put", &result);

@@ -28,6 +28,14 @@ pub use remote::RemoteArtifactStore;
 /// Stores immutable artifacts under the sha256 of their bytes.
 #[async_trait]
 pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
+    /// Asks whether the store answers. A folder was opened already, and has nothing to ask.
+    ///
+    /// # Errors
+    /// `Unavailable`.
+    async fn reach(&self) -> Result<()> {
+        Ok(())
+    }
+
     /// Stores the bytes under their digest, which is returned. Storing equal bytes again is fine.
     ///
     /// # Errors

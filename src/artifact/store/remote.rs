@@ -54,6 +54,9 @@ impl RemoteArtifactStore {
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
         let url = url::Url::parse(url).map_err(|error| unusable(error.to_string()))?;
         let bucket = url.host_str().unwrap_or_default().to_owned();
+        if bucket.is_empty() && ["s3", "gs", "az"].map(Some).contains(&scheme) {
+            return Err(unusable("names no bucket: SERVICE://BUCKET/PREFIX".to_owned()));
+        }
         let settings = settings.into_iter().map(|(key, value)| (key.to_ascii_lowercase(), value));
         let retry = RetryConfig { retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() };
         let failed = |error: object_store::Error| unusable(error.to_string());
@@ -131,6 +134,14 @@ impl RemoteArtifactStore {
 
 #[async_trait]
 impl ArtifactStore for RemoteArtifactStore {
+    /// By the beginning of a list: of a bucket that is not there, too, there are no objects.
+    async fn reach(&self) -> Result<()> {
+        match self.objects.list(Some(&self.folder)).next().await {
+            None | Some(Ok(_)) => Ok(()),
+            Some(Err(error)) => Err(unavailable(&error)),
+        }
+    }
+
     async fn put(&self, bytes: Bytes) -> Result<String> {
         let name = sha256_hex(&bytes);
         let path = self.path(&name)?;
@@ -224,7 +235,17 @@ mod tests {
     fn only_urls_of_known_services_are_taken() {
         let region = || [("AWS_REGION".to_owned(), "nowhere".to_owned())];
         RemoteArtifactStore::with_settings("s3://bucket/some/prefix", region()).unwrap();
-        for url in ["", "bucket", "http://host/bucket", "ftp://host", "s3:bucket"] {
+        for url in [
+            "",
+            "bucket",
+            "http://host/bucket",
+            "ftp://host",
+            "s3:bucket",
+            "s3://",
+            "s3:///some/prefix",
+            "gs:///some/prefix",
+            "az://",
+        ] {
             let error = RemoteArtifactStore::with_settings(url, region()).unwrap_err();
             assert!(
                 matches!(&error, Error::InvalidArgument { field, .. } if field == "store"),
