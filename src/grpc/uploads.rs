@@ -83,14 +83,12 @@ async fn receive(
             part = next(&mut stream) => part,
             () = engine.jobs.stopping() => Err(Error::Draining.into()),
         };
-        match part {
-            Ok(Some(Part::Chunk(chunk))) => receiver.chunk(chunk).await?,
+        let taken = match part {
+            Ok(Some(Part::Chunk(chunk))) => receiver.chunk(chunk).await,
             Ok(Some(Part::Image(UploadImage { name, content, sha256 }))) => {
-                receiver.image(&name, &content, &sha256).await?;
+                receiver.image(&name, &content, &sha256).await
             }
-            Ok(Some(Part::Header(_))) => {
-                return Err(Error::invalid("header", "must come once").into());
-            }
+            Ok(Some(Part::Header(_))) => Err(Error::invalid("header", "must come once")),
             Ok(None) => return Ok(receiver.finish().await?),
             Err(status) => {
                 if let Err(error) = receiver.pause().await {
@@ -98,6 +96,9 @@ async fn receive(
                 }
                 return Err(status);
             }
+        };
+        if let Err(error) = taken {
+            return Err(receiver.refuse(error).await.into());
         }
     }
 }

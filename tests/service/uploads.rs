@@ -438,10 +438,7 @@ async fn unusable_streams_name_the_field_and_leave_nothing() {
         for kind in [UploadKind::Dataset, UploadKind::Checkpoint] {
             let request = ListUploadsRequest { kind: kind.into(), ..Default::default() };
             let left = uploads(&server).list_uploads(request).await.unwrap().into_inner().uploads;
-            for upload in left {
-                assert!(!upload.complete, "{shown}");
-                delete(&server, kind, &upload.name).await.unwrap();
-            }
+            assert!(left.is_empty(), "{left:?}\n{shown}");
         }
     }
     assert_eq!(objects(&data), 0);

@@ -53,10 +53,15 @@ impl Receiver {
             Content::File { .. } => upload.received_bytes,
             Content::Images(_) => upload.received_images,
         };
-        let skip = received.checked_sub(offset).ok_or_else(|| {
+        let Some(skip) = received.checked_sub(offset) else {
             let reason = format!("only {received} were received so far, go on there");
-            Error::invalid("header.offset", reason)
-        })?;
+            let error = Error::invalid("header.offset", reason);
+            // What was received before can be gone on with; an upload of nothing holds but a name.
+            if received == 0 {
+                forget_unusable(&resources, &claim, &error).await;
+            }
+            return Err(error);
+        };
         let start = stored_start(&resources, &upload).await?;
         Ok(Self {
             resources,
@@ -71,6 +76,12 @@ impl Receiver {
         })
     }
 
+    /// Ends an upload with an error of what came; forgets it if that is unusable.
+    pub async fn refuse(self, error: Error) -> Error {
+        forget_unusable(&self.resources, &self.claim, &error).await;
+        error
+    }
+
     /// The upload, and what of it is stored.
     pub fn upload(&self) -> &Upload {
         &self.upload
@@ -80,8 +91,8 @@ impl Receiver {
     ///
     /// # Errors
     /// `InvalidArgument` on `chunk` for more bytes than announced, and for content that cannot be
-    /// what was announced: then the upload is forgotten. `FailedPrecondition` when another stream
-    /// took over; `Io` or `Unavailable` when a part cannot be stored. Otherwise what was stored
+    /// what was announced: [`Receiver::refuse`] is for these. `FailedPrecondition` when another
+    /// stream took over; `Io` or `Unavailable` when a part cannot be stored: then what was stored
     /// stays.
     pub async fn chunk(&mut self, mut chunk: Bytes) -> Result<()> {
         let Content::File { bytes, .. } = self.upload.announced.content else {
@@ -95,10 +106,7 @@ impl Receiver {
             let reason = format!("goes beyond the {bytes} bytes that were announced");
             return Err(Error::invalid("chunk", reason));
         }
-        if let Err(error) = self.check_start(&chunk, bytes).await {
-            self.forget_unusable(&error).await;
-            return Err(error);
-        }
+        self.check_start(&chunk, bytes).await?;
         while !chunk.is_empty() {
             let room = PART - self.buffer.len();
             self.buffer.extend_from_slice(&chunk.split_to(room.min(chunk.len())));
@@ -224,21 +232,9 @@ impl Receiver {
                 Ok(summary)
             }
             Err(error) => {
-                self.forget_unusable(&error).await;
+                forget_unusable(resources, claim, &error).await;
                 Err(error)
             }
-        }
-    }
-
-    /// Forgets an upload that failed a check which it would fail again.
-    async fn forget_unusable(&self, error: &Error) {
-        if !matches!(error, Error::InvalidArgument { .. } | Error::CorruptArtifact { .. }) {
-            return;
-        }
-        let Self { resources, claim, .. } = self;
-        match resources.table.discard(claim).await {
-            Ok(()) => resources.garbage.collect().await,
-            Err(error) => tracing::warn!(%error, "an unusable upload stays until it expires"),
         }
     }
 
@@ -260,6 +256,17 @@ impl Receiver {
         self.upload.received_bytes += size;
         self.upload.received_images += images;
         Ok(())
+    }
+}
+
+/// Forgets an upload that failed a check which it would fail again.
+async fn forget_unusable(resources: &Resources, claim: &Claim, error: &Error) {
+    if !matches!(error, Error::InvalidArgument { .. } | Error::CorruptArtifact { .. }) {
+        return;
+    }
+    match resources.table.discard(claim).await {
+        Ok(()) => resources.garbage.collect().await,
+        Err(error) => tracing::warn!(%error, "an unusable upload stays until it expires"),
     }
 }
 
