@@ -27,7 +27,7 @@ const CLIENTS: usize = 4;
 
 fn job(number: usize) -> NewJob {
     let model = ModelId::parse(&format!("m{number}"), "model").unwrap();
-    let spec = EvaluateJob { model, dataset: "d".into(), limit: None, seed: 0 };
+    let spec = EvaluateJob { model, alias: None, dataset: "d".into(), limit: None, seed: 0 };
     let request_id = Some(format!("r{number}"));
     NewJob {
         spec: JobSpec::Evaluate(spec),

@@ -12,7 +12,7 @@ use crate::grpc::proto::evaluation_service_client::EvaluationServiceClient;
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// Model id.
+    /// Model id or alias.
     #[arg(long, value_name = "ID")]
     model: String,
     /// Data set: a folder of class folders below the server's --datasets.

@@ -66,6 +66,7 @@ fn new_job(request: EvaluateRequest, principal: String) -> Result<NewJob> {
     let priority = checked_priority(priority)?;
     let job = EvaluateJob {
         model: ModelId::parse(&model, "model")?,
+        alias: None,
         dataset,
         limit: (limit > 0).then(|| usize::try_from(limit).unwrap_or(usize::MAX)),
         seed,

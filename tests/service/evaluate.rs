@@ -6,10 +6,10 @@ use std::path::Path;
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
 use vitq::grpc::proto::evaluate_event::Event;
-use vitq::grpc::proto::longrunning::GetOperationRequest;
+use vitq::grpc::proto::longrunning::{GetOperationRequest, ListOperationsRequest};
 use vitq::grpc::proto::{
     DeleteModelRequest, EvaluateEvent, EvaluateRequest, EvaluateResult, EvaluationMetrics,
-    JobMetadata, UnloadModelRequest,
+    JobMetadata, SetAliasRequest, UnloadModelRequest,
 };
 
 use crate::server::{Setup, TestServer, demo, refusal};
@@ -215,5 +215,40 @@ async fn deleting_the_model_ends_its_evaluation() {
     };
     assert_eq!(error.code, i32::from(Code::FailedPrecondition), "{error:?}");
     assert_eq!(error.message, "model `m` was deleted while it was evaluated");
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_alias_is_the_model_that_it_stood_for() {
+    let data = tempfile::tempdir().unwrap();
+    let server = TestServer::start(&data).await;
+    let point = async |model: &str| {
+        let request = SetAliasRequest { alias: "live".to_owned(), model: model.to_owned() };
+        server.models().set_alias(request).await.unwrap();
+    };
+    for model in ["first", "second"] {
+        server.make(model).await;
+    }
+    point("first").await;
+    let named =
+        EvaluateRequest { model: "live".to_owned(), request_id: "once".to_owned(), ..request(10) };
+    let events = evaluate(&server, named.clone()).await.unwrap();
+    let operation = events[0].operation.clone();
+    assert_eq!(result(events).model, "first");
+    let filter = "metadata.model=first AND metadata.kind=evaluate".to_owned();
+    let list = ListOperationsRequest { filter, ..Default::default() };
+    let listed = server.operations().list_operations(list).await.unwrap().into_inner().operations;
+    let metadata: JobMetadata = listed[0].metadata.as_ref().unwrap().to_msg().unwrap();
+    assert_eq!((listed[0].name.as_str(), metadata.model.as_str()), (&*operation, "first"));
+
+    // A repeated call finds its job wherever the alias leads by now; another one goes there.
+    point("second").await;
+    let events = evaluate(&server, named.clone()).await.unwrap();
+    assert_eq!(
+        (&events[0].operation, result(events.clone()).model.as_str()),
+        (&operation, "first")
+    );
+    let anew = EvaluateRequest { request_id: String::new(), ..named };
+    assert_eq!(result(evaluate(&server, anew).await.unwrap()).model, "second");
     server.stop().await;
 }

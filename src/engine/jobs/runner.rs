@@ -134,9 +134,7 @@ impl JobRunner {
         let runner = Arc::clone(self);
         blocking(move || match spec {
             JobSpec::Quantize(job) => quantize::check(&runner.parts, job).map(JobSpec::Quantize),
-            JobSpec::Evaluate(job) => {
-                evaluate::check(&runner.parts, &job).map(|()| JobSpec::Evaluate(job))
-            }
+            JobSpec::Evaluate(job) => evaluate::check(&runner.parts, job).map(JobSpec::Evaluate),
         })
         .await
     }

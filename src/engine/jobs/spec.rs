@@ -92,6 +92,10 @@ impl ImageChoice {
 pub struct EvaluateJob {
     /// The model.
     pub model: ModelId,
+    /// The alias that was given instead of its id. What that stood for was found when the job was
+    /// accepted: it may move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alias: Option<ModelId>,
     /// Name of the data set.
     pub dataset: String,
     /// Number of images to draw; `None` evaluates all.
@@ -151,15 +155,26 @@ impl JobSpec {
     /// # Errors
     /// `Internal` when the request cannot be written as JSON.
     pub fn fingerprint(&self) -> Result<String> {
-        let unpinned = match self {
-            Self::Quantize(job) if job.pinned.is_some() => {
-                &Self::Quantize(QuantizeJob { pinned: None, ..job.clone() })
+        fingerprint(&match self {
+            Self::Quantize(job) => Self::Quantize(QuantizeJob { pinned: None, ..job.clone() }),
+            Self::Evaluate(job) => {
+                let model = job.alias.as_ref().unwrap_or(&job.model).clone();
+                Self::Evaluate(EvaluateJob { model, alias: None, ..job.clone() })
             }
-            Self::Quantize(_) | Self::Evaluate(_) => self,
-        };
-        let json = serde_json::to_vec(unpinned)
-            .map_err(|error| Error::internal(format!("job as JSON: {error}")))?;
-        Ok(sha256_hex(&json))
+        })
+    }
+
+    /// Equal for requests that one job answers: not for those with an alias that moved in between.
+    ///
+    /// # Errors
+    /// As [`JobSpec::fingerprint`].
+    pub fn work_fingerprint(&self) -> Result<String> {
+        match self {
+            Self::Quantize(_) => self.fingerprint(),
+            Self::Evaluate(job) => {
+                fingerprint(&Self::Evaluate(EvaluateJob { alias: None, ..job.clone() }))
+            }
+        }
     }
 
     /// The images that came with the request.
@@ -170,5 +185,38 @@ impl JobSpec {
             }) => contents,
             Self::Quantize(_) | Self::Evaluate(_) => &[],
         }
+    }
+}
+
+fn fingerprint(spec: &JobSpec) -> Result<String> {
+    let json = serde_json::to_vec(spec)
+        .map_err(|error| Error::internal(format!("job as JSON: {error}")))?;
+    Ok(sha256_hex(&json))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_evaluation_by_an_alias_is_the_request_for_the_alias_and_the_work_of_its_model() {
+        let id = |name: &str| ModelId::parse(name, "model").unwrap();
+        let job = |model: &str, alias: Option<&str>| {
+            let (model, alias) = (id(model), alias.map(id));
+            JobSpec::Evaluate(EvaluateJob {
+                model,
+                alias,
+                dataset: "d".into(),
+                limit: None,
+                seed: 0,
+            })
+        };
+        let prints = |job: JobSpec| (job.fingerprint().unwrap(), job.work_fingerprint().unwrap());
+        let (by_alias, work) = prints(job("m", Some("live")));
+        assert_eq!(by_alias, prints(job("live", None)).0, "before and after the look at the alias");
+        assert_eq!(work, prints(job("m", None)).1);
+        assert_eq!(by_alias, prints(job("n", Some("live"))).0);
+        assert_ne!(work, prints(job("n", Some("live"))).1);
+        assert_eq!(job("m", Some("live")).model(), &id("m"));
     }
 }

@@ -56,7 +56,7 @@ fn quantize(model: &str, seed: u64) -> JobSpec {
 
 fn evaluate(model: &str) -> JobSpec {
     let model = ModelId::parse(model, "model").unwrap();
-    JobSpec::Evaluate(EvaluateJob { model, dataset: "d".into(), limit: None, seed: 0 })
+    JobSpec::Evaluate(EvaluateJob { model, alias: None, dataset: "d".into(), limit: None, seed: 0 })
 }
 
 async fn try_submit(

@@ -13,6 +13,7 @@ use crate::artifact::store::ModelRecord;
 use crate::calib::{Progress as _, ProgressUpdate};
 use crate::data::{Dataset, Sample};
 use crate::engine::evaluator::Metrics;
+use crate::engine::names::ModelId;
 use crate::engine::resources::DatasetLook;
 use crate::error::{Error, Result};
 
@@ -20,19 +21,24 @@ use measure::Measurement;
 
 pub(super) use shards::help;
 
-/// Checks what a request names. Blocking.
+/// Checks what a request names; the request with the model that an alias stands for. Blocking.
 ///
 /// # Errors
 /// `InvalidArgument`, `NotFound`.
-pub(super) fn check(parts: &RunnerParts, job: &EvaluateJob) -> Result<()> {
+pub(super) fn check(parts: &RunnerParts, mut job: EvaluateJob) -> Result<EvaluateJob> {
     let record = parts.registry.get(&job.model)?.record;
+    if record.id != job.model.as_str() {
+        let id = ModelId::parse(&record.id, "model")?;
+        job.alias = Some(std::mem::replace(&mut job.model, id));
+    }
     match parts.resources.look_at_dataset(&job.dataset, "dataset")? {
-        DatasetLook::Open(dataset) => choose(dataset, job, &record).map(drop),
+        DatasetLook::Open(dataset) => choose(dataset, &job, &record).map(drop)?,
         DatasetLook::Uploaded(info) => {
             check_classes(info.classes.len(), &record)?;
-            job.limit.map_or(Ok(()), |limit| info.check_count(limit, "limit"))
+            job.limit.map_or(Ok(()), |limit| info.check_count(limit, "limit"))?;
         }
     }
+    Ok(job)
 }
 
 /// Evaluates, together with other processes if there is much to do. `earlier` is what watchers were

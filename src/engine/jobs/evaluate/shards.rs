@@ -278,7 +278,8 @@ mod tests {
         let database = now.block_on(Database::file(&folder.path().join("jobs.db"))).unwrap();
         let store = Arc::new(JobStore::new(database, JobLimits::default()));
         let model = ModelId::parse("m", "model").unwrap();
-        let spec = EvaluateJob { model, dataset: "d".to_owned(), limit: None, seed: 0 };
+        let spec =
+            EvaluateJob { model, alias: None, dataset: "d".to_owned(), limit: None, seed: 0 };
         let id = now
             .block_on(store.submit(&NewJob {
                 spec: JobSpec::Evaluate(spec),

@@ -16,6 +16,14 @@ const REMEMBER: &str =
 /// Submissions that lose a race look again so often.
 const SUBMIT_ROUNDS: usize = 5;
 
+/// What a job is found by.
+struct Hashes {
+    /// [`JobSpec::fingerprint`]: of the request that an id stands for.
+    request: String,
+    /// [`JobSpec::work_fingerprint`]: of what is under way.
+    work: String,
+}
+
 impl JobStore {
     /// The job that an earlier call with this request id made or found.
     ///
@@ -40,12 +48,13 @@ impl JobStore {
     /// `Overloaded` when too many jobs wait; `QuotaExceeded` when too many are the principal's;
     /// `Unavailable`.
     pub async fn submit(&self, job: &NewJob) -> Result<Submitted> {
-        let spec_hash = job.spec.fingerprint()?;
+        let hashes =
+            Hashes { request: job.spec.fingerprint()?, work: job.spec.work_fingerprint()? };
         for _ in 0..SUBMIT_ROUNDS {
-            if let Some(id) = self.standing_in(job, &spec_hash).await? {
+            if let Some(id) = self.standing_in(job, &hashes).await? {
                 return Ok(Submitted { id, novelty: Novelty::Replayed });
             }
-            match self.insert(job, &spec_hash).await? {
+            match self.insert(job, &hashes).await? {
                 Some(id) => {
                     self.changed.send_replace(());
                     return Ok(Submitted { id, novelty: Novelty::New });
@@ -60,28 +69,29 @@ impl JobStore {
     }
 
     /// The job that answers a submission without a new one.
-    async fn standing_in(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
+    async fn standing_in(&self, job: &NewJob, hashes: &Hashes) -> Result<Option<JobId>> {
+        let Hashes { request, work } = hashes;
         if let Some(request_id) = &job.request_id
-            && let Some(id) = self.find_request(request_id, spec_hash).await?
+            && let Some(id) = self.find_request(request_id, request).await?
         {
             return Ok(Some(id));
         }
         let sql = "SELECT id, spec_hash FROM jobs \
                    WHERE active = 1 AND (spec_hash = $1 OR target = $2) ORDER BY id LIMIT 1";
         let target = job.spec.target().map(|model| model.as_str().to_owned());
-        let query = sqlx::query(sql).bind(spec_hash).bind(target);
+        let query = sqlx::query(sql).bind(work).bind(target);
         let row = query.fetch_optional(self.database.pool()).await.map_err(failed)?;
         let Some(row) = row else { return Ok(None) };
         let id = JobId::given(&column::<String>(&row, 0)?);
-        if column::<String>(&row, 1)? != spec_hash {
+        if column::<String>(&row, 1)? != *work {
             let model = job.spec.model().to_string();
             return Err(Error::Busy { model, operation: id.operation() });
         }
         let Some(request_id) = &job.request_id else { return Ok(Some(id)) };
-        let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(spec_hash);
+        let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(request);
         match query.execute(self.database.pool()).await {
             Ok(_) => Ok(Some(id)),
-            Err(error) if is_duplicate(&error) => self.find_request(request_id, spec_hash).await,
+            Err(error) if is_duplicate(&error) => self.find_request(request_id, request).await,
             Err(error) => Err(failed(error)),
         }
     }
@@ -99,7 +109,8 @@ impl JobStore {
     }
 
     /// `None` when a job or request that stands in the way appeared meanwhile.
-    async fn insert(&self, job: &NewJob, spec_hash: &str) -> Result<Option<JobId>> {
+    async fn insert(&self, job: &NewJob, hashes: &Hashes) -> Result<Option<JobId>> {
+        let Hashes { request, work } = hashes;
         let id = JobId::new();
         let mut tx = self.database.write().await?;
         let sql = "SELECT COUNT(*) FROM jobs WHERE state = 'queued' AND active = 1";
@@ -122,7 +133,7 @@ impl JobStore {
             .bind(job.spec.model().as_str())
             .bind(job.spec.target().map(|model| model.as_str().to_owned()))
             .bind(records::to_json(&job.spec)?)
-            .bind(spec_hash)
+            .bind(work)
             .bind(i64::from(job.priority))
             .bind(i64::from(self.limits.attempts))
             .bind(now)
@@ -136,7 +147,7 @@ impl JobStore {
             Err(error) => return Err(failed(error)),
         }
         if let Some(request_id) = &job.request_id {
-            let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(spec_hash);
+            let query = sqlx::query(REMEMBER).bind(request_id).bind(id.as_str()).bind(request);
             match query.execute(&mut *tx).await {
                 Ok(_) => {}
                 Err(error) if is_duplicate(&error) => return Ok(None),
