@@ -99,10 +99,7 @@ impl Args {
                     wait(one, timeout.map(Duration::from_secs), output).await
                 }
                 Action::Cancel(One { job, server }) => {
-                    let request = CancelOperationRequest { name: job.clone() };
-                    connect(&server).await?.cancel_operation(request).await?;
-                    let text = format!("{job} was asked to stop");
-                    output.result(text, &json!({ "cancelled": job }))
+                    cancel(connect(&server).await?, job, output).await
                 }
                 Action::Delete(One { job, server }) => {
                     let request = DeleteOperationRequest { name: job.clone() };
@@ -141,6 +138,20 @@ async fn list(mut client: Client, filter: String, output: &Output) -> Result<(),
         ]
     }));
     output.result(columns(&lines), &jobs.iter().map(Job::json).collect::<Result<Value, _>>()?)
+}
+
+/// Cancelling an ended job changes nothing, and the server does not say so: it is looked at before.
+async fn cancel(mut client: Client, name: String, output: &Output) -> Result<(), Failure> {
+    let request = GetOperationRequest { name: name.clone() };
+    let operation = client.get_operation(request).await?.into_inner();
+    if operation.done {
+        let job = Job::of(operation)?;
+        let state = job_state(&job.metadata);
+        let text = format!("{name} has ended already ({state})");
+        return output.result(text, &json!({ "ended": name, "state": state }));
+    }
+    client.cancel_operation(CancelOperationRequest { name: name.clone() }).await?;
+    output.result(format!("{name} was asked to stop"), &json!({ "cancelled": name }))
 }
 
 async fn watch(one: One, output: &Output) -> Result<(), Failure> {

@@ -130,7 +130,11 @@ fn parse_filter(text: &str) -> Result<JobFilter> {
                 filter.state = Some(state.map_err(|e| Error::invalid("filter", e.to_string()))?);
             }
             ("metadata.model", model) => filter.model = Some(model.to_owned()),
-            ("metadata.kind", kind) => filter.kind = Some(kind.to_owned()),
+            ("metadata.kind", kind) => {
+                let kind = JobSpec::parse_kind(&kind.to_ascii_lowercase());
+                let kind = kind.map_err(|e| Error::invalid("filter", e.to_string()))?;
+                filter.kind = Some(kind.to_owned());
+            }
             _ => {
                 let reason = format!(
                     "`{term}` is none of done=true, done=false, metadata.state=STATE, \

@@ -187,11 +187,13 @@ fn ctrl_c_leaves_the_job_and_says_how_to_cancel_it() {
 
     let state = server.json(&["jobs", "get", &job])["state"].clone();
     assert!(state == "running" || state == "queued", "{state}");
-    server.json(&["jobs", "cancel", &job]);
+    assert_eq!(server.json(&["jobs", "cancel", &job])["cancelled"], *job);
     let output = server.run(&["jobs", "wait", &job]);
     assert_eq!(output.status.code(), Some(FAILED));
     assert!(stderr(&output).contains("CANCELLED"), "{}", stderr(&output));
     assert_eq!(server.json(&["jobs", "get", &job])["state"], "cancelled");
+    let again = server.json(&["jobs", "cancel", &job]);
+    assert_eq!((&again["ended"], &again["state"]), (&job.into(), &"cancelled".into()));
 }
 
 #[test]

@@ -232,12 +232,20 @@ async fn repeated_requests_find_their_job_and_others_conflict() {
     let page = ListOperationsRequest { filter: "done=false".to_owned(), ..Default::default() };
     let listed = server.operations().list_operations(page).await.unwrap().into_inner();
     assert_eq!(listed.operations.len(), 1);
-    for (filter, count) in
-        [("metadata.state=running AND metadata.model=m", 1), ("metadata.state=FAILED", 0)]
-    {
+    for (filter, count) in [
+        ("metadata.state=running AND metadata.model=m AND metadata.kind=quantize", 1),
+        ("metadata.state=FAILED", 0),
+        ("metadata.kind=evaluate", 0),
+    ] {
         let page = ListOperationsRequest { filter: filter.to_owned(), ..Default::default() };
         let listed = server.operations().list_operations(page).await.unwrap().into_inner();
         assert_eq!(listed.operations.len(), count, "{filter}");
+    }
+    for filter in ["metadata.kind=bogus", "metadata.state=bogus", "bogus=1", "done=perhaps"] {
+        let page = ListOperationsRequest { filter: filter.to_owned(), ..Default::default() };
+        let status = server.operations().list_operations(page).await.unwrap_err();
+        let (code, field, _) = refusal(&status);
+        assert_eq!((code, &*field), (Code::InvalidArgument, "filter"), "{filter}");
     }
     let wait = WaitOperationRequest {
         name: accepted.operation,

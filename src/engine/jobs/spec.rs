@@ -11,6 +11,9 @@ use crate::engine::names::ModelId;
 use crate::engine::resources::ResourceKind;
 use crate::error::{Error, Result};
 
+/// The kinds of jobs.
+const KINDS: [&str; 2] = ["quantize", "evaluate"];
+
 /// What a job does.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
@@ -112,11 +115,23 @@ impl QuantizeJob {
 }
 
 impl JobSpec {
+    /// The [`JobSpec::kind`] of that name.
+    ///
+    /// # Errors
+    /// `InvalidArgument` on `kind`.
+    pub fn parse_kind(name: &str) -> Result<&'static str> {
+        KINDS
+            .into_iter()
+            .find(|kind| *kind == name)
+            .ok_or_else(|| Error::invalid("kind", format!("must be one of {}", KINDS.join(", "))))
+    }
+
     /// `quantize` or `evaluate`.
     pub fn kind(&self) -> &'static str {
+        let [quantize, evaluate] = KINDS;
         match self {
-            Self::Quantize(_) => "quantize",
-            Self::Evaluate(_) => "evaluate",
+            Self::Quantize(_) => quantize,
+            Self::Evaluate(_) => evaluate,
         }
     }
 
