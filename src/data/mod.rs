@@ -12,7 +12,7 @@ mod resample;
 
 pub use dataset::{Dataset, Sample, Source, check_subset, check_tar_start, has_image_name, is_tar};
 pub(crate) use decode::decode_by_content;
-pub use decode::{DecodeLimits, RgbImage, decode, is_image};
+pub use decode::{DecodeLimits, RgbImage, check_start, decode, is_image};
 pub use pixel_buffer::PixelBuffer;
 pub use pixels::{Pixels, load_pixels};
 pub use preprocess::{preprocess, resize_and_crop};

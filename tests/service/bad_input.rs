@@ -28,6 +28,10 @@ async fn unusable_requests_name_the_field() {
         let images = vec![Image { content: digit(0, 0).into() }; count];
         Some(Calibration::Images(CalibrationImages { images }))
     };
+    let followed = |content: &'static [u8]| {
+        let images = vec![Image { content: digit(0, 0).into() }, Image { content: content.into() }];
+        Some(Calibration::Images(CalibrationImages { images }))
+    };
     let listed = |file: &str, count| {
         let (name, files) = ("digits/calib".to_owned(), vec![file.to_owned()]);
         Some(Calibration::Dataset(CalibrationDataset { name, count, files }))
@@ -68,6 +72,8 @@ async fn unusable_requests_name_the_field() {
         (calibrated(listed("0/absent.png", 0)), bad, "dataset.files"),
         (calibrated(listed("0/absent.png", 3)), bad, "dataset.count"),
         (calibrated(inline(0)), bad, "images.images"),
+        (calibrated(followed(b"no image at all")), bad, "images.images[1].content"),
+        (calibrated(followed(b"")), bad, "images.images[1].content"),
         (calibrated(None), bad, "calibration"),
         (with(|r| r.request_id = "has space".into()), bad, "request_id"),
         (with(|r| _ = r.labels.insert("k".into(), "v".repeat(300))), bad, "labels"),

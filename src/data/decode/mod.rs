@@ -81,16 +81,29 @@ pub fn decode(bytes: &[u8], limits: &DecodeLimits, field: &str) -> Result<RgbIma
         .map_err(|reason| Error::invalid(field, reason))
 }
 
+/// Refuses what [`decode`] would refuse by its size and its first bytes.
+///
+/// # Errors
+/// As [`decode`].
+pub fn check_start(bytes: &[u8], limits: &DecodeLimits, field: &str) -> Result<()> {
+    format(bytes, limits).map(drop).map_err(|reason| Error::invalid(field, reason))
+}
+
 /// As [`decode`], but a decoder's panic is not caught.
 pub(crate) fn decode_by_content(bytes: &[u8], limits: &DecodeLimits) -> Result<RgbImage, String> {
-    limits.check_bytes(bytes.len())?;
-    match Format::of(bytes) {
-        Some(Format::Jpeg) => jpeg::decode(bytes, limits),
-        Some(Format::Png) => png::decode(bytes, limits),
-        Some(Format::Webp) => webp::decode(bytes, limits),
-        None if bytes.is_empty() => Err("the image is empty (zero bytes)".to_owned()),
-        None => Err("the bytes are neither a JPEG nor a PNG nor a WebP image".to_owned()),
+    match format(bytes, limits)? {
+        Format::Jpeg => jpeg::decode(bytes, limits),
+        Format::Png => png::decode(bytes, limits),
+        Format::Webp => webp::decode(bytes, limits),
     }
+}
+
+fn format(bytes: &[u8], limits: &DecodeLimits) -> Result<Format, String> {
+    limits.check_bytes(bytes.len())?;
+    Format::of(bytes).ok_or_else(|| match bytes {
+        [] => "the image is empty (zero bytes)".to_owned(),
+        _ => "the bytes are neither a JPEG nor a PNG nor a WebP image".to_owned(),
+    })
 }
 
 /// Whether a file that begins like this (12 bytes are enough) claims to be an image that

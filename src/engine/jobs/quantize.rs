@@ -12,7 +12,7 @@ use super::{Afterwards, ImageChoice, JobOutput, QuantizeJob};
 use crate::artifact::Artifact;
 use crate::artifact::store::RecordOrigin;
 use crate::calib::Progress as _;
-use crate::data::{DecodeLimits, Pixels, Sample, decode, load_pixels, preprocess};
+use crate::data::{DecodeLimits, Pixels, Sample, check_start, decode, load_pixels, preprocess};
 use crate::engine::pipeline::{self, CalibrationImages};
 use crate::engine::registry::ModelView;
 use crate::engine::resources::{DatasetLook, GoingOn, Resources};
@@ -117,7 +117,13 @@ fn check_count(count: usize, field: &str) -> Result<()> {
 fn check_images(parts: &RunnerParts, job: &QuantizeJob) -> Result<()> {
     let look = |name: &str| parts.resources.look_at_dataset(name, "dataset.name");
     match &job.images {
-        ImageChoice::Inline { contents, .. } => check_count(contents.len(), "images.images"),
+        ImageChoice::Inline { contents, .. } => {
+            check_count(contents.len(), "images.images")?;
+            let check = |(index, content): (usize, &Bytes)| {
+                check_start(content, &parts.limits, &content_field(index))
+            };
+            contents.iter().enumerate().try_for_each(check)
+        }
         ImageChoice::Drawn { dataset, count } => {
             check_count(*count, "dataset.count")?;
             match look(dataset)? {
@@ -149,12 +155,17 @@ fn samples(resources: &Resources, job: &QuantizeJob, going_on: GoingOn<'_>) -> R
     }
 }
 
+/// What the request calls the bytes of an image.
+fn content_field(index: usize) -> String {
+    format!("images.images[{index}].content")
+}
+
 fn decode_all(contents: &[Bytes], how: &Preprocessing, limits: &DecodeLimits) -> Result<Pixels> {
     let images = contents
         .par_iter()
         .enumerate()
         .map(|(index, bytes)| {
-            let image = decode(bytes, limits, &format!("images.images[{index}].content"))?;
+            let image = decode(bytes, limits, &content_field(index))?;
             preprocess(&image, how)
         })
         .collect::<Result<Vec<_>>>()?;
