@@ -7,7 +7,7 @@ mod sources;
 
 use std::convert::Infallible;
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::num::NonZero;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,13 +16,16 @@ use std::time::Duration;
 use clap::Args;
 use tch::Device;
 
+use crate::artifact::store;
 use crate::data::DecodeLimits;
+use crate::database;
+use crate::device;
 use crate::engine::EngineConfig;
 use crate::engine::batcher::QueueLimits;
 use crate::engine::device::Batching;
 use crate::engine::jobs::JobLimits;
 use crate::engine::names::ModelId;
-use crate::engine::resources::HubOwners;
+use crate::engine::resources::{HubOwners, check_hub};
 use crate::engine::response_cache::CacheLimits;
 use crate::error::{Error, Result};
 use crate::exec::Backend;
@@ -30,7 +33,7 @@ use crate::grpc::security::{Security, SecurityConfig};
 use crate::grpc::{ConnectionLimits, ServerConfig};
 use crate::telemetry::LogConfig;
 
-pub use settings::{Origin, Setting, Settings};
+pub use settings::{Origin, PathKind, Setting, Settings};
 pub use sources::{Parsed, parse};
 
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
@@ -203,6 +206,19 @@ pub struct ProcessConfig {
 }
 
 impl ServeConfig {
+    /// What a server refuses at its start, as far as that can be told without sockets, connections and
+    /// files' contents. libtorch's CUDA side must be open.
+    pub fn problems(&self, settings: &Settings) -> Vec<Error> {
+        let (data, ops) = (self.listen, self.process.ops_listen);
+        let mut problems = self.process.problems(settings);
+        problems.extend(self.security.check(data).err());
+        if collide(data, ops) {
+            problems
+                .push(Error::invalid("ops-listen", format!("{ops} is taken by --listen {data}")));
+        }
+        problems
+    }
+
     /// The engine's part; `devices` is what `device` stands for on this machine.
     pub fn engine(&self, devices: Vec<Device>) -> EngineConfig {
         let Self { process, workers, .. } = self;
@@ -238,6 +254,13 @@ impl ServeConfig {
 }
 
 impl WorkerConfig {
+    /// As [`ServeConfig::problems`], of a worker.
+    pub fn problems(&self, settings: &Settings) -> Vec<Error> {
+        let mut problems = self.process.problems(settings);
+        problems.extend(self.engine(Vec::new()).err());
+        problems
+    }
+
     /// The engine's part.
     ///
     /// # Errors
@@ -252,6 +275,16 @@ impl WorkerConfig {
 }
 
 impl ProcessConfig {
+    fn problems(&self, settings: &Settings) -> Vec<Error> {
+        let mut problems = settings.wrong_paths();
+        problems.extend(self.log.filter().err());
+        problems.extend(device::parse_list(&self.device).err());
+        problems.extend(self.database.as_ref().and_then(|url| database::check_url(&url.0).err()));
+        problems.extend(self.store.as_deref().and_then(|url| store::check_url(url).err()));
+        problems.extend(self.hub.as_ref().and_then(|_| check_hub().err()));
+        problems
+    }
+
     /// Whether the data folder holds anything of this process, which then has it to itself.
     pub fn uses_data_dir(&self) -> bool {
         self.database.is_none() || self.store.is_none()
@@ -309,6 +342,13 @@ impl FromStr for DatabaseUrl {
     }
 }
 
+/// Whether only one of two addresses can be listened at.
+fn collide(a: SocketAddr, b: SocketAddr) -> bool {
+    let all = |ip: IpAddr, other: IpAddr| ip.is_unspecified() && ip.is_ipv4() == other.is_ipv4();
+    let (x, y) = (a.ip(), b.ip());
+    a.port() != 0 && a.port() == b.port() && (x == y || all(x, y) || all(y, x))
+}
+
 fn at_least_one(text: &str) -> Result<usize> {
     text.parse()
         .ok()
@@ -350,6 +390,21 @@ mod tests {
         assert_eq!(server.drain_timeout, Duration::from_secs(30));
         assert_eq!(server.connections.age, Some(Duration::from_secs(600)));
         assert_eq!(server.drain_delay, Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_port_is_listened_at_once() {
+        for (a, b, are_one) in [
+            ("127.0.0.1:1", "127.0.0.1:1", true),
+            ("0.0.0.0:1", "127.0.0.1:1", true),
+            ("[::1]:1", "[::]:1", true),
+            ("127.0.0.1:0", "127.0.0.1:0", false),
+            ("127.0.0.1:1", "127.0.0.1:2", false),
+            ("127.0.0.1:1", "127.0.0.2:1", false),
+            ("0.0.0.0:1", "[::1]:1", false),
+        ] {
+            assert_eq!(collide(a.parse().unwrap(), b.parse().unwrap()), are_one, "{a} {b}");
+        }
     }
 
     #[test]

@@ -50,6 +50,25 @@ pub enum Dialect {
     Postgres,
 }
 
+/// Whether [`Database::open`] would understand a URL; nobody is asked.
+///
+/// # Errors
+/// `InvalidArgument` on `database`.
+pub fn check_url(url: &str) -> Result<()> {
+    parse_url(url).map(drop)
+}
+
+fn parse_url(url: &str) -> Result<(Dialect, AnyConnectOptions)> {
+    let dialect = match url.split_once(':') {
+        Some(("sqlite", _)) => Dialect::Sqlite,
+        Some(("postgres" | "postgresql", _)) => Dialect::Postgres,
+        _ => return Err(Error::invalid("database", "must be a postgres:// or sqlite:// URL")),
+    };
+    // The URL may hold a password: it is not repeated.
+    let options = url.parse().map_err(|_| Error::invalid("database", "is not a usable URL"))?;
+    Ok((dialect, options))
+}
+
 impl Database {
     /// Opens, or creates, the SQLite file.
     ///
@@ -74,14 +93,7 @@ impl Database {
     /// `FailedPrecondition` when its schema is of a newer version.
     pub async fn open(url: &str) -> Result<Self> {
         sqlx::any::install_default_drivers();
-        let dialect = match url.split_once(':') {
-            Some(("sqlite", _)) => Dialect::Sqlite,
-            Some(("postgres" | "postgresql", _)) => Dialect::Postgres,
-            _ => return Err(Error::invalid("database", "must be a postgres:// or sqlite:// URL")),
-        };
-        // The URL may hold a password: it is not repeated.
-        let options: AnyConnectOptions =
-            url.parse().map_err(|_| Error::invalid("database", "is not a usable URL"))?;
+        let (dialect, options) = parse_url(url)?;
         let pool = AnyPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
             .acquire_timeout(ACQUIRE_TIMEOUT)

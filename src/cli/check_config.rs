@@ -1,12 +1,15 @@
 //! `vitq check-config`: what a server or a worker would run with, and whether it could.
 
+use std::io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
+use std::mem;
+
 use serde_json::json;
 
-use crate::cli::args;
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, columns};
-use crate::config::{ProcessConfig, ServeConfig, Settings, WorkerConfig};
-use crate::error::{Error, Result};
+use crate::config::{ServeConfig, Settings, WorkerConfig};
+use crate::device;
+use crate::error::Error;
 
 /// Flags of the command.
 #[derive(clap::Args, Debug)]
@@ -28,33 +31,36 @@ enum Of {
 }
 
 impl Args {
-    /// Prints every setting with its origin.
+    /// Prints every setting with its origin, unless some have no value that could be shown.
     ///
     /// # Errors
-    /// `Usage`, with everything that is wrong.
-    pub(super) fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
-        print(settings, output)?;
-        let mut problems = settings.missing_paths();
-        let of_command = match &self.of {
-            None => check(&self.serve.process),
-            Some(Of::Serve(config)) => check(&config.process),
-            Some(Of::Worker(config)) => {
-                let mut problems = check(&config.process);
-                problems.extend(config.engine(Vec::new()).err());
-                problems
-            }
-        };
-        problems.extend(of_command.iter().map(Error::to_string));
+    /// `Unusable`, with everything that is wrong.
+    pub(super) fn run(self, settings: &mut Settings, output: &Output) -> Result<(), Failure> {
+        let mut problems = mem::take(&mut settings.mistakes);
         if problems.is_empty() {
-            return Ok(());
+            print(settings, output)?;
         }
-        Err(Failure::Usage(problems.join("\nerror: ")))
+        device::open_cuda_libraries();
+        problems.extend(match &self.of {
+            None => of_server(&self.serve, settings),
+            Some(Of::Serve(config)) => of_server(config, settings),
+            Some(Of::Worker(config)) => config.problems(settings),
+        });
+        if problems.is_empty() { Ok(()) } else { Err(Failure::Unusable(problems)) }
     }
 }
 
-fn check(config: &ProcessConfig) -> Vec<Error> {
-    let log = config.log.filter().err();
-    log.into_iter().chain(args::devices(&config.device).err()).collect()
+fn of_server(config: &ServeConfig, settings: &Settings) -> Vec<Error> {
+    let mut problems = config.problems(settings);
+    let files = config.security.open(config.listen).err();
+    problems.extend(files.filter(|error| !is_absence(error)));
+    problems
+}
+
+/// Whether a file is not there, or none: its path is among the problems already.
+fn is_absence(error: &Error) -> bool {
+    matches!(error, Error::Io { source, .. }
+        if [NotFound, NotADirectory, IsADirectory].contains(&source.kind()))
 }
 
 /// Prints settings as a table, or as JSON.

@@ -31,6 +31,8 @@ pub(super) enum Failure {
     },
     /// Flags that contradict each other or the world.
     Usage(String),
+    /// Settings and flags whose values cannot be used, at least one.
+    Unusable(Vec<Error>),
     /// The work did not succeed; the sentence says what happened and what to do next.
     Unfinished(String),
 }
@@ -48,18 +50,31 @@ impl From<Status> for Failure {
 }
 
 impl Failure {
+    /// An error about a setting or a flag: an unusable value is wrong usage.
+    pub(super) fn of_setting(error: Error) -> Self {
+        if matches!(error, Error::InvalidArgument { .. }) {
+            return Self::Unusable(vec![error]);
+        }
+        Self::Local(error)
+    }
+
     /// Says on stderr what happened, and gives the exit code.
     pub(super) fn report(&self, output: &Output) -> ExitCode {
         match output.format() {
-            Format::Text => eprintln!("error: {}", self.text()),
+            Format::Text => eprintln!("error: {}", self.text("\nerror: ")),
             Format::Json => eprintln!("{}", json!({ "error": self.json() })),
         }
-        ExitCode::from(if matches!(self, Self::Usage(_)) { USAGE } else { FAILED })
+        let is_usage = matches!(self, Self::Usage(_) | Self::Unusable(_));
+        ExitCode::from(if is_usage { USAGE } else { FAILED })
     }
 
-    fn text(&self) -> String {
+    /// What happened; several errors with this in between.
+    fn text(&self, between: &str) -> String {
         match self {
             Self::Local(error) => error.to_string(),
+            Self::Unusable(errors) => {
+                errors.iter().map(Error::to_string).collect::<Vec<_>>().join(between)
+            }
             Self::Usage(reason) | Self::Unfinished(reason) => reason.clone(),
             Self::Unreachable { server, reason } => {
                 format!("no connection to {server}: {reason}")
@@ -68,17 +83,34 @@ impl Failure {
         }
     }
 
-    fn json(&self) -> Value {
-        if let Self::Refused(status) = self {
-            return status_json(status);
-        }
-        let field = if let Self::Local(Error::InvalidArgument { field, .. }) = self {
-            Some(field)
-        } else {
-            None
-        };
-        json!({ "message": self.text(), "field": field })
+    /// What happened in one line.
+    pub(super) fn sentence(&self) -> String {
+        let text = self.text("; ");
+        text.lines().next().unwrap_or_default().to_owned()
     }
+
+    /// In the shape of a server's refusal, [`status_json`].
+    pub(super) fn json(&self) -> Value {
+        let errors = match self {
+            Self::Refused(status) => return status_json(status),
+            Self::Local(error) => std::slice::from_ref(error),
+            Self::Unusable(errors) => errors,
+            Self::Unreachable { .. } | Self::Usage(_) | Self::Unfinished(_) => &[],
+        };
+        json!({
+            "message": self.text("\n"),
+            "code": null,
+            "reason": null,
+            "fields": errors.iter().filter_map(field_json).collect::<Vec<_>>(),
+            "retry_after_seconds": null,
+            "request": null,
+        })
+    }
+}
+
+fn field_json(error: &Error) -> Option<Value> {
+    let Error::InvalidArgument { field, reason } = error else { return None };
+    Some(json!({ "field": field, "reason": reason }))
 }
 
 /// A status for people: its message, then a line for each detail that is not in the message.
@@ -164,6 +196,25 @@ mod tests {
         let json = status_json(&refused());
         assert_eq!(json["fields"][0]["field"], "weight_bits");
         assert_eq!(json["retry_after_seconds"], 1.5);
+    }
+
+    #[test]
+    fn errors_have_one_shape_whoever_made_them() {
+        let unusable = Failure::Unusable(vec![
+            Error::invalid("store", "must be a URL"),
+            Error::invalid("hub", "is not there"),
+        ]);
+        let json = unusable.json();
+        assert_eq!(json["message"], "store: must be a URL\nhub: is not there");
+        assert_eq!(json["fields"][1], json!({ "field": "hub", "reason": "is not there" }));
+        let keys = |json: &Value| json.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        for failure in [
+            Failure::Refused(Box::new(refused())),
+            Failure::Local(Error::Cancelled),
+            Failure::Usage("wrong".to_owned()),
+        ] {
+            assert_eq!(keys(&failure.json()), keys(&json));
+        }
     }
 
     #[test]

@@ -32,6 +32,7 @@ mod worker;
 
 use std::env;
 use std::ffi::OsString;
+use std::mem;
 use std::process::ExitCode;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
@@ -95,9 +96,12 @@ enum Command {
 
 /// Runs the program with this process's arguments.
 pub fn main() -> ExitCode {
-    let (cli, settings) = parse().unwrap_or_else(|error| error.exit());
+    let (cli, mut settings) = match parse() {
+        Ok(parsed) => parsed,
+        Err(error) => return refuse(&error),
+    };
     let output = Output::new(cli.json);
-    match cli.command.run(&settings, &output) {
+    match cli.command.run(&mut settings, &output) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => failure.report(&output),
     }
@@ -121,8 +125,24 @@ fn parse() -> Result<(Cli, Settings), clap::Error> {
     Ok((Cli::from_arg_matches(&matches)?, settings))
 }
 
+/// Prints clap's help, or what it says of a wrong command line: as JSON if that asks for it.
+fn refuse(error: &clap::Error) -> ExitCode {
+    let asks_for_json = env::args_os().skip(1).take_while(|a| a != "--").any(|a| a == "--json");
+    if !error.use_stderr() || !asks_for_json {
+        error.exit()
+    }
+    let text = error.to_string();
+    let message = text.split("\n\nUsage:").next().unwrap_or_default();
+    let message = message.split("\n\nFor more information").next().unwrap_or_default();
+    let message = message.trim().trim_start_matches("error: ").replace("\nerror: ", "\n");
+    Failure::Usage(message).report(&Output::new(true))
+}
+
 impl Command {
-    fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
+    fn run(self, settings: &mut Settings, output: &Output) -> Result<(), Failure> {
+        if !settings.mistakes.is_empty() && !matches!(self, Self::CheckConfig(_)) {
+            return Err(Failure::Unusable(mem::take(&mut settings.mistakes)));
+        }
         if matches!(self, Self::Bench(_) | Self::Predict(_)) {
             telemetry::log_warnings();
         }

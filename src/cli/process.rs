@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::net::SocketAddr;
+use std::path::Path;
 
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -30,7 +31,7 @@ impl Process {
     /// # Errors
     /// `FailedPrecondition` when the folder is another process's; `Io` when the port cannot be used.
     pub(super) async fn start(config: &ProcessConfig) -> Result<Self> {
-        let claim = config.uses_data_dir().then(|| claim_folder(&config.data_dir)).transpose()?;
+        let claim = config.uses_data_dir().then(|| claim(&config.data_dir)).transpose()?;
         let stop = shutdown::on_signal()?;
         let listener = listen(config.ops_listen).await?;
         let (probes, probing) = (Probes::default(), CancellationToken::new());
@@ -40,24 +41,39 @@ impl Process {
     }
 }
 
-/// Runs such a command to its end.
+/// The data folder for this process; who cannot have it is told by which setting it is meant.
+fn claim(data_dir: &Path) -> Result<File> {
+    claim_folder(data_dir).map_err(|error| {
+        if let Error::Io { path, source } = error {
+            return Error::io(format!("data-dir: {}", path.display()), source);
+        }
+        error
+    })
+}
+
+/// Runs such a command to its end, unless its settings have problems.
 ///
 /// # Errors
-/// Whatever `work` gives; `InvalidArgument` for unusable log settings; `Io` without threads.
+/// Whatever `work` gives; `Unusable` for unusable settings; `Io` without threads.
 pub(super) fn run(
     config: &ProcessConfig,
     settings: &Settings,
+    problems: impl FnOnce() -> Vec<Error>,
     work: impl Future<Output = Result<()>>,
 ) -> Result<(), Failure> {
     let runtime = Runtime::new().map_err(|error| Error::io("tokio runtime", error))?;
-    let telemetry = runtime.block_on(async { telemetry::start(&config.log) })?;
+    let telemetry = runtime.block_on(async { telemetry::start(&config.log) });
+    let telemetry = telemetry.map_err(Failure::of_setting)?;
     tracing::info!(settings = settings.line(), "configuration");
     device::open_cuda_libraries();
-    let result = runtime.block_on(work);
+    let result = match problems() {
+        none if none.is_empty() => runtime.block_on(work).map_err(Failure::of_setting),
+        problems => Err(Failure::Unusable(problems)),
+    };
     telemetry.end();
     // Work that outlived the drain must not keep the process.
     runtime.shutdown_background();
-    Ok(result?)
+    result
 }
 
 /// A socket on an address.

@@ -25,14 +25,13 @@ impl Args {
     /// flag.
     ///
     /// # Errors
-    /// `Usage` for an address that needs protection; `InvalidArgument` for an unusable flag; `Io` when
-    /// a port or a folder cannot be used.
+    /// `Unusable` for unusable settings; `Io` when a port or a folder cannot be used.
     pub(super) fn run(self, settings: &Settings, output: &Output) -> Result<(), Failure> {
         if self.print_config {
             return check_config::print(settings, output);
         }
-        self.config.security.check(self.config.listen).map_err(Failure::Usage)?;
-        run(&self.config.process, settings, serve(&self.config))
+        let config = &self.config;
+        run(&config.process, settings, || config.problems(settings), serve(config))
     }
 }
 

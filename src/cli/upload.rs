@@ -211,7 +211,9 @@ fn is_temporary(failure: &Failure) -> bool {
     match failure {
         Failure::Unreachable { .. } => true,
         Failure::Refused(status) => is_broken(status),
-        Failure::Local(_) | Failure::Usage(_) | Failure::Unfinished(_) => false,
+        Failure::Local(_) | Failure::Usage(_) | Failure::Unusable(_) | Failure::Unfinished(_) => {
+            false
+        }
     }
 }
 

@@ -21,10 +21,11 @@ impl Args {
     /// Runs until a signal stops it; the jobs that run then are given back.
     ///
     /// # Errors
-    /// `InvalidArgument` for an unusable flag; `Io` when a port or a folder cannot be used;
-    /// `Unavailable` when the database or the store cannot be reached.
+    /// `Unusable` for unusable settings; `Io` when a port or a folder cannot be used; `Unavailable`
+    /// when the database or the store cannot be reached.
     pub(super) fn run(self, settings: &Settings) -> Result<(), Failure> {
-        run(&self.config.process, settings, work(&self.config))
+        let config = &self.config;
+        run(&config.process, settings, || config.problems(settings), work(config))
     }
 }
 

@@ -4,30 +4,30 @@ use std::collections::BTreeSet;
 
 use clap::Command;
 
-use super::sources::suggestion;
+use super::sources::nearest;
+use crate::error::Error;
 
 /// What our variables begin with.
 const PREFIX: &str = "VITQ_";
 /// Variables of the build, which may still be set when its result runs.
 const OF_THE_BUILD: [&str; 1] = ["VITQ_CUDA"];
 
-/// Looks for variables of ours that no command knows.
-///
-/// # Errors
-/// A sentence that names them all.
-pub(super) fn check(command: &Command, variables: &[(String, String)]) -> Result<(), String> {
-    let known: BTreeSet<String> = known(command);
-    let unknown: Vec<String> = variables
-        .iter()
-        .filter(|(name, value)| {
-            name.starts_with(PREFIX) && !known.contains(name) && !is_service_link(name, value)
-        })
-        .map(|(name, _)| format!("`{name}`{}", suggestion(name, known.iter().map(String::as_str))))
-        .collect();
-    if unknown.is_empty() {
-        return Ok(());
-    }
-    Err(format!("unknown environment variables: {}", unknown.join("; ")))
+/// Variables of ours that no command knows, each with what was probably meant.
+pub(super) fn check(command: &Command, variables: &[(String, String)]) -> Vec<Error> {
+    let known = known(command);
+    let mistake = |(name, value): &(String, String)| {
+        let own = name.strip_prefix(PREFIX)?;
+        if known.contains(name) || is_service_link(name, value) {
+            return None;
+        }
+        // What all have in common says nothing about likeness.
+        let known = known.iter().filter_map(|name| name.strip_prefix(PREFIX));
+        let near = nearest(own, known)
+            .map(|near| format!(", did you mean `{PREFIX}{near}`?"))
+            .unwrap_or_default();
+        Some(Error::invalid(name, format!("unknown environment variable{near}")))
+    };
+    variables.iter().filter_map(mistake).collect()
 }
 
 /// The variables of a command and of those below it.
@@ -54,19 +54,29 @@ mod tests {
 
     use super::*;
 
-    fn complaint(variables: &[(&str, &str)]) -> Option<String> {
-        let inner = Command::new("serve").arg(Arg::new("a").long("a").env("VITQ_LISTEN"));
+    fn complaints(variables: &[(&str, &str)]) -> Vec<String> {
+        let inner = Command::new("serve")
+            .arg(Arg::new("a").long("a").env("VITQ_LISTEN"))
+            .arg(Arg::new("b").long("b").env("VITQ_LOG"));
         let command = Command::new("vitq").subcommand(inner);
         let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
-        check(&command, &variables.iter().map(owned).collect::<Vec<_>>()).err()
+        let variables: Vec<_> = variables.iter().map(owned).collect();
+        check(&command, &variables).iter().map(Error::to_string).collect()
     }
 
     #[test]
     fn unknown_variables_are_named_with_what_was_meant() {
-        assert_eq!(complaint(&[("VITQ_LISTEN", "x"), ("PATH", "x"), ("VITQ_CUDA", "1")]), None);
-        let text = complaint(&[("VITQ_LISTN", "x"), ("VITQ_PORT", "50051")]).unwrap();
-        assert!(text.contains("`VITQ_LISTN`, did you mean `VITQ_LISTEN`?"), "{text}");
-        assert!(text.contains("`VITQ_PORT`"), "{text}");
+        let known = [("VITQ_LISTEN", "x"), ("PATH", "x"), ("VITQ_CUDA", "1")];
+        assert_eq!(complaints(&known), [""; 0]);
+        let unknown = [("VITQ_LISTN", "x"), ("VITQ_PORT", "50051"), ("VITQ_FOO", "x")];
+        assert_eq!(
+            complaints(&unknown),
+            [
+                "VITQ_LISTN: unknown environment variable, did you mean `VITQ_LISTEN`?",
+                "VITQ_PORT: unknown environment variable",
+                "VITQ_FOO: unknown environment variable",
+            ]
+        );
     }
 
     #[test]
@@ -79,6 +89,6 @@ mod tests {
             ("VITQ_PORT_50051_TCP", "tcp://10.0.0.1:50051"),
             ("VITQ_SERVER_PORT_50051_TCP_PROTO", "tcp"),
         ];
-        assert_eq!(complaint(&links), None);
+        assert_eq!(complaints(&links), [""; 0]);
     }
 }

@@ -1,25 +1,33 @@
 //! What is in force, and where it comes from.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 
 use clap::parser::ValueSource;
 use clap::{Arg, ArgMatches, Command, ValueHint};
 use serde::Serialize;
 
 use super::sources::NO_SETTINGS;
+use crate::error::Error;
 
 /// Stands for the value of a secret.
 const HIDDEN: &str = "(hidden)";
+/// How the help calls the value of a flag that takes a folder.
+const FOLDER: &str = "DIR";
 /// Folders that are made when they are missing.
 const MADE: [&str; 2] = ["data-dir", "cache-dir"];
 
 /// The settings of a command, in the order of its help.
-#[derive(Clone, Debug, Default, Serialize)]
+#[derive(Debug, Default, Serialize)]
 #[serde(transparent)]
 pub struct Settings {
     /// One for each flag.
     pub list: Vec<Setting>,
+    /// What the file and the environment say that nobody can use.
+    #[serde(skip)]
+    pub mistakes: Vec<Error>,
 }
 
 /// A setting.
@@ -33,9 +41,20 @@ pub struct Setting {
     pub value: Option<String>,
     /// Where the value comes from.
     pub origin: Origin,
-    /// Files and folders that it names and that must be there.
+    /// Files and folders that it names.
     #[serde(skip)]
-    pub paths: Vec<PathBuf>,
+    pub paths: Vec<(PathBuf, PathKind)>,
+}
+
+/// What a path has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PathKind {
+    /// A file that is there.
+    File,
+    /// A folder that is there.
+    Folder,
+    /// A folder, which is made when it is missing.
+    MadeFolder,
 }
 
 /// Where a value comes from, the strongest first.
@@ -70,6 +89,7 @@ impl Settings {
         command: &Command,
         matches: &ArgMatches,
         from_file: &BTreeSet<String>,
+        mistakes: Vec<Error>,
     ) -> Self {
         let setting = |arg: &Arg| {
             let key = arg.get_long().filter(|key| !NO_SETTINGS.contains(key))?;
@@ -81,7 +101,7 @@ impl Settings {
                 _ => Origin::Default,
             };
             let raw: Vec<_> = matches.get_raw(id).into_iter().flatten().collect();
-            let must_exist = arg.get_value_hint() == ValueHint::AnyPath && !MADE.contains(&key);
+            let path = |value| path_kind(arg, key).map(|kind| (PathBuf::from(value), kind));
             let value = raw.iter().map(|v| v.to_string_lossy()).collect::<Vec<_>>().join(",");
             let value = if arg.is_hide_env_values_set() { HIDDEN.to_owned() } else { value };
             Some(Setting {
@@ -89,14 +109,10 @@ impl Settings {
                 variable: arg.get_env().map(|name| name.to_string_lossy().into_owned()),
                 value: (!raw.is_empty()).then_some(value),
                 origin,
-                paths: if must_exist {
-                    raw.iter().map(PathBuf::from).collect()
-                } else {
-                    Vec::new()
-                },
+                paths: raw.iter().filter_map(path).collect(),
             })
         };
-        Self { list: command.get_arguments().filter_map(setting).collect() }
+        Self { list: command.get_arguments().filter_map(setting).collect(), mistakes }
     }
 
     /// All of them in one line, with the origins of those that somebody chose.
@@ -113,14 +129,75 @@ impl Settings {
         self.list.iter().filter_map(text).collect::<Vec<_>>().join(", ")
     }
 
-    /// Files and folders that should be there and are not, each with its key.
-    pub fn missing_paths(&self) -> Vec<String> {
-        let missing = |setting: &Setting| {
-            let paths = setting.paths.iter().filter(|path| !path.exists());
-            paths
-                .map(|path| format!("{}: {} does not exist", setting.key, path.display()))
-                .collect::<Vec<_>>()
+    /// Files and folders that are not what they have to be, each with its key.
+    pub fn wrong_paths(&self) -> Vec<Error> {
+        let wrong = |setting: &Setting| -> Vec<Error> {
+            let complaints = setting.paths.iter().filter_map(|(path, kind)| kind.complaint(path));
+            complaints.map(|reason| Error::invalid(&setting.key, reason)).collect()
         };
-        self.list.iter().flat_map(missing).collect()
+        self.list.iter().flat_map(wrong).collect()
+    }
+}
+
+impl PathKind {
+    /// Why a path cannot be used.
+    fn complaint(self, path: &Path) -> Option<String> {
+        let shown = path.display();
+        match (self, fs::metadata(path)) {
+            (Self::File, Ok(found)) if found.is_dir() => Some(format!("{shown} is a folder")),
+            (Self::Folder | Self::MadeFolder, Ok(found)) if !found.is_dir() => {
+                Some(format!("{shown} is not a folder"))
+            }
+            (Self::File | Self::Folder | Self::MadeFolder, Ok(_)) => None,
+            (kind, Err(error)) if error.kind() == ErrorKind::NotFound => {
+                (kind != Self::MadeFolder).then(|| format!("{shown} does not exist"))
+            }
+            (_, Err(error)) => Some(format!("{shown}: {error}")),
+        }
+    }
+}
+
+/// What the paths of a flag have to be, if it takes any: its help says so.
+fn path_kind(arg: &Arg, key: &str) -> Option<PathKind> {
+    if arg.get_value_hint() != ValueHint::AnyPath {
+        return None;
+    }
+    let is_folder = arg.get_value_names().is_some_and(|names| names.iter().any(|n| n == FOLDER));
+    Some(match is_folder {
+        true if MADE.contains(&key) => PathKind::MadeFolder,
+        true => PathKind::Folder,
+        false => PathKind::File,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_has_to_be_what_its_flag_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let (there, missing) = (folder.path(), folder.path().join("missing"));
+        let file = there.join("file");
+        fs::write(&file, "").unwrap();
+        let below = file.join("below");
+        for (kind, path, complaint) in [
+            (PathKind::File, file.as_path(), None),
+            (PathKind::File, there, Some("is a folder")),
+            (PathKind::File, &missing, Some("does not exist")),
+            (PathKind::Folder, there, None),
+            (PathKind::Folder, &file, Some("is not a folder")),
+            (PathKind::Folder, &missing, Some("does not exist")),
+            (PathKind::MadeFolder, &missing, None),
+            (PathKind::MadeFolder, &file, Some("is not a folder")),
+            (PathKind::MadeFolder, &below, Some("Not a directory")),
+        ] {
+            let said = kind.complaint(path);
+            let as_expected = match (&said, complaint) {
+                (Some(said), Some(text)) => said.contains(text) && said.contains("/"),
+                (said, text) => said.is_none() && text.is_none(),
+            };
+            assert!(as_expected, "{kind:?} {path:?}: {said:?}");
+        }
     }
 }

@@ -3,18 +3,19 @@
 //! The file's keys are the flags' names. What it holds becomes flags that nobody gave, before the
 //! command line is parsed: there is one list of settings, and it is the flags'.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::{Table, Value};
 
 use super::environment;
 use super::settings::Settings;
+use crate::error::{Error, Result};
 
 /// The flag that names the file; commands that have it have settings.
 const CONFIG: &str = "config";
@@ -32,10 +33,11 @@ pub struct Parsed {
     pub settings: Settings,
 }
 
-/// Parses a command line, with the file that it or the environment names.
+/// Parses a command line, with the file that it or the environment names. Mistakes in the file and
+/// unknown variables are in the settings, all of them; what they spoil has its default.
 ///
 /// # Errors
-/// Usage: unusable flags, variables or keys, and unknown ones.
+/// Usage: unusable flags and variables; then also the mistakes that were found besides.
 pub fn parse(
     command: &Command,
     arguments: &[OsString],
@@ -51,23 +53,55 @@ pub fn parse(
     if !leaf.get_arguments().any(|arg| arg.get_id() == CONFIG) {
         return without_settings(strictly(arguments)?);
     }
-    let usage = |text: String| built.clone().error(ErrorKind::InvalidValue, text);
-    environment::check(&built, variables).map_err(usage)?;
-    let Some(path) = given.try_get_one::<PathBuf>(CONFIG).ok().flatten() else {
-        let matches = strictly(arguments)?;
-        let settings = Settings::new(leaf, self::leaf(&built, &matches).1, &BTreeSet::new());
-        return Ok(Parsed { matches, settings });
+    let mut mistakes = environment::check(&built, variables);
+    let path = given.try_get_one::<PathBuf>(CONFIG).ok().flatten();
+    let file = path.and_then(|path| File::read(path).map_err(|error| mistakes.push(error)).ok());
+    let mut added = file
+        .as_ref()
+        .map(|file| file.flags(&built, leaf, given, &mut mistakes))
+        .unwrap_or_default();
+    let matches = loop {
+        let mut all = arguments.to_vec();
+        all.extend(added.values().flatten().map(OsString::from));
+        let error = match strictly(&all) {
+            Ok(matches) => break matches,
+            Err(error) => error,
+        };
+        // clap stops at the first unusable value: without it, it tells the next one.
+        let key = key_at_fault(&error).filter(|key| added.contains_key(key));
+        match (&file, key) {
+            (Some(file), Some(key)) => {
+                mistakes.push(file.blame(&error));
+                added.remove(&key);
+            }
+            (Some(file), None) if strictly(arguments).is_ok() => {
+                mistakes.push(file.blame(&error));
+                return Err(usage(&mistakes, ""));
+            }
+            _ if mistakes.is_empty() => return Err(error),
+            _ => return Err(usage(&mistakes, &error.to_string())),
+        }
     };
-    let file = File::read(path).map_err(usage)?;
-    let Added { flags, keys } = file.flags(&built, leaf, given).map_err(usage)?;
-    let mut all = arguments.to_vec();
-    all.extend(flags.into_iter().map(OsString::from));
-    let matches = strictly(&all).map_err(|error| match strictly(arguments) {
-        Ok(_) => usage(file.blame(&error)),
-        Err(theirs) => theirs,
-    })?;
-    let settings = Settings::new(leaf, self::leaf(&built, &matches).1, &keys);
+    let keys = added.into_keys().collect();
+    let settings = Settings::new(leaf, self::leaf(&built, &matches).1, &keys, mistakes);
     Ok(Parsed { matches, settings })
+}
+
+/// The key, or flag, whose value clap refuses.
+fn key_at_fault(error: &clap::Error) -> Option<String> {
+    let Some(ContextValue::String(arg)) = error.get(ContextKind::InvalidArg) else { return None };
+    let name = arg.split([' ', '=']).next()?;
+    name.strip_prefix("--").map(str::to_owned)
+}
+
+/// Mistakes, and what clap says besides, which begins and ends as its messages do.
+fn usage(mistakes: &[Error], besides: &str) -> clap::Error {
+    let mistakes = mistakes.iter().map(Error::to_string).collect::<Vec<_>>().join("\nerror: ");
+    let separator = if besides.is_empty() { "" } else { "\n" };
+    clap::Error::raw(
+        ErrorKind::InvalidValue,
+        format!("{mistakes}{separator}{}\n", besides.trim_end()),
+    )
 }
 
 fn without_settings(matches: ArgMatches) -> Result<Parsed, clap::Error> {
@@ -85,13 +119,6 @@ fn leaf<'a>(command: &'a Command, matches: &'a ArgMatches) -> (&'a Command, &'a 
     }
 }
 
-/// What a file adds to a command line.
-struct Added {
-    flags: Vec<String>,
-    /// Keys that became flags.
-    keys: BTreeSet<String>,
-}
-
 /// A configuration file.
 struct File {
     path: PathBuf,
@@ -99,23 +126,30 @@ struct File {
 }
 
 impl File {
-    fn read(path: &Path) -> Result<Self, String> {
-        let text = fs::read_to_string(path).map_err(|error| in_file(path, &error.to_string()))?;
+    fn read(path: &Path) -> Result<Self> {
+        let text = fs::read_to_string(path).map_err(|error| in_file(path, error.to_string()))?;
         let content = text.parse().map_err(|error: toml::de::Error| {
             in_file(path, error.to_string().trim_end()) // says the line and shows it
         })?;
         Ok(Self { path: path.to_owned(), content })
     }
 
-    /// The flags that the keys stand for, without those that were given otherwise. A key of another
+    /// The flags that each key stands for, without those that were given otherwise. A key of another
     /// command is none of this one's business: servers and workers may share a file.
-    fn flags(&self, all: &Command, leaf: &Command, given: &ArgMatches) -> Result<Added, String> {
+    fn flags(
+        &self,
+        all: &Command,
+        leaf: &Command,
+        given: &ArgMatches,
+        mistakes: &mut Vec<Error>,
+    ) -> BTreeMap<String, Vec<String>> {
         let keys: BTreeSet<&str> = with_settings(all).into_iter().flat_map(keys).collect();
-        let mut added = Added { flags: Vec::new(), keys: BTreeSet::new() };
+        let mut added = BTreeMap::new();
         for (key, value) in &self.content {
             if !keys.contains(key.as_str()) {
                 let near = suggestion(key, keys.iter().copied());
-                return Err(in_file(&self.path, &format!("unknown key `{key}`{near}")));
+                mistakes.push(in_file(&self.path, format!("unknown key `{key}`{near}")));
+                continue;
             }
             let Some(arg) = leaf.get_arguments().find(|arg| arg.get_long() == Some(key)) else {
                 continue;
@@ -123,25 +157,29 @@ impl File {
             let source = given.value_source(arg.get_id().as_str());
             let is_given =
                 matches!(source, Some(ValueSource::CommandLine | ValueSource::EnvVariable));
-            if !is_given {
-                let flags = as_flags(arg, key, value);
-                added.flags.extend(flags.map_err(|reason| in_file(&self.path, &reason))?);
-                added.keys.insert(key.clone());
+            if is_given {
+                continue;
+            }
+            match as_flags(arg, key, value) {
+                Ok(flags) => {
+                    added.insert(key.clone(), flags);
+                }
+                Err(reason) => mistakes.push(in_file(&self.path, reason)),
             }
         }
-        Ok(added)
+        added
     }
 
     /// What clap says of a flag that came from here.
-    fn blame(&self, error: &clap::Error) -> String {
+    fn blame(&self, error: &clap::Error) -> Error {
         let text = error.to_string();
         let first = text.lines().next().unwrap_or_default();
         in_file(&self.path, first.trim_start_matches("error: "))
     }
 }
 
-fn in_file(path: &Path, reason: &str) -> String {
-    format!("{}: {reason}", path.display())
+fn in_file(path: &Path, reason: impl Into<String>) -> Error {
+    Error::invalid(path.display().to_string(), reason)
 }
 
 /// A key and its value as flags.
@@ -155,7 +193,7 @@ fn as_flags(arg: &Arg, key: &str, value: &Value) -> Result<Vec<String>, String> 
         }
         // A list in one text.
         (_, Value::Array(values)) => {
-            let values: Result<Vec<_>, _> = values.iter().map(|v| scalar(key, v)).collect();
+            let values: Result<Vec<_>, String> = values.iter().map(|v| scalar(key, v)).collect();
             Ok(vec![format!("--{key}={}", values?.join(","))])
         }
         (_, value) => Ok(vec![format!("--{key}={}", scalar(key, value)?)]),
@@ -190,13 +228,15 @@ fn keys(command: &Command) -> impl Iterator<Item = &str> {
 }
 
 /// `, did you mean …?`, if one of the names is close.
-pub(super) fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+fn suggestion<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> String {
+    nearest(name, known).map(|near| format!(", did you mean `{near}`?")).unwrap_or_default()
+}
+
+/// The name that is most like this one, if it is close.
+pub(super) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     let likeness = |known: &str| strsim::jaro_winkler(name, known);
     let nearest = known.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-    match nearest.filter(|nearest| likeness(nearest) >= LIKENESS) {
-        Some(nearest) => format!(", did you mean `{nearest}`?"),
-        None => String::new(),
-    }
+    nearest.filter(|nearest| likeness(nearest) >= LIKENESS)
 }
 
 #[cfg(test)]
@@ -222,7 +262,16 @@ mod tests {
         fs::write(&file, content).unwrap();
         let mut words: Vec<OsString> = line.split(' ').map(OsString::from).collect();
         words.extend(["--config".into(), file.into()]);
-        parse(&command(), &words, &[]).map_err(|error| error.to_string())
+        parse_of(&words)
+    }
+
+    /// What is parsed, or everything that is wrong.
+    fn parse_of(words: &[OsString]) -> Result<Parsed, String> {
+        let parsed = parse(&command(), words, &[]).map_err(|error| error.to_string())?;
+        match parsed.settings.mistakes.as_slice() {
+            [] => Ok(parsed),
+            mistakes => Err(mistakes.iter().map(Error::to_string).collect::<Vec<_>>().join("\n")),
+        }
     }
 
     fn serve(parsed: &Parsed) -> ServeConfig {
@@ -270,8 +319,21 @@ mod tests {
         let theirs = with_file("vitq serve --max-batch 0", "queue-images = 7").unwrap_err();
         assert!(theirs.contains("--max-batch") && !theirs.contains(NAME), "{theirs}");
         let words = ["vitq", "serve", "--config", "/nowhere/vitq.toml"].map(OsString::from);
-        let missing = parse(&command(), &words, &[]).unwrap_err().to_string();
+        let missing = parse_of(&words).unwrap_err();
         assert!(missing.contains("/nowhere/vitq.toml: No such file"), "{missing}");
+    }
+
+    #[test]
+    fn all_mistakes_in_a_file_are_told() {
+        let content = "drain-delay = \"x\"\nmax-batch = -4\nexecutor = \"foo\"\nqueue-images = {}\n\
+                       aaa = 1\nbbb = 2\nworkers = 3";
+        let expected = ["drain-delay", "max-batch", "executor", "queue-images", "aaa", "bbb"];
+        let told = with_file("vitq serve", content).unwrap_err();
+        assert!(expected.iter().all(|key| told.contains(key)), "{told}");
+        assert_eq!(told.matches(NAME).count(), expected.len(), "{told}");
+        // Also where the command line has mistakes of its own.
+        let told = with_file("vitq serve --max-batch 0", content).unwrap_err();
+        assert!(["--max-batch", "drain-delay", "bbb"].iter().all(|k| told.contains(k)), "{told}");
     }
 
     #[test]

@@ -61,8 +61,8 @@ impl SecurityConfig {
     /// Refuses what would be unsafe by accident on this address.
     ///
     /// # Errors
-    /// A sentence for the operator.
-    pub fn check(&self, listen: SocketAddr) -> Result<(), String> {
+    /// `InvalidArgument` on `listen`.
+    pub fn check(&self, listen: SocketAddr) -> Result<()> {
         if listen.ip().is_loopback() || self.insecure || self.tls_cert.is_some() {
             return Ok(());
         }
@@ -71,10 +71,11 @@ impl SecurityConfig {
         } else {
             "anybody who reaches it could use the server"
         };
-        Err(format!(
-            "--listen {listen} is not a loopback address, and {why}: give --tls-cert and --tls-key \
+        let reason = format!(
+            "{listen} is not a loopback address, and {why}: give --tls-cert and --tls-key \
              (docs/security.md), or --insecure where the network itself is trusted"
-        ))
+        );
+        Err(Error::invalid("listen", reason))
     }
 
     /// Reads the files. Blocking.
@@ -221,7 +222,7 @@ mod tests {
         ] {
             let checked = flags(words).unwrap().check(listen.parse().unwrap());
             assert_eq!(checked.is_ok(), is_safe, "{listen} {words}: {checked:?}");
-            assert!(checked.err().is_none_or(|reason| reason.contains("--insecure")));
+            assert!(checked.err().is_none_or(|error| error.to_string().contains("--insecure")));
         }
     }
 

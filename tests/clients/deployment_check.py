@@ -208,7 +208,8 @@ def programs():
                     if value.startswith("/"):
                         value = root + value
                         if Path(value).parent.exists() and not Path(value).exists():
-                            Path(value).touch()
+                            is_folder = flag in ("--checkpoints", "--datasets", "--data-dir")
+                            Path(value).mkdir() if is_folder else Path(value).touch()
                     given.append(f"{flag}={value}" if value else flag)
                 given_by_cluster = {
                     "OMP_NUM_THREADS": "1",
@@ -223,12 +224,11 @@ def programs():
                 checked = subprocess.run(
                     [vitq, *check, *given, *device], capture_output=True, text=True, env=env
                 )
-                problem = checked.stdout + checked.stderr
-                if "cuda" in toml[config]:  # this machine need not have it
-                    problem = re.sub(r".*cuda.*\n", "", checked.stderr)
-                    assert not problem.strip(), (origin, name, problem)
-                else:
-                    assert checked.returncode == 0, (origin, name, problem)
+                # Empty files stand for certificates and keys; this machine need not have a GPU.
+                known = r"error: (tls-\w+: |jwt-key: |device: cuda).*\n"
+                problem = re.sub(known, "", checked.stderr)
+                assert not problem.strip(), (origin, name, problem)
+                assert checked.returncode in (0, 2), (origin, name, checked.stdout)
             grace = (predictors[0] if kserve else pod)["terminationGracePeriodSeconds"]
             delay = float(flags(container, "--drain-delay") or 0)
             timeout = float(flags(container, "--drain-timeout"))

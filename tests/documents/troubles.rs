@@ -63,10 +63,7 @@ pub(crate) const TROUBLES: &[Trouble] = &[
         "unknown method …, known are …",
         "vitq quantize --checkpoint digits-vit --method gptq --bits 4 --calib-dataset digits/calib",
     ),
-    trouble(
-        "options.…: unknown option, known are: …",
-        "$QUANTIZE --checkpoint digits-vit --option groups=8",
-    ),
+    trouble("options.…: unknown option, …", "$QUANTIZE --checkpoint digits-vit --option groups=8"),
     trouble(
         "options.groups: … groups do not divide the … channels of …",
         "vitq quantize --checkpoint digits-vit --method ubb --bits 4 --calib-dataset digits/calib \
@@ -104,8 +101,8 @@ pub(crate) const TROUBLES: &[Trouble] = &[
         "port …: Address already in use …",
         "$SERVE --data-dir other-data --listen 127.0.0.1:50051",
     ),
-    trouble("--listen … is not a loopback address, …", "$SERVE --listen 0.0.0.0:0"),
-    trouble("unknown environment variables: …", "VITQ_QUEUE_IMAGE=4 $SERVE"),
+    trouble("listen: … is not a loopback address, …", "$SERVE --listen 0.0.0.0:0"),
+    trouble("…: unknown environment variable, …", "VITQ_QUEUE_IMAGE=4 $SERVE"),
     trouble("…: unknown key …", "$SERVE --config misspelt.toml"),
     trouble("…: invalid value … for …", "$SERVE --config unusable.toml"),
 ];

@@ -98,6 +98,78 @@ fn what_cannot_work_is_told_before_anything_starts() {
     assert_eq!(output.status.code(), USAGE, "a worker needs a database");
 }
 
+#[test]
+fn what_a_start_would_refuse_is_told_by_the_check_and_the_start_alike() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let (file, nowhere) = (file.to_str().unwrap(), folder.path().join("nowhere"));
+    let nowhere = nowhere.to_str().unwrap();
+    let data = folder.path().join("data");
+    let elsewhere = ["--device", "cpu", "--ops-listen", "127.0.0.1:0", "--listen", "127.0.0.1:0"];
+    let elsewhere = [&elsewhere[..], &["--data-dir", data.to_str().unwrap()]].concat();
+    for (flag, value, words) in [
+        ("--listen", "0.0.0.0:80", "listen: 0.0.0.0:80 is not a loopback address"),
+        ("--store", "ftp://x", "store: must be"),
+        ("--database", "foo://x", "database: must be"),
+        ("--data-dir", file, "data-dir: "),
+        ("--checkpoints", file, "checkpoints: "),
+        ("--checkpoints", nowhere, "does not exist"),
+        ("--datasets", file, "datasets: "),
+        ("--log", "foo=bar=baz", "log: "),
+        ("--device", "cuda:99", "device: cuda:99 is not there"),
+    ] {
+        let kept = elsewhere.chunks(2).filter(|pair| pair[0] != flag).flatten();
+        let flags: Vec<&str> = kept.copied().chain([flag, value]).collect();
+        for command in [&["serve"][..], &["check-config"], &["check-config", "serve"]] {
+            let output = vitq(&[command, &flags].concat(), &[]);
+            let text = stderr(&output);
+            assert_eq!(output.status.code(), USAGE, "{command:?} {flag} {value}: {text}");
+            assert!(text.contains(words), "{command:?} {flag} {value}: {text}");
+        }
+    }
+    let taken = ["--listen", "127.0.0.1:4711", "--ops-listen", "127.0.0.1:4711", "--device", "cpu"];
+    let output = vitq(&[&["check-config"][..], &taken].concat(), &[]);
+    assert_eq!(output.status.code(), USAGE);
+    assert!(stderr(&output).contains("ops-listen: 127.0.0.1:4711 is taken"), "{}", stderr(&output));
+    // What a worker refuses.
+    for command in [&["worker"][..], &["check-config", "worker"]] {
+        let flags = ["--device", "cpu", "--checkpoints", nowhere, "--store", "ftp://x"];
+        let output = vitq(&[command, &flags].concat(), &[]);
+        assert_eq!(output.status.code(), USAGE, "{command:?}");
+        let text = stderr(&output);
+        for words in ["database: a worker needs", "checkpoints: ", "store: must be"] {
+            assert!(text.contains(words), "{command:?}: {text}");
+        }
+    }
+    // A certificate that cannot be used.
+    let flags = ["check-config", "--tls-cert", file, "--tls-key", file, "--device", "cpu"];
+    let output = vitq(&flags, &[]);
+    assert_eq!(output.status.code(), USAGE);
+    assert!(stderr(&output).contains("tls"), "{}", stderr(&output));
+}
+
+#[test]
+fn everything_that_is_wrong_with_a_file_is_told_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("vitq.toml");
+    let content = "drain-delay = \"x\"\nmax-batch = -4\nexecutor = \"foo\"\none = 1\ntwo = 2\n\
+                   checkpoints = \"/nowhere/at/all\"\ndevice = \"cpu\"\n";
+    std::fs::write(&file, content).unwrap();
+    let output = vitq(&["check-config", "--config", file.to_str().unwrap()], &[("VITQ_FOO", "1")]);
+    assert_eq!(output.status.code(), USAGE);
+    let text = stderr(&output);
+    let wrong =
+        ["drain-delay", "max-batch", "executor", "`one`", "`two`", "checkpoints", "VITQ_FOO"];
+    assert!(wrong.iter().all(|words| text.contains(words)), "{text}");
+    assert_eq!(text.matches("error: ").count(), wrong.len(), "{text}");
+    assert!(!text.contains("Usage:"), "{text}");
+    let output = vitq(&["serve", "--config", file.to_str().unwrap(), "--json"], &[]);
+    assert_eq!(output.status.code(), USAGE);
+    let error: Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(error["error"]["fields"].as_array().unwrap().len(), 5, "{error}");
+}
+
 /// A server whose log is read.
 struct Logged {
     _process: Process,

@@ -88,13 +88,31 @@ pub trait ArtifactStore: Send + Sync + std::fmt::Debug {
 pub fn open(url: Option<&str>, data_dir: &Path) -> Result<Arc<dyn ArtifactStore>> {
     match url {
         None => Ok(Arc::new(LocalArtifactStore::open(data_dir)?)),
-        Some(url) => match url.strip_prefix("file://") {
-            Some(path) if path.starts_with('/') => {
-                Ok(Arc::new(LocalArtifactStore::shared(Path::new(path))?))
-            }
-            Some(_) => Err(Error::invalid("store", "a file URL has three slashes and a full path")),
+        Some(url) => match folder_of(url)? {
+            Some(folder) => Ok(Arc::new(LocalArtifactStore::shared(folder)?)),
             None => Ok(Arc::new(RemoteArtifactStore::open(url)?)),
         },
+    }
+}
+
+/// Whether [`open`] would understand a URL and the settings that belong to it; nothing is asked of the
+/// store.
+///
+/// # Errors
+/// `InvalidArgument` on `store`.
+pub fn check_url(url: &str) -> Result<()> {
+    match folder_of(url)? {
+        Some(_) => Ok(()),
+        None => RemoteArtifactStore::open(url).map(drop),
+    }
+}
+
+/// The folder of a `file:///…` URL.
+fn folder_of(url: &str) -> Result<Option<&Path>> {
+    match url.strip_prefix("file://") {
+        Some(path) if path.starts_with('/') => Ok(Some(Path::new(path))),
+        Some(_) => Err(Error::invalid("store", "a file URL has three slashes and a full path")),
+        None => Ok(None),
     }
 }
 

@@ -31,7 +31,7 @@ use cache::{Blueprint, Cache, Copy, Draft};
 use hub::{Hub, HubName, Pinned};
 use table::{Part, UploadTable};
 
-pub use hub::HubOwners;
+pub use hub::{HubOwners, check_hub};
 pub use receive::Receiver;
 pub use table::{Announced, Content, Summary, Upload};
 

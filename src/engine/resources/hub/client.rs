@@ -71,16 +71,23 @@ impl ProgressHandler for Meter {
     }
 }
 
+fn unusable(error: &impl std::fmt::Display) -> Error {
+    Error::invalid("hub", format!("the hub's settings: {error}"))
+}
+
 impl Client {
+    /// See [`super::check_hub`].
+    pub(super) fn check() -> Result<()> {
+        HFClient::builder().build().map(drop).map_err(|error| unusable(&error))
+    }
+
     /// See [`super::Hub::open`].
     pub(super) fn new(cache: &Path, max_bytes: u64, runtime: Handle) -> Result<Self> {
         let mut builder = HFClient::builder();
         if CACHES.iter().all(|name| env::var_os(name).is_none()) {
             builder = builder.cache_dir(cache);
         }
-        let client = builder
-            .build()
-            .map_err(|error| Error::invalid("hub", format!("the hub's settings: {error}")))?;
+        let client = builder.build().map_err(|error| unusable(&error))?;
         let offline = env::var("HF_HUB_OFFLINE").is_ok_and(|value| is_true(&value));
         tracing::info!(endpoint = client.endpoint(), offline, "using the hub");
         Ok(Self { client, offline, max_bytes, runtime })

@@ -149,6 +149,14 @@ pub(super) struct Pinned {
     pub(super) bytes: u64,
 }
 
+/// Whether this build can use the hub, with the variables of its clients as they are; nobody is asked.
+///
+/// # Errors
+/// `InvalidArgument` on `hub`.
+pub fn check_hub() -> Result<()> {
+    Client::check()
+}
+
 /// The hub.
 #[derive(Debug)]
 pub(super) struct Hub {

@@ -12,9 +12,12 @@ use crate::error::{Error, Result};
 pub(super) enum Client {}
 
 impl Client {
+    pub(super) fn check() -> Result<()> {
+        Err(missing())
+    }
+
     pub(super) fn new(_cache: &Path, _max_bytes: u64, _runtime: Handle) -> Result<Self> {
-        let reason = "this build cannot use the hub: it was made without feature `hub`";
-        Err(Error::invalid("hub", reason))
+        Err(missing())
     }
 
     pub(super) fn config(&self, _name: &HubName) -> Result<Snapshot> {
@@ -33,4 +36,8 @@ impl Client {
     ) -> Result<PathBuf> {
         match *self {}
     }
+}
+
+fn missing() -> Error {
+    Error::invalid("hub", "this build cannot use the hub: it was made without feature `hub`")
 }
