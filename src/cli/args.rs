@@ -8,6 +8,7 @@ use tch::Device;
 
 use crate::calib::RoleBits;
 use crate::calib::task::StemHeadPolicy;
+use crate::cli::failure::Failure;
 use crate::device;
 use crate::error::{Error, Result};
 use crate::methods;
@@ -33,10 +34,10 @@ pub(super) fn precision(text: &str) -> Result<Precision> {
 }
 
 /// Exceptions by role, as `reduction=8/8`; a role given twice is a mistake.
-pub(super) fn role_bits(texts: &[String]) -> Result<RoleBits> {
+pub(super) fn role_bits(texts: &[String]) -> Result<RoleBits, Failure> {
     let mut bits = RoleBits::default();
     for text in texts {
-        bits.insert_text(text)?;
+        bits.insert_text(text).map_err(Failure::of_setting)?;
     }
     Ok(bits)
 }
@@ -47,15 +48,15 @@ pub(super) fn stem_head(text: &str) -> Result<StemHeadPolicy> {
 }
 
 /// The devices of a comma-separated list; opens libtorch's CUDA side first.
-pub(super) fn devices(text: &str) -> Result<Vec<Device>> {
+pub(super) fn devices(text: &str) -> Result<Vec<Device>, Failure> {
     device::open_cuda_libraries();
-    device::parse_list(text)
+    device::parse_list(text).map_err(Failure::of_setting)
 }
 
 /// One device; opens libtorch's CUDA side first.
-pub(super) fn device(text: &str) -> Result<Device> {
+pub(super) fn device(text: &str) -> Result<Device, Failure> {
     device::open_cuda_libraries();
-    device::parse(text)
+    device::parse(text).map_err(Failure::of_setting)
 }
 
 /// A number from 1.
@@ -76,6 +77,14 @@ pub(super) fn seconds(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "must be a number of seconds, at most a day".to_owned())
 }
 
+/// A time in seconds that leaves some.
+pub(super) fn timeout(text: &str) -> Result<Duration, String> {
+    match seconds(text)? {
+        Duration::ZERO => Err("must be above 0".to_owned()),
+        time => Ok(time),
+    }
+}
+
 /// `key=value`.
 pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
     match text.split_once('=') {
@@ -85,21 +94,30 @@ pub(super) fn key_value(text: &str) -> Result<(String, String), String> {
 }
 
 /// Pairs as a map; a key given twice is a mistake.
-pub(super) fn unique(pairs: Vec<(String, String)>, flag: &str) -> Result<BTreeMap<String, String>> {
+pub(super) fn unique(
+    pairs: Vec<(String, String)>,
+    flag: &str,
+) -> Result<BTreeMap<String, String>, Failure> {
     let mut map = BTreeMap::new();
     for (key, value) in pairs {
         if map.insert(key.clone(), value).is_some() {
-            return Err(Error::invalid(flag, format!("`{key}` is given twice")));
+            let error = Error::invalid(flag, format!("`{key}` is given twice"));
+            return Err(Failure::of_setting(error));
         }
     }
     Ok(map)
 }
 
-/// The lines of a list file, without blank ones.
-pub(super) fn list_file(path: &Path) -> Result<Vec<String>> {
+/// The lines of a list file, without blank ones; there has to be one.
+pub(super) fn list_file(path: &Path) -> Result<Vec<String>, Failure> {
     let text = std::fs::read_to_string(path).map_err(|source| Error::io(path, source))?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
-    Ok(lines.map(str::to_owned).collect())
+    let lines: Vec<_> = lines.map(str::to_owned).collect();
+    if lines.is_empty() {
+        let reason = format!("{} names no image", path.display());
+        return Err(Failure::of_setting(Error::invalid("calib-files", reason)));
+    }
+    Ok(lines)
 }
 
 #[cfg(test)]
@@ -112,6 +130,13 @@ mod tests {
         assert!(key_value("=b").is_err() && key_value("a").is_err());
         let twice = vec![key_value("a=1").unwrap(), key_value("a=2").unwrap()];
         assert!(unique(twice, "option").is_err());
+    }
+
+    #[test]
+    fn a_timeout_is_not_over_at_once() {
+        assert_eq!(timeout("0.5"), Ok(Duration::from_millis(500)));
+        assert!(["0", "1e-12", "-1", "soon"].iter().all(|text| timeout(text).is_err()));
+        assert_eq!(seconds("0"), Ok(Duration::ZERO));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! `vitq classify`: the most probable labels of images.
 
+use std::collections::VecDeque;
+use std::mem;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,7 +10,7 @@ use serde_json::{Value, json};
 use tonic::Request;
 
 use crate::cli::args;
-use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
+use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on, in_time};
 use crate::cli::failure::{Failure, inner_status, status_json};
 use crate::cli::output::Output;
 use crate::cli::render::{label_json, seconds};
@@ -36,7 +38,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME", default_value = "interactive")]
     priority: Priority,
     /// Seconds that a call, of at most 32 images, may take; without it, the server's 10.
-    #[arg(long, value_name = "SECONDS", value_parser = args::seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = args::timeout)]
     timeout: Option<Duration>,
     /// JPEG, PNG or WebP files.
     #[arg(required = true, value_name = "IMAGE")]
@@ -63,32 +65,74 @@ impl From<Priority> for i32 {
     }
 }
 
+/// What became of an image.
+#[derive(Debug)]
+enum Answer {
+    /// The server has seen it.
+    Item(ClassifyItem),
+    /// It could not be read, or not be sent.
+    Failed(Failure),
+}
+
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
-        let contents =
-            self.images.iter().map(|path| read(path)).collect::<Result<Vec<_>, Error>>()?;
-        let sizes: Vec<usize> = contents.iter().map(Vec::len).collect();
+        let contents: Vec<_> = self.images.iter().map(|path| read(path)).collect();
+        let (mut readable, mut unreadable) = (Vec::new(), Vec::new());
+        for content in contents {
+            let error = content.map(|content| readable.push(content)).err();
+            unreadable.push(error);
+        }
         block_on(async move {
-            let channel = self.server.connect().await?;
-            let mut client =
-                InferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-            let mut contents = contents.into_iter();
-            let mut answers = Vec::new();
-            for count in calls(&sizes) {
-                let images = contents.by_ref().take(count);
-                let mut request = Request::new(ClassifyRequest {
-                    model: self.model.clone(),
-                    images: images.map(|content| Image { content: content.into() }).collect(),
-                    top_k: self.top_k,
-                    priority: self.priority.into(),
-                });
-                if let Some(timeout) = self.timeout {
-                    request.set_timeout(timeout);
-                }
-                answers.push(client.classify(request).await?.into_inner());
-            }
-            show(&self.images, &answers, output)
+            let (mut asked, responses) = match readable.is_empty() {
+                true => Default::default(),
+                false => self.ask(readable).await?,
+            };
+            let answers = unreadable.into_iter().map(|error| match error {
+                Some(error) => Answer::Failed(error.into()),
+                None => asked.pop_front().unwrap_or(Answer::Item(ClassifyItem::default())),
+            });
+            show(&self.images, &answers.collect::<Vec<_>>(), &responses, output)
         })
+    }
+
+    /// An answer for each image, and the server's without them.
+    async fn ask(
+        &self,
+        contents: Vec<Vec<u8>>,
+    ) -> Result<(VecDeque<Answer>, Vec<ClassifyResponse>), Failure> {
+        let sizes: Vec<usize> = contents.iter().map(Vec::len).collect();
+        let channel = self.server.connect().await?;
+        let mut client = InferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
+        let (mut contents, mut sizes) = (contents.into_iter(), sizes.into_iter());
+        let (mut answers, mut responses) = (VecDeque::new(), Vec::new());
+        for count in calls(sizes.as_slice()) {
+            let bytes: usize = sizes.by_ref().take(count).sum();
+            let images = contents.by_ref().take(count);
+            let mut request = Request::new(ClassifyRequest {
+                model: self.model.clone(),
+                images: images.map(|content| Image { content: content.into() }).collect(),
+                top_k: self.top_k,
+                priority: self.priority.into(),
+            });
+            if let Some(timeout) = self.timeout {
+                request.set_timeout(timeout);
+            }
+            match in_time(client.classify(request).await) {
+                Ok(response) => {
+                    let mut response = response.into_inner();
+                    let mut items = mem::take(&mut response.items);
+                    items.resize_with(count, ClassifyItem::default);
+                    answers.extend(items.into_iter().map(Answer::Item));
+                    responses.push(response);
+                }
+                // The server may take no message as large as this image alone: that is its own error.
+                Err(status) if bytes > BYTES_PER_CALL => {
+                    answers.push_back(Answer::Failed(status.into()));
+                }
+                Err(status) => return Err(status.into()),
+            }
+        }
+        Ok((answers, responses))
     }
 }
 
@@ -115,29 +159,44 @@ fn calls(sizes: &[usize]) -> Vec<usize> {
 }
 
 /// Prints an answer per image; fails if an image failed.
-fn show(paths: &[PathBuf], answers: &[ClassifyResponse], output: &Output) -> Result<(), Failure> {
-    let items: Vec<&ClassifyItem> = answers.iter().flat_map(|answer| &answer.items).collect();
-    let version = answers.first().map(|answer| answer.model_version.clone());
-    let timings = answers.iter().filter_map(|answer| answer.timings.as_ref());
+fn show(
+    paths: &[PathBuf],
+    answers: &[Answer],
+    responses: &[ClassifyResponse],
+    output: &Output,
+) -> Result<(), Failure> {
+    let version = responses.first().map(|response| response.model_version.clone());
+    let timings = responses.iter().filter_map(|response| response.timings.as_ref());
     let total: f64 = timings.filter_map(|t| t.total.as_ref()).map(seconds).sum();
-    let lines = paths.iter().zip(&items).map(|(path, item)| line(path, item));
+    let lines = paths.iter().zip(answers).map(|(path, answer)| line(path, answer));
     let text = lines.collect::<Vec<_>>().join("\n");
-    let images = paths.iter().zip(&items).map(|(path, item)| item_json(path, item));
+    let images = paths.iter().zip(answers).map(|(path, answer)| answer_json(path, answer));
     let json = json!({
-        "answered_by": answers.first().map(|answer| answer.model.clone()),
+        "answered_by": responses.first().map(|response| response.model.clone()),
         "model_version": version,
         "total_seconds": total,
         "images": images.collect::<Vec<Value>>(),
     });
     output.result(text, &json)?;
-    let answered = items.iter().filter(|item| matches!(item.outcome, Some(Outcome::Result(_))));
-    match paths.len() - answered.count() {
+    let is_good = |answer: &&Answer| {
+        matches!(answer, Answer::Item(ClassifyItem { outcome: Some(Outcome::Result(_)), .. }))
+    };
+    match paths.len() - answers.iter().filter(is_good).count() {
         0 => Ok(()),
         failed => Err(Failure::Unfinished(format!("{failed} of {} images failed", paths.len()))),
     }
 }
 
-fn line(path: &Path, item: &ClassifyItem) -> String {
+fn line(path: &Path, answer: &Answer) -> String {
+    let file = path.display();
+    let item = match answer {
+        Answer::Item(item) => item,
+        // The error names the file, too.
+        Answer::Failed(Failure::Local(Error::Io { source, .. })) => {
+            return format!("{file}: error: {source}");
+        }
+        Answer::Failed(failure) => return format!("{file}: error: {}", failure.sentence()),
+    };
     let answer = match &item.outcome {
         Some(Outcome::Result(result)) => {
             let labels = result.labels.iter();
@@ -148,12 +207,16 @@ fn line(path: &Path, item: &ClassifyItem) -> String {
         Some(Outcome::Error(status)) => format!("error: {}", status.message),
         None => "no answer".to_owned(),
     };
-    format!("{}: {answer}", path.display())
+    format!("{file}: {answer}")
 }
 
-fn item_json(path: &Path, item: &ClassifyItem) -> Value {
+fn answer_json(path: &Path, answer: &Answer) -> Value {
     let file = path.display().to_string();
-    match &item.outcome {
+    let outcome = match answer {
+        Answer::Item(item) => &item.outcome,
+        Answer::Failed(failure) => return json!({ "file": file, "error": failure.json() }),
+    };
+    match outcome {
         Some(Outcome::Result(result)) => {
             let labels: Vec<Value> = result.labels.iter().map(label_json).collect();
             json!({ "file": file, "labels": labels })

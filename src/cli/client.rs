@@ -1,5 +1,6 @@
 //! The connection to a server: where it is, whom it must be, and who we are.
 
+use std::error::Error as _;
 use std::fmt;
 use std::fs;
 use std::future::Future;
@@ -13,7 +14,7 @@ use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
-use tonic::{Code, Request, Status};
+use tonic::{Code, Request, Status, TimeoutExpired};
 use url::{Host, Url};
 
 use crate::cli::failure::Failure;
@@ -179,6 +180,20 @@ pub(super) fn is_broken(status: &Status) -> bool {
     let broken = [Code::Unknown, Code::Cancelled, Code::Internal];
     status.code() == Code::Unavailable
         || broken.contains(&status.code()) && status.details().is_empty()
+}
+
+/// What a call with a deadline ended with: of its own timer tonic says that the call was cancelled.
+pub(super) fn in_time<T>(ended: Result<T, Status>) -> Result<T, Status> {
+    ended.map_err(|status| {
+        let mut source = status.source();
+        while let Some(error) = source {
+            if error.is::<TimeoutExpired>() {
+                return Status::deadline_exceeded("deadline exceeded");
+            }
+            source = error.source();
+        }
+        status
+    })
 }
 
 /// Runs a client's work on a runtime of its own.

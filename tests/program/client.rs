@@ -134,14 +134,41 @@ fn a_model_is_made_used_and_removed() {
     let patient = ["classify", "--model", "tiny", "--timeout", "60", images[0]];
     assert!(server.run(&patient).status.success());
     let hasty = ["classify", "--model", "tiny", "--timeout", "0.000001", images[0]];
-    assert_eq!(server.run(&hasty).status.code(), Some(FAILED));
-    let wrong = ["classify", "--model", "tiny", "--timeout", "-1", images[0]];
-    assert_eq!(server.run(&wrong).status.code(), Some(USAGE));
+    let late = server.run(&hasty);
+    assert_eq!(late.status.code(), Some(FAILED));
+    assert!(stderr(&late).contains("DEADLINE_EXCEEDED"), "{}", stderr(&late));
+    for time in ["-1", "0"] {
+        let wrong = ["classify", "--model", "tiny", "--timeout", time, images[0]];
+        assert_eq!(server.run(&wrong).status.code(), Some(USAGE), "{time}");
+    }
+    // A file that cannot be read fails alone, too.
+    let unreadable = ["classify", "--model", "tiny", "--json", "/nowhere.png", images[0]];
+    let output = server.run(&unreadable);
+    assert_eq!(output.status.code(), Some(FAILED));
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let message = answers["images"][0]["error"]["message"].as_str().unwrap();
+    assert!(message.contains("/nowhere.png: No such file"), "{message}");
+    assert_eq!(answers["images"][1]["labels"].as_array().unwrap().len(), 5);
+    assert!(stderr(&output).contains("1 of 2 images failed"), "{}", stderr(&output));
+    let large = tempfile::NamedTempFile::new().unwrap();
+    large.as_file().set_len(40 << 20).unwrap(); // more than a message may have
+    let large = ["classify", "--model", "tiny", large.path().to_str().unwrap(), images[0]];
+    let output = server.run(&[&large[..], &["--json"]].concat());
+    let answers: Value = serde_json::from_slice(&output.stdout).expect(&stderr(&output));
+    assert!(answers["images"][0]["error"]["message"].is_string(), "{answers}");
+    assert_eq!(answers["images"][1]["labels"].as_array().unwrap().len(), 5, "{answers}");
+    let alone = server.run(&["classify", "--model", "tiny", "/nowhere.png"]);
+    assert_eq!(String::from_utf8_lossy(&alone.stdout).matches("/nowhere.png").count(), 1);
 
     assert_eq!(server.json(&["models", "get", "tiny"])["model"]["state"], "ready");
     assert_eq!(server.json(&["models", "unload", "tiny"])["state"], "stored");
     assert_eq!(server.json(&["models", "load", "tiny"])["state"], "ready");
     assert_eq!(server.json(&["models", "list"]).as_array().unwrap().len(), 1);
+    server.json(&["models", "alias", "live", "tiny"]);
+    let list = server.run(&["models", "list"]);
+    let list = String::from_utf8_lossy(&list.stdout).into_owned();
+    assert!(list.contains("ALIASES") && list.trim_end().ends_with("live"), "{list}");
+    server.json(&["models", "unalias", "live"]);
     server.json(&["models", "delete", "tiny"]);
     assert_eq!(server.run(&["models", "get", "tiny"]).status.code(), Some(FAILED));
     let methods = server.json(&["methods", "--server", &server.url]);
@@ -350,7 +377,19 @@ fn load_is_measured_in_an_open_and_a_closed_loop() {
     assert_eq!(output.status.code(), Some(FAILED));
     assert!(stderr(&output).contains("no request was answered"), "{}", stderr(&output));
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(text.contains("2 x NOT_FOUND"), "{text}");
+    assert!(text.contains("2 x NOT_FOUND: model `absent` does not exist"), "{text}");
+    assert!(text.contains("p50 ms"), "{text}");
+
+    // No rate is borne, and the search ends where no request is due any more.
+    let unborne = "--model tiny --find-capacity --p99 0.000001 --rate 20 --duration 0.2 --json";
+    let output = server.run(&[&base[..], &unborne.split(' ').collect::<Vec<_>>()].concat());
+    assert_eq!(output.status.code(), Some(FAILED));
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let steps = found["steps"].as_array().unwrap();
+    assert!(found["capacity"].is_null() && (2..15).contains(&steps.len()), "{}", steps.len());
+    assert_eq!(steps.last().unwrap()["overall"]["requests"], 0);
+    let error = stderr(&output);
+    assert!(error.contains("no capacity was found") || error.contains("no request"), "{error}");
 }
 
 #[test]
@@ -361,6 +400,7 @@ fn detach_returns_the_job_at_once() {
     let job = started["operation"].as_str().unwrap();
     let ended = server.json(&["jobs", "wait", job, "--timeout", "120"]);
     assert_eq!(ended["state"], "succeeded");
+    assert!(ended["end_time"].is_string() && ended["start_time"].is_string(), "{ended}");
     let checked = server.json(&[&quantize("other", "ubb", "4")[..], &["--validate-only"]].concat());
     assert_eq!(checked["valid"], true);
     assert_eq!(server.json(&["models", "list"]).as_array().unwrap().len(), 1);

@@ -55,10 +55,12 @@ pub struct ServerSide {
 }
 
 /// Why a request was not answered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// gRPC's name of the status code.
     pub code: &'static str,
+    /// What it says.
+    pub message: String,
     /// When to come back, if the server says so.
     pub retry_after: Option<Duration>,
 }

@@ -69,6 +69,8 @@ pub struct Record {
     pub latency: Times,
     /// Requests by status. `RESOURCE_EXHAUSTED` with a time to come back is apart from that without.
     pub statuses: BTreeMap<String, u64>,
+    /// What the first request of a status that is not OK was told.
+    pub messages: BTreeMap<String, String>,
     /// Answered requests some of whose images failed.
     pub with_failed_images: u64,
     /// Images whose answer the server knew.
@@ -89,7 +91,12 @@ impl Record {
     pub(super) fn note(&mut self, latency: Duration, outcome: &Outcome) {
         match outcome {
             Outcome::Answered(server) => self.note_answer(latency, server),
-            Outcome::Failed(refusal) => self.count(status(refusal)),
+            Outcome::Failed(refusal) => {
+                let status = status(refusal);
+                let first = self.messages.entry(status.clone());
+                first.or_insert_with(|| refusal.message.clone());
+                self.count(status);
+            }
         }
     }
 
@@ -129,10 +136,13 @@ impl Record {
     }
 
     pub(super) fn add(&mut self, other: &Self) {
-        let Self { latency, statuses, with_failed_images, cached_images, .. } = other;
+        let Self { latency, statuses, messages, with_failed_images, cached_images, .. } = other;
         self.latency.add(latency);
         for (status, count) in statuses {
             *self.statuses.entry(status.clone()).or_default() += count;
+        }
+        for (status, message) in messages {
+            self.messages.entry(status.clone()).or_insert_with(|| message.clone());
         }
         self.with_failed_images += with_failed_images;
         self.cached_images += cached_images;
@@ -151,6 +161,7 @@ impl Record {
             "with_failed_images": self.with_failed_images,
             "cached_images": self.cached_images,
             "statuses": self.statuses,
+            "messages": self.messages,
             "latency_seconds": self.latency.json(),
             "server_seconds": {
                 "queue": self.queue.json(),
@@ -217,6 +228,11 @@ impl Measured {
         overall
     }
 
+    /// Requests that were to be sent within the measurement.
+    pub fn due(&self) -> u64 {
+        self.models.iter().map(Record::requests).sum::<u64>() + self.not_sent
+    }
+
     /// Good answers a second.
     pub fn goodput(&self) -> f64 {
         self.good_in_time as f64 / self.time.as_secs_f64().max(f64::MIN_POSITIVE)
@@ -247,7 +263,8 @@ mod tests {
     const MS: Duration = Duration::from_millis(1);
 
     fn refused(code: &'static str, retry_after: Option<Duration>) -> Outcome {
-        Outcome::Failed(Refusal { code, retry_after })
+        let message = format!("{code} of {retry_after:?}");
+        Outcome::Failed(Refusal { code, message, retry_after })
     }
 
     fn answered(failed_images: usize) -> Outcome {
@@ -287,6 +304,8 @@ mod tests {
             ("UNAVAILABLE", 1),
         ];
         assert_eq!(statuses, expected);
+        assert_eq!(record.messages["UNAVAILABLE"], "UNAVAILABLE of Some(1ms)");
+        assert!(!record.messages.contains_key("OK"));
         assert!((record.mean_batch() - 4.0).abs() < 1e-9);
         let json = record.json();
         assert!((json["server_seconds"]["queue"]["p50"].as_f64().unwrap() - 3e-3).abs() < 1e-5);

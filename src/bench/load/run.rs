@@ -334,7 +334,8 @@ mod tests {
     impl Target for Refusing {
         async fn send(&self, _: Choice) -> Outcome {
             let retry_after = Some(Duration::from_millis(100));
-            Outcome::Failed(Refusal { code: "RESOURCE_EXHAUSTED", retry_after })
+            let message = "the queue is full".to_owned();
+            Outcome::Failed(Refusal { code: "RESOURCE_EXHAUSTED", message, retry_after })
         }
     }
 

@@ -27,10 +27,9 @@ impl Goal {
     /// time.
     pub fn is_met(&self, measured: &Measured) -> bool {
         let overall = measured.overall();
-        let requests = (overall.requests() + measured.not_sent) as f64;
+        let requests = measured.due() as f64;
         let in_time = self.p99.is_none_or(|most| overall.latency.quantile(0.99) <= most);
-        requests > 0.0
-            && overall.good() as f64 >= requests * (1.0 - MAY_FAIL)
+        overall.good() as f64 >= requests * (1.0 - MAY_FAIL)
             && measured.good_in_time as f64 >= requests * (1.0 - MAY_BE_DUE) - 1.0
             && in_time
     }
@@ -58,6 +57,11 @@ where
     let (mut rate, mut too_much) = (start, None::<f64>);
     while found.steps.len() < MOST_STEPS {
         let measured = measure(rate).await?;
+        if measured.due() == 0 {
+            // So rare are requests now that their absence says nothing.
+            found.steps.push(measured);
+            break;
+        }
         if goal.is_met(&measured) {
             found.rate = Some(rate);
         } else {
@@ -85,7 +89,8 @@ mod tests {
         let choice = Choice { model: 0, first_image: 0, images: 1 };
         let (requests, answers) = (rate as u64, rate.min(capacity) as u64);
         for number in 0..requests {
-            let refusal = Refusal { code: "RESOURCE_EXHAUSTED", retry_after: None };
+            let refusal =
+                Refusal { code: "RESOURCE_EXHAUSTED", message: String::new(), retry_after: None };
             let outcome = match number < answers {
                 true => Outcome::Answered(ServerSide::default()),
                 false => Outcome::Failed(refusal),
@@ -114,8 +119,12 @@ mod tests {
 
     #[tokio::test]
     async fn a_server_that_bears_nothing_ends_the_search() {
-        let found = search(1000.0, 0.0).await;
+        let found = search(1e9, 0.0).await;
         assert_eq!((found.rate, found.steps.len()), (None, MOST_STEPS));
+        // Ten rates down to one request in the second, and the first with none.
+        let found = search(1000.0, 0.0).await;
+        assert_eq!((found.rate, found.steps.len()), (None, 11));
+        assert_eq!(found.steps.last().unwrap().due(), 0);
     }
 
     #[test]

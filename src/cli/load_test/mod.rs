@@ -68,7 +68,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "NAME", default_value = "interactive")]
     priority: Priority,
     /// Seconds after which a request is given up.
-    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::seconds)]
+    #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = args::timeout)]
     timeout: Duration,
     /// Connections that the requests are spread over.
     #[arg(long, value_name = "N", default_value = "4", value_parser = args::positive)]
@@ -170,7 +170,7 @@ impl Args {
         Ok((None, steps))
     }
 
-    /// Prints what was measured; fails if nothing was answered.
+    /// Prints what was measured; fails if nothing was answered, or no capacity found.
     fn show(
         &self,
         capacity: Option<f64>,
@@ -184,6 +184,13 @@ impl Args {
                 Some(rate) => format!("\ncapacity: {rate:.1} requests/s"),
                 None => "\ncapacity: less than every rate that was tried".to_owned(),
             });
+            let last = steps.last().filter(|step| step.due() == 0);
+            if let Some(rate) = last.and_then(|step| step.offered_rate) {
+                let seconds = self.duration.as_secs_f64();
+                text.push_str(&format!(
+                    "\nat {rate:.3} requests/s none was due within {seconds} s: the search ended"
+                ));
+            }
         }
         let json = json!({
             "server": self.server.server,
@@ -196,6 +203,10 @@ impl Args {
         output.result(text, &json)?;
         if steps.iter().all(|step| step.overall().good() == 0) {
             return Err(Failure::Unfinished("no request was answered".to_owned()));
+        }
+        if self.find_capacity && capacity.is_none() {
+            let reason = "no capacity was found: no rate that was tried was borne";
+            return Err(Failure::Unfinished(reason.to_owned()));
         }
         Ok(())
     }
@@ -235,6 +246,7 @@ mod tests {
             ("--rate inf", false),
             ("--concurrency 0", false),
             ("--rate 1 --timeout -1", false),
+            ("--rate 1 --timeout 0", false),
         ] {
             assert_eq!(parse(flags).is_ok(), understood, "{flags}");
         }

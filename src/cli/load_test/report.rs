@@ -15,18 +15,18 @@ const HEADER: [&str; 15] = [
     "good",
     "good/s",
     "images/s",
-    "p50",
-    "p90",
-    "p99",
-    "p99.9",
-    "max",
-    "queue",
-    "decode",
-    "compute",
+    "p50 ms",
+    "p90 ms",
+    "p99 ms",
+    "p99.9 ms",
+    "max ms",
+    "queue ms",
+    "decode ms",
+    "compute ms",
     "batch",
 ];
 
-/// A line per load and model, then what was refused. Times are in milliseconds: latencies from the
+/// A line per load and model, then what was refused and what the first of each status was told. Times are in milliseconds: latencies from the
 /// intended start, and medians of what the server says.
 pub(super) fn table(steps: &[Measured], names: &[String]) -> String {
     let mut lines = vec![HEADER.map(str::to_owned).to_vec()];
@@ -73,7 +73,9 @@ fn remarks_on(step: &Measured, overall: &Record) -> Vec<String> {
     let mut remarks = Vec::new();
     let refused = overall.statuses.iter().filter(|(status, _)| *status != "OK");
     for (status, count) in refused {
-        remarks.push(format!("{}: {count} x {status}", offered(step)));
+        let message = overall.messages.get(status).filter(|message| !message.is_empty());
+        let message = message.map(|message| format!(": {message}")).unwrap_or_default();
+        remarks.push(format!("{}: {count} x {status}{message}", offered(step)));
     }
     for (count, what) in [
         (overall.with_failed_images, "answers with failed images"),

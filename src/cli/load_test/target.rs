@@ -8,7 +8,7 @@ use tonic::{Request, Status};
 use tonic_types::StatusExt as _;
 
 use crate::bench::load::{Choice, Outcome, Refusal, ServerSide, Target};
-use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs};
+use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, in_time};
 use crate::cli::failure::Failure;
 use crate::grpc::code_name;
 use crate::grpc::proto::classify_item::Outcome as ItemOutcome;
@@ -73,7 +73,7 @@ impl Target for ServerTarget {
     async fn send(&self, choice: Choice) -> Outcome {
         let turn = self.next.fetch_add(1, Ordering::Relaxed);
         let mut client = self.clients[turn % self.clients.len()].clone();
-        match client.classify(self.request(choice)).await {
+        match in_time(client.classify(self.request(choice)).await) {
             Ok(response) => Outcome::Answered(server_side(&response.into_inner())),
             Err(status) => Outcome::Failed(refusal(&status)),
         }
@@ -101,6 +101,7 @@ fn refusal(status: &Status) -> Refusal {
     let retry = status.get_details_retry_info();
     Refusal {
         code: code_name(status.code()),
+        message: status.message().to_owned(),
         retry_after: retry.and_then(|retry| retry.retry_delay),
     }
 }
