@@ -119,7 +119,7 @@ async fn list(mut client: Client, output: &Output) -> Result<(), Failure> {
         }
         request.page_token = page.next_page_token;
     }
-    let header = ["MODEL", "STATE", "METHOD", "BITS", "ARCHITECTURE", "SIZE", "VERSION"];
+    let header = ["MODEL", "STATE", "METHOD", "BITS", "ARCHITECTURE", "SIZE", "VERSION", "ALIASES"];
     let mut lines = vec![header.map(str::to_owned).to_vec()];
     lines.extend(models.iter().map(|model| {
         vec![
@@ -130,6 +130,7 @@ async fn list(mut client: Client, output: &Output) -> Result<(), Failure> {
             model.architecture.clone(),
             bytes(model.artifact_bytes),
             model.digest.chars().take(12).collect(),
+            model.aliases.join(", "),
         ]
     }));
     output.result(columns(&lines), &models.iter().map(model_json).collect::<Value>())

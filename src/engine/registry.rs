@@ -66,6 +66,21 @@ impl Names {
         held.unwrap_or_else(|| self.target(name))
     }
 
+    /// Whether there is a model of this id.
+    ///
+    /// # Errors
+    /// `NotFound`; `FailedPrecondition` for an alias.
+    fn check(&self, id: &ModelId) -> Result<()> {
+        match self.aliases.get(id) {
+            _ if self.models.contains_key(id) => Ok(()),
+            Some(model) => {
+                let reason = format!("`{id}` is an alias of model `{model}`: name the model");
+                Err(Error::FailedPrecondition { reason })
+            }
+            None => Err(not_found(id)),
+        }
+    }
+
     fn is_ready(&self, id: &ModelId) -> bool {
         self.models.get(id).is_some_and(|slot| matches!(slot.state, SlotState::Ready(_)))
     }
@@ -391,16 +406,15 @@ impl ModelRegistry {
     /// Removes a model, and its artifact unless another model has the same.
     ///
     /// # Errors
-    /// `NotFound`; `FailedPrecondition` while an alias names it; `Io` or `Unavailable` when the
+    /// `NotFound`; `FailedPrecondition` for an alias, and while one names it; `Io` or `Unavailable` when the
     /// catalogue refuses, and then the model is still listed.
     pub async fn delete(self: &Arc<Self>, id: &ModelId) -> Result<()> {
         self.refresh().await?;
-        if !self.lock().models.contains_key(id) {
-            return Err(not_found(id));
-        }
+        self.lock().check(id)?;
         self.catalog.remove(id).await?;
         match self.unload(id).await {
-            Ok(_) | Err(Error::NotFound { .. }) => {}
+            // Somebody else was faster, or has taken the name for an alias.
+            Ok(_) | Err(Error::NotFound { .. } | Error::FailedPrecondition { .. }) => {}
             Err(error) => return Err(error),
         }
         self.refresh().await?;

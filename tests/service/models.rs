@@ -44,6 +44,14 @@ async fn an_alias_moves_traffic_from_model_to_model() {
     let delete = |model: &str| DeleteModelRequest { model: model.to_owned() };
     let status = models.delete_model(delete("second")).await.unwrap_err();
     assert_eq!(status.code(), Code::FailedPrecondition, "an alias names it");
+    // An alias leads to its model, but stands for itself where something is removed.
+    let status = models.delete_model(delete("live")).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("`live` is an alias of model `second`"), "{status}");
+    let unload = UnloadModelRequest { model: "live".to_owned() };
+    let status = models.unload_model(unload).await.unwrap_err();
+    assert_eq!(status.code(), Code::FailedPrecondition);
+    assert!(status.message().contains("`live` is an alias of model `second`"), "{status}");
     // The two kinds of names do not mix.
     assert_eq!(refusal(&set("first", "second").await.unwrap_err()).2, "MODEL_ALREADY_EXISTS");
     assert_eq!(refusal(&set("new", "unknown").await.unwrap_err()).2, "MODEL_NOT_FOUND");

@@ -74,11 +74,13 @@ impl ModelRegistry {
     /// Frees a model's memory after what is queued for it; waits for a load in progress first.
     ///
     /// # Errors
-    /// `NotFound`.
+    /// `NotFound`; `FailedPrecondition` for an alias.
     pub async fn unload(&self, id: &ModelId) -> Result<ModelView> {
         loop {
             let step = {
-                let Names { models, aliases, held: _ } = &mut *self.lock();
+                let names = &mut *self.lock();
+                names.check(id)?;
+                let Names { models, aliases, held: _ } = names;
                 let slot = models.get_mut(id).ok_or_else(|| not_found(id))?;
                 match std::mem::replace(&mut slot.state, SlotState::Stored) {
                     SlotState::Loading(key, done) => {
