@@ -131,10 +131,14 @@ impl Matrix {
             known.extend(methods::find(method)?.options.iter().map(|spec| spec.name));
         }
         match self.options.keys().find(|name| !known.contains(&name.as_str())) {
-            Some(name) => Err(Error::invalid(
-                format!("options.{name}"),
-                format!("no method of this run has this option, known are: {}", known.join(", ")),
-            )),
+            Some(name) => {
+                let known = match known.as_slice() {
+                    [] => "they take none".to_owned(),
+                    known => format!("known are: {}", known.join(", ")),
+                };
+                let reason = format!("no method of this run has this option, {known}");
+                Err(Error::invalid(format!("options.{name}"), reason))
+            }
             None => Ok(()),
         }
     }

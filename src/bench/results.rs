@@ -4,7 +4,9 @@
 //! computed again, so a long run that was stopped goes on where it was.
 
 use std::collections::BTreeMap;
+use std::fs::Permissions;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -174,7 +176,9 @@ impl Results {
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let write = || {
-        let mut file = tempfile::NamedTempFile::new_in(folder)?;
+        // As any other new file: temporary ones are their owner's alone unless told otherwise.
+        let everybody = Permissions::from_mode(0o666);
+        let mut file = tempfile::Builder::new().permissions(everybody).tempfile_in(folder)?;
         file.write_all(bytes)?;
         file.as_file().sync_all()?;
         file.persist(path).map_err(|error| error.error)?;
@@ -187,6 +191,18 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
 pub(super) mod tests {
     use super::*;
     use crate::quant::bits::FLOAT_BITS;
+
+    #[test]
+    fn a_result_may_be_read_by_whoever_reads_other_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let mode = |name: &str| {
+            let found = std::fs::metadata(folder.path().join(name)).unwrap();
+            found.permissions().mode()
+        };
+        std::fs::write(folder.path().join("plain"), "").unwrap();
+        write_atomically(&folder.path().join("result"), b"").unwrap();
+        assert_eq!(mode("result"), mode("plain"));
+    }
 
     /// A row of the digits with the fields that reports look at.
     pub(crate) fn row(checkpoint: &str, method: &str, bits: u8, seed: u64, top1: f64) -> Row {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes, columns};
-use crate::cli::render::time;
+use crate::cli::render::{time, time_json};
 use crate::cli::upload::{Destination, Load, upload};
 use crate::grpc::proto::checkpoint_service_client::CheckpointServiceClient;
 use crate::grpc::proto::{
@@ -126,6 +126,6 @@ fn as_json(checkpoint: &Checkpoint) -> Value {
     json!({
         "name": name, "architecture": architecture, "bytes": bytes, "uploaded": uploaded,
         "digest": uploaded.then_some(digest),
-        "create_time": uploaded.then(|| time(create_time.as_ref())),
+        "create_time": time_json(create_time.as_ref()),
     })
 }

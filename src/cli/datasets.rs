@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::cli::client::{Connection, MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, columns};
-use crate::cli::render::time;
+use crate::cli::render::{time, time_json};
 use crate::cli::upload::{Destination, Load, upload};
 use crate::grpc::proto::dataset_service_client::DatasetServiceClient;
 use crate::grpc::proto::{Dataset, DeleteDatasetRequest, GetDatasetRequest, ListDatasetsRequest};
@@ -111,7 +111,9 @@ async fn list(mut client: Client, output: &Output) -> Result<(), Failure> {
 
 fn text(dataset: &Dataset) -> String {
     let Dataset { name, images, classes, uploaded, digest, create_time: _ } = dataset;
-    let mut text = format!("{name}: {images} images of {} classes", classes.len());
+    let image = if *images == 1 { "image" } else { "images" };
+    let class = if classes.len() == 1 { "class" } else { "classes" };
+    let mut text = format!("{name}: {images} {image} of {} {class}", classes.len());
     if *uploaded {
         text.push_str(&format!("\n  sha256 {digest}"));
     }
@@ -123,6 +125,6 @@ fn as_json(dataset: &Dataset) -> Value {
     json!({
         "name": name, "images": images, "classes": classes, "uploaded": uploaded,
         "digest": uploaded.then_some(digest),
-        "create_time": uploaded.then(|| time(create_time.as_ref())),
+        "create_time": time_json(create_time.as_ref()),
     })
 }

@@ -8,6 +8,8 @@ use serde_json::json;
 
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes};
+use crate::error::Error;
+use crate::model::Checkpoint;
 use crate::model::generated::{GeneratedOptions, generate};
 
 #[derive(Debug, clap::Args)]
@@ -24,16 +26,25 @@ pub(super) struct Args {
     /// Seed of the weights.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Replace a checkpoint that is in the folder already.
+    #[arg(long)]
+    force: bool,
 }
 
 impl Args {
     pub(super) fn run(self, output: &Output) -> Result<(), Failure> {
+        let is_taken = |file: &&&str| self.out.join(file).exists();
+        if let Some(file) = Checkpoint::FILES.iter().find(is_taken).filter(|_| !self.force) {
+            let reason =
+                format!("{} holds a {file} already: --force replaces it", self.out.display());
+            return Err(Failure::of_setting(Error::invalid("out", reason)));
+        }
         let options = GeneratedOptions {
             num_classes: self.classes,
             seed: self.seed,
             ..GeneratedOptions::default()
         };
-        let checkpoint = generate(&self.architecture, options)?;
+        let checkpoint = generate(&self.architecture, options).map_err(Failure::of_setting)?;
         checkpoint.save(&self.out)?;
         let architecture = &checkpoint.spec.architecture;
         let text = format!(

@@ -300,7 +300,9 @@ mod tests {
         })
         .unwrap();
         assert!(job.text().unwrap().contains("cancelled\n  code: CANCELLED"));
-        assert_eq!(job.json().unwrap()["error"]["code"], "CANCELLED");
+        let json = job.json().unwrap();
+        assert_eq!(json["error"]["code"], "CANCELLED");
+        assert!(json["end_time"].is_null(), "it has none: {json}");
     }
 
     #[test]

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use crate::bench::results::FLOAT_METHOD;
 use crate::cli::args;
 use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
@@ -74,10 +75,9 @@ pub(super) struct Args {
 /// Bit widths: both at once or one by one.
 #[derive(Debug, clap::Args)]
 struct BitArgs {
-    /// Bits of weights and activations, 3 to 8.
+    /// Bits of weights and activations, 3 to 8. Every method but float needs them, or the next two.
     #[arg(long, value_name = "N", value_parser = args::bit_width,
-        conflicts_with_all = ["weight_bits", "activation_bits"],
-        required_unless_present_all = ["weight_bits", "activation_bits"])]
+        conflicts_with_all = ["weight_bits", "activation_bits"])]
     bits: Option<BitWidth>,
     /// Bits of the weights, or float.
     #[arg(long, value_name = "N", value_parser = args::precision, requires = "activation_bits")]
@@ -95,12 +95,18 @@ struct BitArgs {
 }
 
 impl BitArgs {
-    /// Bits of weights and activations.
-    fn widths(&self) -> (Precision, Precision) {
-        // clap has made sure that both are given one way or the other
-        let both = self.bits.map_or(Precision::Float, Precision::Bits);
-        let activations = if self.weights_only { Precision::Float } else { both };
-        (self.weight_bits.unwrap_or(both), self.activation_bits.unwrap_or(activations))
+    /// Bits of weights and activations, for this method.
+    fn widths(&self, method: &str) -> Result<(Precision, Precision), Failure> {
+        // clap has made sure that the two are given together
+        match (self.bits, self.weight_bits.zip(self.activation_bits)) {
+            (None, Some(both)) => Ok(both),
+            (Some(bits), _) if self.weights_only => Ok((Precision::Bits(bits), Precision::Float)),
+            (Some(bits), _) => Ok((Precision::Bits(bits), Precision::Bits(bits))),
+            (None, None) if method == FLOAT_METHOD => Ok((Precision::Float, Precision::Float)),
+            (None, None) => Err(Failure::Usage(
+                "--bits, or --weight-bits and --activation-bits, must be given".to_owned(),
+            )),
+        }
     }
 }
 
@@ -144,11 +150,9 @@ impl Args {
     }
 
     fn request(self) -> Result<QuantizeRequest, Failure> {
-        let mut options = args::unique(self.options, "option")?;
-        if let Some(groups) = self.groups {
-            options.insert("groups".to_owned(), groups.to_string());
-        }
-        let (weight_bits, activation_bits) = self.bits.widths();
+        let groups = self.groups.map(|groups| ("groups".to_owned(), groups.to_string()));
+        let options = args::unique(self.options.into_iter().chain(groups).collect(), "option")?;
+        let (weight_bits, activation_bits) = self.bits.widths(&self.method)?;
         let role_bits = args::role_bits(&self.bits.role_bits)?;
         let files = self.calib_files.as_deref().map(args::list_file).transpose()?;
         let dataset = CalibrationDataset {

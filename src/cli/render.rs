@@ -28,6 +28,11 @@ pub(super) fn time(timestamp: Option<&prost_types::Timestamp>) -> String {
         .unwrap_or_default()
 }
 
+/// The same as JSON: null if there is none.
+pub(super) fn time_json(timestamp: Option<&prost_types::Timestamp>) -> Value {
+    Some(time(timestamp)).filter(|time| !time.is_empty()).into()
+}
+
 /// The bit widths in short: `w4a4`.
 pub(super) fn bits(model: &Model) -> String {
     format!("w{}a{}", model.weight_bits, model.activation_bits)
@@ -162,7 +167,7 @@ pub(super) fn model_json(model: &Model) -> Value {
         })),
         "labels": model.labels,
         "aliases": model.aliases,
-        "create_time": time(model.create_time.as_ref()),
+        "create_time": time_json(model.create_time.as_ref()),
         "error": model.error.clone().map(|error| status_json(&inner_status(error))),
     })
 }
@@ -282,9 +287,9 @@ pub(super) fn job_json(name: &str, job: &JobMetadata) -> Value {
         "kind": job.kind,
         "state": job_state(job),
         "model": job.model,
-        "create_time": time(job.create_time.as_ref()),
-        "start_time": time(job.start_time.as_ref()),
-        "end_time": time(job.end_time.as_ref()),
+        "create_time": time_json(job.create_time.as_ref()),
+        "start_time": time_json(job.start_time.as_ref()),
+        "end_time": time_json(job.end_time.as_ref()),
         "progress": progress,
         "last_sequence": job.last_sequence,
         "attempt": job.attempt,

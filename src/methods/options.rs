@@ -68,7 +68,10 @@ impl MethodOptions {
         for name in given.keys() {
             if !specs.iter().any(|spec| spec.name == name) {
                 let known = specs.iter().map(|s| s.name).collect::<Vec<_>>().join(", ");
-                let reason = format!("unknown option, known are: {known}");
+                let reason = match specs {
+                    [] => "unknown option, the method takes none".to_owned(),
+                    _ => format!("unknown option, known are: {known}"),
+                };
                 return Err(Error::invalid(format!("options.{name}"), reason));
             }
         }
@@ -212,6 +215,14 @@ mod tests {
             let Error::InvalidArgument { field, .. } = error else { panic!("{name}={value}") };
             assert_eq!(field, format!("options.{name}"));
         }
+    }
+
+    #[test]
+    fn an_unknown_option_is_told_with_the_known_ones() {
+        let text =
+            |specs| MethodOptions::resolve(specs, &given(&[("new", "1")])).unwrap_err().to_string();
+        assert_eq!(text(SPECS), "options.new: unknown option, known are: groups, eps, kind, on");
+        assert_eq!(text(&[]), "options.new: unknown option, the method takes none");
     }
 
     #[test]

@@ -10,7 +10,9 @@ use tch::Tensor;
 
 use crate::error::{Error, Result};
 use crate::model::checkpoint::{self, PUBLISHED_CROP_PCT};
-use crate::model::{Checkpoint, Interpolation, ModelSpec, Parameter, Preprocessing, variant};
+use crate::model::{
+    Checkpoint, FAMILIES, Interpolation, ModelSpec, Parameter, Preprocessing, variant,
+};
 use crate::nn::Weights;
 use crate::random::{GOLDEN, fnv1a, mix};
 
@@ -41,7 +43,9 @@ impl Default for GeneratedOptions {
 /// that contradict each other.
 pub fn generate(architecture: &str, options: GeneratedOptions) -> Result<Checkpoint> {
     let (family, published) = variant(architecture).ok_or_else(|| {
-        let reason = format!("unknown architecture `{architecture}`");
+        let known = FAMILIES.iter().flat_map(|family| family.variants).map(|v| v.short);
+        let known = known.collect::<Vec<_>>().join(", ");
+        let reason = format!("unknown architecture `{architecture}`, known are: {known}");
         Error::invalid("architecture", reason)
     })?;
     let GeneratedOptions { num_classes, model_args, seed } = options;

@@ -199,6 +199,35 @@ fn a_wrong_command_line_is_usage() {
 }
 
 #[test]
+fn a_wrong_command_line_is_json_if_that_is_asked_for() {
+    let quantize = ["quantize", "--checkpoint", "x", "--method", "ubb", "--calib-dataset", "x"];
+    let empty = tempfile::NamedTempFile::new().unwrap();
+    let empty = empty.path().to_str().unwrap();
+    for (flags, words, field) in [
+        (&["--bits", "9"][..], "invalid value '9' for '--bits <N>'", None),
+        (&["--nothing"], "unexpected argument '--nothing'", None),
+        (&[], "--bits, or --weight-bits", None),
+        (&["--bits", "4", "--role-bits", "foo=4"], "foo", Some("role_bits")),
+        (&["--bits", "4", "--label", "a=1", "--label", "a=2"], "given twice", Some("label")),
+        (&["--bits", "4", "--option", "groups=8", "--groups", "4"], "given twice", Some("option")),
+        (&["--bits", "4", "--calib-files", empty], "names no image", Some("calib-files")),
+    ] {
+        let args = [&quantize[..], flags, &["--json"]].concat();
+        let output = vitq(&args);
+        assert_eq!(output.status.code(), Some(USAGE), "{flags:?}: {}", stderr(&output));
+        let error: Value = serde_json::from_slice(&output.stderr).unwrap();
+        let message = error["error"]["message"].as_str().unwrap();
+        assert!(message.contains(words) && !message.contains("Usage:"), "{flags:?}: {message}");
+        assert!(error["error"]["code"].is_null(), "{error}");
+        let named = error["error"]["fields"][0]["field"].as_str();
+        assert!(field.is_none_or(|field| named.unwrap().contains(field)), "{error}");
+        let output = vitq(&[&quantize[..], flags].concat());
+        assert_eq!(output.status.code(), Some(USAGE), "{flags:?}");
+        assert!(stderr(&output).starts_with("error: "), "{}", stderr(&output));
+    }
+}
+
+#[test]
 fn what_is_missing_fails_and_is_named() {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("x.safetensors");
@@ -255,6 +284,19 @@ fn a_generated_checkpoint_can_be_run() {
         "--json",
     ]);
     assert_eq!(json(&output)["architecture"], "deit_tiny_patch16_224");
+    // What is there stays there, unless it is to be replaced.
+    let generate = |extra: &[&str]| {
+        let flags = ["generate", "--architecture", "deit_tiny", "--classes", "10", "--out"];
+        vitq(&[&flags[..], &[checkpoint.to_str().unwrap()], extra].concat())
+    };
+    let refused = generate(&[]);
+    assert_eq!(refused.status.code(), Some(USAGE));
+    assert!(stderr(&refused).contains("--force replaces it"), "{}", stderr(&refused));
+    assert!(generate(&["--force"]).status.success());
+    let unknown = vitq(&["generate", "--architecture", "foo", "--out", "/nowhere"]);
+    assert_eq!(unknown.status.code(), Some(USAGE));
+    assert!(stderr(&unknown).contains("known are: "), "{}", stderr(&unknown));
+    assert!(stderr(&unknown).contains("deit_small"), "{}", stderr(&unknown));
     let images = folder.path().join("images");
     std::fs::create_dir(&images).unwrap();
     std::fs::copy(demo("datasets/digits/val/0/0000.png"), images.join("a.png")).unwrap();

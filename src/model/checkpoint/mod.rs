@@ -45,6 +45,9 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
+    /// The files of a checkpoint's folder.
+    pub const FILES: [&str; 2] = [CONFIG, MODEL];
+
     /// Reads and checks the folder.
     ///
     /// # Errors
