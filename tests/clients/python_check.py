@@ -102,6 +102,14 @@ def errors():
         for wrong in [{"name": "x", "stem_heads": "int8"}, {}]:
             error = refused(TypeError, client.quantize, "digits-vit", "minmax", **wrong, **calibration)
             assert next(iter(wrong.keys() - {"name"}), "name") in str(error), error
+        refused(
+            ValueError, client.quantize, "digits-vit", "minmax", name="x", weight_bits=3, **calibration
+        )
+        # What was sent before an image that is not there is answered.
+        answers = []
+        stream = client.classify_stream("py", [images[:2], ["absent.png"], images[:1]])
+        refused(FileNotFoundError, lambda: answers.extend(stream))
+        assert [(number, len(answer)) for number, answer in answers] == [(0, 2)], answers
         refused(TypeError, client.evaluate, "py", "digits/val", limits=5)
         refused(TypeError, vitq.Client, tokens="secret")
     with vitq.Client("http://127.0.0.1:1") as nobody:
@@ -206,6 +214,15 @@ async def asynchronous():
         requests = [images[:3], [b"no image"], images[3:5]]
         found = dict([pair async for pair in client.classify_stream("py-live", requests)])
         assert [len(found[n]) for n in range(3)] == [3, 1, 2] and found[1][0].error
+        answers = []
+        try:
+            async for pair in client.classify_stream("py-live", [images[:2], ["absent.png"]]):
+                answers.append(pair)
+        except FileNotFoundError:
+            pass
+        else:
+            raise AssertionError("an image that is not there was sent")
+        assert [number for number, _ in answers] == [0], answers
         await client.unload("py-aio")
         assert (await client.load("py-aio")).device == "cpu"
         await client.unalias("py-live")

@@ -67,6 +67,8 @@ def quantize(checkpoint: str, method: str, given: QuantizeOptions) -> quantizati
     if "name" not in given:
         raise TypeError("give name, the id of the new model")
     both = given.get("bits")
+    if both is not None and ("weight_bits" in given or "activation_bits" in given):
+        raise ValueError("give bits, or weight_bits and activation_bits, not both")
     weights, activations = given.get("weight_bits", both), given.get("activation_bits", both)
     if weights is None or activations is None:
         raise TypeError("give bits, or both weight_bits and activation_bits")

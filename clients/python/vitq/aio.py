@@ -199,15 +199,20 @@ class Client:
         """Many requests on one stream, which has no deadline.
 
         Answers come as they get ready, with the number of their request from 0. A request that
-        fails does so alone.
+        fails does so alone. An image that cannot be read here ends the stream: what was sent before
+        is answered, then its exception is raised.
         """
+        broken: list[Exception] = []
 
         async def messages() -> AsyncIterator[inference_pb2.ClassifyStreamRequest]:
             number = 0
-            async for images in _each(requests):
-                request = _requests.classify(model, images, top_k, priority)
-                yield inference_pb2.ClassifyStreamRequest(id=number, request=request)
-                number += 1
+            try:
+                async for images in _each(requests):
+                    request = _requests.classify(model, images, top_k, priority)
+                    yield inference_pb2.ClassifyStreamRequest(id=number, request=request)
+                    number += 1
+            except Exception as error:  # gRPC would raise another one, and drop what is on its way
+                broken.append(error)
 
         call = self._inference.ClassifyStream(messages(), metadata=self._connection.metadata())
         try:
@@ -217,6 +222,8 @@ class Client:
             raise from_rpc(error) from None
         finally:
             call.cancel()
+        if broken:
+            raise broken[0]
 
     # Models
 

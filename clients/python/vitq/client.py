@@ -195,15 +195,20 @@ class Client:
         """Many requests on one stream, which has no deadline.
 
         Answers come as they get ready, with the number of their request from 0. A request that
-        fails does so alone.
+        fails does so alone. An image that cannot be read here ends the stream: what was sent before
+        is answered, then its exception is raised.
         """
-        messages = (
-            inference_pb2.ClassifyStreamRequest(
-                id=number, request=_requests.classify(model, images, top_k, priority)
-            )
-            for number, images in enumerate(requests)
-        )
-        call = self._inference.ClassifyStream(messages, metadata=self._connection.metadata())
+        broken: list[Exception] = []
+
+        def messages() -> Iterator[inference_pb2.ClassifyStreamRequest]:
+            try:
+                for number, images in enumerate(requests):
+                    request = _requests.classify(model, images, top_k, priority)
+                    yield inference_pb2.ClassifyStreamRequest(id=number, request=request)
+            except Exception as error:  # gRPC would raise another one, and drop what is on its way
+                broken.append(error)
+
+        call = self._inference.ClassifyStream(messages(), metadata=self._connection.metadata())
         try:
             for response in call:
                 yield response.id, _answers.outcome(response)
@@ -211,6 +216,8 @@ class Client:
             raise from_rpc(error) from None
         finally:
             call.cancel()
+        if broken:
+            raise broken[0]
 
     # Models
 
