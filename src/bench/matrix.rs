@@ -14,7 +14,7 @@ use crate::engine::pipeline::{self, CalibrationImages};
 use crate::error::{Error, Result};
 use crate::exec::Backend;
 use crate::methods;
-use crate::model::Checkpoint;
+use crate::model::{Checkpoint, ModelSpec};
 use crate::quant::Precision;
 
 /// Seed of the images that a `limit` selects: a limit means the same images in every run.
@@ -152,8 +152,21 @@ impl Matrix {
         cells.iter().map(rows).sum()
     }
 
-    pub(super) fn validation_samples(&self) -> Result<Vec<Sample>> {
-        let dataset = Dataset::open(&self.validation, "val")?;
+    pub(super) fn validation_set(&self) -> Result<Dataset> {
+        Dataset::open(&self.validation, "val")
+    }
+
+    /// The images of the set that are scored, with the model's classes.
+    pub(super) fn validation_samples(
+        &self,
+        dataset: &Dataset,
+        model: &ModelSpec,
+    ) -> Result<Vec<Sample>> {
+        let dataset = dataset.clone();
+        let (dataset, remark) = dataset.for_model(&model.labels, model.num_classes, "val")?;
+        if let Some(remark) = remark {
+            tracing::warn!("val: {remark}");
+        }
         match self.limit {
             Some(limit) if limit < dataset.samples.len() => {
                 dataset.subset(limit, LIMIT_SEED, "limit")

@@ -9,7 +9,7 @@ use crate::bench::matrix::{ArtifactPolicy, Cell, Matrix};
 use crate::bench::memory::watch_peak;
 use crate::bench::results::{Results, Row, RowKey, write_atomically};
 use crate::bench::subject::{Scored, Subject};
-use crate::bench::validation::{self, Validation};
+use crate::bench::validation::{Digests, Validation};
 use crate::calib::Progress;
 use crate::calib::task::QuantizeSpec;
 use crate::digest::sha256_hex;
@@ -64,8 +64,8 @@ pub struct Summary {
 /// checkpoints and data sets, calibration and forwards report. Finished rows stay saved.
 pub fn run(matrix: &Matrix, folder: &Path, observer: &dyn Observer) -> Result<(Results, Summary)> {
     let cells = matrix.cells()?;
-    let samples = matrix.validation_samples()?;
-    let validation_digest = validation::digest(&samples)?;
+    let dataset = matrix.validation_set()?;
+    let mut digests = Digests::default();
     let rows = matrix.checkpoints.len() * matrix.devices.len() * matrix.rows(&cells);
     let mut runner = Runner {
         matrix,
@@ -77,10 +77,11 @@ pub fn run(matrix: &Matrix, folder: &Path, observer: &dyn Observer) -> Result<(R
     };
     for path in &matrix.checkpoints {
         let checkpoint = Checkpoint::open(path)?;
+        let samples = matrix.validation_samples(&dataset, &checkpoint.spec)?;
         let subject = Subject {
             name: folder_name(path),
             validation: Validation::open(&samples, checkpoint.spec.preprocessing.clone())?,
-            validation_digest: &validation_digest,
+            validation_digest: digests.of(&samples)?,
             calibrations: matrix.load_calibrations(&checkpoint)?,
             checkpoint,
         };

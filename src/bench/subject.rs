@@ -35,7 +35,7 @@ pub(super) struct Subject<'a> {
     pub(super) name: String,
     pub(super) checkpoint: Checkpoint,
     pub(super) validation: Validation<'a>,
-    pub(super) validation_digest: &'a str,
+    pub(super) validation_digest: String,
     pub(super) calibrations: BTreeMap<u64, Rc<CalibrationImages>>,
 }
 
@@ -64,7 +64,7 @@ impl Subject<'_> {
             calibration_digest: None,
             checkpoint_digest: self.checkpoint.digest.clone(),
             validation_images: self.validation.len(),
-            validation_digest: self.validation_digest.to_owned(),
+            validation_digest: self.validation_digest.clone(),
             vitq_version: env!("CARGO_PKG_VERSION").to_owned(),
         };
         let Cell::Quantized(spec) = cell else { return Ok(float) };

@@ -1,5 +1,6 @@
 //! The labelled images that a run scores: a digest to recognise them, and their pixels in chunks.
 
+use std::collections::HashMap;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -16,19 +17,31 @@ const RESIDENT_BYTES: usize = 1 << 30;
 /// Images decoded at a time when they are not kept.
 const CHUNK_IMAGES: usize = 512;
 
-/// sha256 (hex) over the names, classes and file contents of the samples, in order.
-///
-/// # Errors
-/// `Io` for an unreadable file.
-pub fn digest(samples: &[Sample]) -> Result<String> {
-    let parts = samples
-        .par_iter()
-        .map(|sample| {
-            let bytes = sample.read(u64::MAX)?;
-            Ok(format!("{}\n{}\n{}\n", sample.name, sample.class, sha256_hex(&bytes)))
-        })
-        .collect::<Result<Vec<_>>>()?;
-    Ok(sha256_hex(parts.concat().as_bytes()))
+/// Recognises sets of samples: models may have different classes for the same files, which are read
+/// once.
+#[derive(Debug, Default)]
+pub struct Digests {
+    /// sha256 (hex) of files by name.
+    contents: HashMap<String, String>,
+}
+
+impl Digests {
+    /// sha256 (hex) over the names, classes and file contents of the samples, in order.
+    ///
+    /// # Errors
+    /// `Io` for an unreadable file.
+    pub fn of(&mut self, samples: &[Sample]) -> Result<String> {
+        let unread = samples.par_iter().filter(|sample| !self.contents.contains_key(&sample.name));
+        let read = unread
+            .map(|sample| Ok((sample.name.clone(), sha256_hex(&sample.read(u64::MAX)?))))
+            .collect::<Result<Vec<_>>>()?;
+        self.contents.extend(read);
+        let line = |sample: &Sample| {
+            let content = self.contents.get(&sample.name).map_or("", String::as_str);
+            format!("{}\n{}\n{content}\n", sample.name, sample.class)
+        };
+        Ok(sha256_hex(samples.iter().map(line).collect::<String>().as_bytes()))
+    }
 }
 
 /// Validation images as one model wants them.

@@ -10,7 +10,9 @@ mod pixels;
 mod preprocess;
 mod resample;
 
-pub use dataset::{Dataset, Sample, Source, check_subset, check_tar_start, has_image_name, is_tar};
+pub use dataset::{
+    Dataset, Sample, Source, check_classes, check_subset, check_tar_start, has_image_name, is_tar,
+};
 pub(crate) use decode::decode_by_content;
 pub use decode::{DecodeLimits, RgbImage, check_start, decode, is_image};
 pub use pixel_buffer::PixelBuffer;

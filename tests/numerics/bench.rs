@@ -111,6 +111,23 @@ fn a_stopped_run_goes_on_where_it_was() {
 }
 
 #[test]
+fn folders_named_by_labels_are_these_classes() {
+    let (out, set) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    for class in ["3", "7"] {
+        let from = demo("datasets/digits/val").join(class);
+        let to = set.path().join(class);
+        std::fs::create_dir(&to).unwrap();
+        for file in std::fs::read_dir(from).unwrap().map(|entry| entry.unwrap()).take(10) {
+            std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    }
+    let methods = vec!["float".to_owned()];
+    let matrix = Matrix { methods, validation: set.path().to_owned(), ..matrix() };
+    let (results, _) = run(&matrix, out.path(), &Recorder::default()).unwrap();
+    assert!(results.rows()[0].top1 > 80.0, "{} %", results.rows()[0].top1);
+}
+
+#[test]
 fn a_changed_question_is_a_new_row() {
     let out = tempfile::tempdir().unwrap();
     let only = |bits: usize| {

@@ -231,10 +231,14 @@ fn a_wrong_command_line_is_json_if_that_is_asked_for() {
 fn what_is_missing_fails_and_is_named() {
     let out = tempfile::tempdir().unwrap();
     let file = out.path().join("x.safetensors");
-    let empty = out.path().to_str().unwrap();
+    let empty = tempfile::tempdir().unwrap();
+    let (empty, image) = (empty.path().to_str().unwrap(), out.path().join("image.jpg"));
+    std::fs::write(&image, "").unwrap();
+    let image = image.to_str().unwrap();
     for (args, words) in [
         (vec!["inspect", "/nowhere.safetensors"], "/nowhere.safetensors"),
         (vec!["datasets", "upload", empty], empty),
+        (vec!["datasets", "upload", image], "image.jpg: is neither a folder nor a .tar file"),
         (vec!["models", "list", "--server", "http://127.0.0.1:1"], "http://127.0.0.1:1"),
         (
             vec![

@@ -5,14 +5,15 @@ use std::path::Path;
 
 use tokio_stream::StreamExt as _;
 use tonic::{Code, Status};
+use vitq::grpc::proto::dataset_service_client::DatasetServiceClient;
 use vitq::grpc::proto::evaluate_event::Event;
 use vitq::grpc::proto::longrunning::{GetOperationRequest, ListOperationsRequest};
 use vitq::grpc::proto::{
     DeleteModelRequest, EvaluateEvent, EvaluateRequest, EvaluateResult, EvaluationMetrics,
-    JobMetadata, SetAliasRequest, UnloadModelRequest,
+    GetDatasetRequest, JobMetadata, QuantizeRequest, SetAliasRequest, UnloadModelRequest,
 };
 
-use crate::server::{Setup, TestServer, demo, refusal};
+use crate::server::{Setup, TestServer, demo, digit, drawn, quick, refusal};
 
 /// Everything that an evaluation tells, to its end.
 pub(crate) async fn evaluate(
@@ -102,6 +103,47 @@ async fn without_the_checkpoint_there_is_accuracy_and_a_warning() {
     server.stop().await;
 }
 
+/// A folder with some class folders of the validation set, under other names.
+fn some_classes(root: &Path, name: &str, classes: &[(usize, &str)]) {
+    for (class, folder) in classes {
+        let to = root.join(name).join(folder);
+        fs::create_dir_all(&to).unwrap();
+        for number in 0..10 {
+            fs::write(to.join(format!("{number}.png")), digit(*class, number)).unwrap();
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_are_the_classes_that_they_are_named_by_and_a_guess_is_told() {
+    let (data, datasets) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    some_classes(datasets.path(), "named", &[(3, "3"), (7, "7")]);
+    some_classes(datasets.path(), "guessed", &[(3, "three"), (7, "seven")]);
+    some_classes(datasets.path(), "listed", &[(0, "zero"), (1, "one")]);
+    fs::write(datasets.path().join("listed/classes.txt"), "zero\none\n").unwrap();
+    some_classes(datasets.path(), "calib", &[(1, "1"), (2, "2")]);
+    let setup = Setup { datasets: Some(datasets.path().to_owned()), ..Setup::default() };
+    let server = TestServer::with(&data, setup).await;
+    let quick = QuantizeRequest { calibration: drawn("calib", 8), ..quick("m") };
+    server.quantize(quick).await.unwrap();
+    for (dataset, is_right, is_told) in
+        [("named", true, false), ("guessed", false, true), ("listed", true, false)]
+    {
+        let request = EvaluateRequest { dataset: dataset.to_owned(), ..request(0) };
+        let events = evaluate(&server, request).await.unwrap();
+        let EvaluateResult { metrics, warnings, .. } = result(events);
+        let top1 = metrics.unwrap().top1_percent;
+        assert_eq!(top1 > 80.0, is_right, "{dataset}: {top1} %");
+        let told = warnings.iter().any(|text| {
+            text.contains("dataset: holds 2 of the model's 10 classes")
+                && text.contains("`seven` as class 0")
+                && text.contains("classes.txt")
+        });
+        assert_eq!((told, warnings.len()), (is_told, usize::from(is_told)), "{warnings:?}");
+    }
+    server.stop().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn unusable_requests_are_refused_at_once() {
     let data = tempfile::tempdir().unwrap();
@@ -122,6 +164,16 @@ async fn unusable_requests_are_refused_at_once() {
         let (_, found_field, found_reason) =
             refusal(&evaluate(&server, bad.clone()).await.unwrap_err());
         assert_eq!((found_field.as_str(), found_reason.as_str()), (field, reason), "{bad:?}");
+    }
+    // A folder above data sets is there, and none.
+    let above = EvaluateRequest { dataset: "digits".to_owned(), ..request(10) };
+    let refused = evaluate(&server, above).await.unwrap_err();
+    let mut datasets = DatasetServiceClient::new(server.channel.clone());
+    let get = GetDatasetRequest { name: "digits".to_owned() };
+    let (get, words) = (datasets.get_dataset(get).await.unwrap_err(), "`digits`: holds no images");
+    for (status, field) in [(refused, "dataset"), (get, "name")] {
+        assert_eq!((refusal(&status).0, &*refusal(&status).1), (Code::InvalidArgument, field));
+        assert!(status.message().contains(words), "{status}");
     }
     let check = EvaluateRequest { validate_only: true, ..request(10) };
     let events = evaluate(&server, check).await.unwrap();

@@ -3,8 +3,10 @@
 //!
 //! Classes are numbered in the bytewise order of their folder names, or in the order of
 //! `classes.txt` (one folder name a line) where that file lies beside the class folders.
+//! [`Dataset::for_model`] tells which classes of a model they are.
 
 mod archive;
+mod classes;
 mod folder;
 
 use std::collections::{BTreeMap, HashMap};
@@ -20,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::random::{GOLDEN, fnv1a, mix};
 
 pub use archive::check_tar_start;
+pub use classes::check_classes;
 
 /// Name of the optional file that fixes the order of the classes.
 const CLASSES_FILE: &str = "classes.txt";
@@ -109,7 +112,9 @@ pub struct Dataset {
     pub root: PathBuf,
     /// Folder names of the classes; a class may have no image.
     pub classes: Vec<String>,
-    /// All images, by class and then bytewise by file name.
+    /// Whether `classes.txt` lists them.
+    pub has_class_list: bool,
+    /// All images, by class folder and then bytewise by file name.
     pub samples: Vec<Sample>,
 }
 
@@ -127,18 +132,18 @@ impl Dataset {
     /// nested folders are ignored. Blocking.
     ///
     /// # Errors
-    /// `NotFound` of kind `dataset` when there is neither; `InvalidArgument` on `field` for a set
-    /// without images, a `classes.txt` that does not fit the folders, a symbolic link that leaves
-    /// the root, a tar file with links, special files or paths that are not plain, or a name that
-    /// is not UTF-8; `Io`.
+    /// `NotFound` of kind `dataset` when there is nothing; `InvalidArgument` on `field` for another
+    /// file, a set without images, a `classes.txt` that does not fit the folders, a symbolic link
+    /// that leaves the root, a tar file with links, special files or paths that are not plain, or a
+    /// name that is not UTF-8; `Io`.
     pub fn open(root: &Path, field: &str) -> Result<Self> {
-        let not_found = || Error::NotFound { kind: "dataset", name: root.display().to_string() };
         let canonical = match root.canonicalize() {
             Ok(path) => path,
             Err(error)
                 if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) =>
             {
-                return Err(not_found());
+                let name = root.display().to_string();
+                return Err(Error::NotFound { kind: "dataset", name });
             }
             Err(error) => return Err(Error::io(root, error)),
         };
@@ -147,16 +152,17 @@ impl Dataset {
         } else if is_tar(root) {
             archive::contents(root, field)?
         } else {
-            return Err(not_found());
+            return Err(no_set(&canonical, field));
         };
         Self::from_contents(root, contents, field)
     }
 
     fn from_contents(root: &Path, contents: Contents, field: &str) -> Result<Self> {
         let Contents { classes, mut folders } = contents;
+        let has_class_list = classes.is_some();
         let classes = match classes {
             Some(text) => {
-                let classes = parse_classes(&text, field)?;
+                let classes = classes::parse(&text, field)?;
                 if let Some(other) = folders.keys().find(|folder| !classes.contains(folder)) {
                     let reason = format!("class folder `{other}` is not in {CLASSES_FILE}");
                     return Err(Error::invalid(field, reason));
@@ -180,7 +186,7 @@ impl Dataset {
             let reason = "holds no images: expected CLASS/*.jpg, png or webp";
             return Err(Error::invalid(field, reason));
         }
-        Ok(Self { root: root.to_path_buf(), classes, samples })
+        Ok(Self { root: root.to_path_buf(), classes, has_class_list, samples })
     }
 
     /// Looks into every file: whether it begins as an image does, and is no larger than allowed.
@@ -257,6 +263,17 @@ fn draw(seed: u64, name: &str) -> u64 {
     mix(fnv1a(name).wrapping_add(seed.wrapping_add(1).wrapping_mul(GOLDEN)))
 }
 
+/// What speaks against a file that is not called a tar file.
+fn no_set(path: &Path, field: &str) -> Error {
+    let mut start = Vec::new();
+    // Only what is known to end is read; what cannot be read has no start that tells more.
+    if path.is_file() {
+        let _ = File::open(path).and_then(|file| file.take(SNIFFED).read_to_end(&mut start));
+    }
+    let other = || Error::invalid(field, "is neither a folder nor a .tar file");
+    check_tar_start(&start, field).err().unwrap_or_else(other)
+}
+
 /// Whether a file name is that of a data set in one file.
 pub fn is_tar(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(TAR_EXTENSION))
@@ -266,27 +283,6 @@ pub fn is_tar(path: &Path) -> bool {
 pub fn has_image_name(path: &Path) -> bool {
     let extension = path.extension().and_then(|e| e.to_str()).map(str::to_ascii_lowercase);
     extension.is_some_and(|extension| IMAGE_EXTENSIONS.contains(&extension.as_str()))
-}
-
-/// The classes that `classes.txt` lists; blank lines do not count.
-fn parse_classes(text: &str, field: &str) -> Result<Vec<String>> {
-    let mut classes: Vec<String> = Vec::new();
-    for class in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        if class.contains(['/', '\\']) || class.starts_with('.') {
-            let reason = format!("{CLASSES_FILE}: `{class}` is not the name of a class folder");
-            return Err(Error::invalid(field, reason));
-        }
-        classes.push(class.to_owned());
-    }
-    let mut sorted: Vec<&String> = classes.iter().collect();
-    sorted.sort_unstable();
-    if let Some(pair) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(Error::invalid(
-            field,
-            format!("{CLASSES_FILE}: `{}` is listed twice", pair[0]),
-        ));
-    }
-    Ok(classes)
 }
 
 #[cfg(test)]
@@ -373,11 +369,24 @@ mod tests {
             Dataset::open(root.path(), "dataset"),
             Err(Error::InvalidArgument { field, .. }) if field == "dataset"
         ));
-        for missing in ["none", "a/readme.txt", "a/readme.txt/x"] {
+        for missing in ["none", "a/readme.txt/x"] {
             assert!(matches!(
                 Dataset::open(&root.path().join(missing), "dataset"),
                 Err(Error::NotFound { kind: "dataset", .. })
             ));
+        }
+    }
+
+    #[test]
+    fn files_that_are_no_sets_are_told_from_missing_ones() {
+        let root = folder(&["one.jpg"]);
+        fs::write(root.path().join("set.tar.gz"), b"\x1f\x8b\x08 and so on").unwrap();
+        for (file, reason) in [
+            ("one.jpg", "d: is neither a folder nor a .tar file"),
+            ("set.tar.gz", "d: the file is compressed (gzip), only plain tar is accepted"),
+        ] {
+            let error = Dataset::open(&root.path().join(file), "d").unwrap_err();
+            assert_eq!(error.to_string(), reason);
         }
     }
 
@@ -444,7 +453,8 @@ mod tests {
             let samples = (0..40)
                 .map(|i| Sample { source: Source::File(PathBuf::new()), name: format!("c/{i}"), class: 0 })
                 .collect();
-            let set = Dataset { root: PathBuf::new(), classes: vec!["c".to_owned()], samples };
+            let classes = vec!["c".to_owned()];
+            let set = Dataset { root: PathBuf::new(), classes, has_class_list: false, samples };
             let (all, part) = (set.subset(40, seed, "").unwrap(), set.subset(count, seed, "").unwrap());
             prop_assert_eq!(&names(&all)[..count], &names(&part)[..]);
             let mut distinct = names(&all);

@@ -250,7 +250,7 @@ impl Resources {
         blocking(move || {
             let names = merge(folder.list(DEPTH), uploaded, &page);
             let infos = names.into_iter();
-            Ok(infos.filter_map(|(name, i)| i.or_else(|| dataset(&folder, name))).collect())
+            Ok(infos.filter_map(|(name, i)| i.or_else(|| dataset(&folder, name).ok())).collect())
         })
         .await
     }
@@ -289,15 +289,12 @@ impl Resources {
     /// As [`Resources::checkpoint`].
     pub async fn dataset(&self, name: &str) -> Result<DatasetInfo> {
         let (folder, owned) = (self.datasets.clone(), name.to_owned());
-        match blocking(move || folder.resolve(&owned, "name").map(|_| dataset(&folder, owned)))
-            .await
-        {
-            Ok(Some(info)) => Ok(info),
-            Ok(None) | Err(Error::NotFound { .. }) => {
+        match blocking(move || dataset(&folder, owned)).await {
+            Err(Error::NotFound { .. }) => {
                 let upload = self.table.find(ResourceKind::Dataset, name).await?;
                 dataset_of_upload(&upload).ok_or_else(|| not_found(&upload))
             }
-            Err(error) => Err(error),
+            found => found,
         }
     }
 
@@ -371,7 +368,7 @@ impl Resources {
     /// `InvalidArgument` on `field`; `NotFound`; `Unavailable`; `Io`.
     pub fn look_at_dataset(&self, name: &str, field: &str) -> Result<DatasetLook> {
         match self.datasets.resolve(name, field) {
-            Ok(path) => Ok(DatasetLook::Open(Dataset::open(&path, field)?)),
+            Ok(path) => Ok(DatasetLook::Open(open_named(&path, name, field)?)),
             Err(Error::NotFound { .. }) => {
                 let upload = self.uploaded(ResourceKind::Dataset, name)?;
                 let info = dataset_of_upload(&upload).ok_or_else(|| not_found(&upload))?;
@@ -388,7 +385,7 @@ impl Resources {
     /// As [`Resources::look_at_dataset`]; `CorruptArtifact`.
     pub fn open_dataset(&self, name: &str, field: &str, going_on: GoingOn<'_>) -> Result<Dataset> {
         match self.datasets.resolve(name, field) {
-            Ok(path) => return Dataset::open(&path, field),
+            Ok(path) => return open_named(&path, name, field),
             Err(Error::NotFound { .. }) => {}
             Err(error) => return Err(error),
         }
@@ -629,10 +626,20 @@ fn architecture(config: &Path) -> Option<String> {
     config.get("architecture")?.as_str().map(str::to_owned)
 }
 
-fn dataset(folder: &NamedFolder, name: String) -> Option<DatasetInfo> {
-    let path = folder.resolve(&name, "dataset").ok()?;
-    let Dataset { classes, samples, .. } = Dataset::open(&path, "dataset").ok()?;
-    Some(DatasetInfo { name, images: samples.len(), classes, origin: Origin::Folder })
+fn dataset(folder: &NamedFolder, name: String) -> Result<DatasetInfo> {
+    let path = folder.resolve(&name, "name")?;
+    let Dataset { classes, samples, .. } = open_named(&path, &name, "name")?;
+    Ok(DatasetInfo { name, images: samples.len(), classes, origin: Origin::Folder })
+}
+
+/// Opens a data set; what speaks against it says its name.
+fn open_named(path: &Path, name: &str, field: &str) -> Result<Dataset> {
+    Dataset::open(path, field).map_err(|error| {
+        if let Error::InvalidArgument { field, reason } = error {
+            return Error::invalid(field, format!("`{name}`: {reason}"));
+        }
+        error
+    })
 }
 
 fn checkpoint_of_upload(upload: &Upload) -> Option<CheckpointInfo> {

@@ -37,6 +37,7 @@ pub(super) struct Measurement {
     runtime: Handle,
     reference: Option<Reference>,
     samples: Vec<Sample>,
+    remark: Option<String>,
     limits: DecodeLimits,
 }
 
@@ -56,7 +57,7 @@ impl Measurement {
         let (record, placement) = runner.runtime.block_on(loading)?;
         let backend = parts.registry.get(&job.model)?.backend;
         let dataset = parts.resources.open_dataset(&job.dataset, "dataset", going_on)?;
-        let samples = choose(dataset, job, &record)?;
+        let (samples, remark) = choose(dataset, job, &record)?;
         let (reference, missing) =
             match Reference::load(runner, &record, &placement.device, going_on) {
                 Ok(reference) => (Some(reference), None),
@@ -71,6 +72,7 @@ impl Measurement {
             runtime: runner.runtime.clone(),
             reference,
             samples,
+            remark,
             limits: parts.limits.clone(),
         };
         Ok((measurement, missing))
@@ -79,6 +81,11 @@ impl Measurement {
     /// The model as it was stored.
     pub(super) fn record(&self) -> &ModelRecord {
         &self.record
+    }
+
+    /// What may be wrong with the classes of the images.
+    pub(super) fn remark(&self) -> Option<&str> {
+        self.remark.as_deref()
     }
 
     /// Number of images.

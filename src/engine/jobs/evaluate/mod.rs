@@ -11,11 +11,12 @@ use super::runner::{JobRunner, RunnerParts};
 use super::{EvaluateJob, Evaluation, JobOutput, JobProgress};
 use crate::artifact::store::ModelRecord;
 use crate::calib::{Progress as _, ProgressUpdate};
-use crate::data::{Dataset, Sample};
+use crate::data::{Dataset, Sample, check_classes};
 use crate::engine::evaluator::Metrics;
 use crate::engine::names::ModelId;
 use crate::engine::resources::DatasetLook;
 use crate::error::{Error, Result};
+use crate::model::ModelSpec;
 
 use measure::Measurement;
 
@@ -34,7 +35,7 @@ pub(super) fn check(parts: &RunnerParts, mut job: EvaluateJob) -> Result<Evaluat
     match parts.resources.look_at_dataset(&job.dataset, "dataset")? {
         DatasetLook::Open(dataset) => choose(dataset, &job, &record).map(drop)?,
         DatasetLook::Uploaded(info) => {
-            check_classes(info.classes.len(), &record)?;
+            check_classes(info.classes.len(), record.model.num_classes, "dataset")?;
             job.limit.map_or(Ok(()), |limit| info.check_count(limit, "limit"))?;
         }
     }
@@ -60,6 +61,11 @@ pub(super) fn run(
     if let Some(error) = no_reference {
         warnings.push(format!("no agreement and no SQNR: {error}"));
         reporter.warn(error);
+    }
+    if let Some(remark) = measurement.remark() {
+        let warning = Error::invalid("dataset", remark);
+        warnings.push(warning.to_string());
+        reporter.warn(warning);
     }
     let figures = shards::lead(runner, &measurement, told, reporter)?;
     Ok(JobOutput::Evaluated(Evaluation {
@@ -89,20 +95,17 @@ fn begin(earlier: Option<&JobProgress>, reporter: &JobReporter) -> Metrics {
     told
 }
 
-/// The images that are evaluated.
-fn choose(dataset: Dataset, job: &EvaluateJob, record: &ModelRecord) -> Result<Vec<Sample>> {
-    check_classes(dataset.classes.len(), record)?;
-    match job.limit {
-        Some(limit) => dataset.subset(limit, job.seed, "limit"),
-        None => Ok(dataset.samples),
-    }
-}
-
-fn check_classes(found: usize, record: &ModelRecord) -> Result<()> {
-    let known = record.model.num_classes;
-    if i64::try_from(found).map_or(true, |found| found > known) {
-        let reason = format!("has {found} classes, the model knows {known}");
-        return Err(Error::invalid("dataset", reason));
-    }
-    Ok(())
+/// The images that are evaluated, with the model's classes; and what may be wrong with these.
+fn choose(
+    dataset: Dataset,
+    job: &EvaluateJob,
+    record: &ModelRecord,
+) -> Result<(Vec<Sample>, Option<String>)> {
+    let ModelSpec { labels, num_classes, .. } = &record.model;
+    let (dataset, remark) = dataset.for_model(labels, *num_classes, "dataset")?;
+    let samples = match job.limit {
+        Some(limit) => dataset.subset(limit, job.seed, "limit")?,
+        None => dataset.samples,
+    };
+    Ok((samples, remark))
 }
