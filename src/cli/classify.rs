@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
-use tonic::Request;
+use tonic::{Request, Status};
+use tonic_types::StatusExt as _;
 
 use crate::cli::args;
 use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on, in_time};
@@ -103,10 +104,9 @@ impl Args {
         let sizes: Vec<usize> = contents.iter().map(Vec::len).collect();
         let channel = self.server.connect().await?;
         let mut client = InferenceServiceClient::new(channel).max_decoding_message_size(MAX_ANSWER);
-        let (mut contents, mut sizes) = (contents.into_iter(), sizes.into_iter());
+        let mut contents = contents.into_iter();
         let (mut answers, mut responses) = (VecDeque::new(), Vec::new());
-        for count in calls(sizes.as_slice()) {
-            let bytes: usize = sizes.by_ref().take(count).sum();
+        for count in calls(&sizes) {
             let images = contents.by_ref().take(count);
             let mut request = Request::new(ClassifyRequest {
                 model: self.model.clone(),
@@ -125,8 +125,8 @@ impl Args {
                     answers.extend(items.into_iter().map(Answer::Item));
                     responses.push(response);
                 }
-                // The server may take no message as large as this image alone: that is its own error.
-                Err(status) if bytes > BYTES_PER_CALL => {
+                // A bad image fails alone.
+                Err(status) if count == 1 && is_too_large(&status) => {
                     answers.push_back(Answer::Failed(status.into()));
                 }
                 Err(status) => return Err(status.into()),
@@ -134,6 +134,11 @@ impl Args {
         }
         Ok((answers, responses))
     }
+}
+
+/// Whether no call can carry what this one did.
+fn is_too_large(status: &Status) -> bool {
+    status.get_details_error_info().is_some_and(|info| info.reason == "MESSAGE_TOO_LARGE")
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {

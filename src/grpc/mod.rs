@@ -11,6 +11,7 @@ pub(crate) mod deadline;
 mod drain;
 mod evaluate;
 mod events;
+mod explain;
 mod fields;
 mod flag;
 mod health;
@@ -186,6 +187,7 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
         .http2_max_pending_accept_reset_streams(Some(MAX_RESETS))
         .layer(trace::Traces)
         .layer(measure::Measures::default())
+        .layer(explain::Explanations)
         .layer(deadline::Deadlines)
         .layer(intake::Intake::new(LARGE_MESSAGES.saturating_mul(images)))
         .layer(Checks(drain::RefuseWhileDraining::new(taking.clone())))

@@ -1,5 +1,6 @@
 //! The only way from an [`Error`] to a gRPC status, with standard details that programs can read.
 
+use std::collections::HashMap;
 use std::time::Duration;
 
 use prost::Message as _;
@@ -33,7 +34,7 @@ impl From<Error> for Status {
 /// The status of an error that was logged already under `id`.
 pub(super) fn status(error: &Error, id: &str) -> Status {
     let (code, reason, mut details) = details(error);
-    let mut metadata = std::collections::HashMap::new();
+    let mut metadata = HashMap::new();
     let message = if code == Code::Internal {
         details.set_request_info(id, "");
         metadata.insert("log_id".to_owned(), id.to_owned());
@@ -61,6 +62,29 @@ pub(super) fn status(error: &Error, id: &str) -> Status {
     };
     details.set_error_info(reason, DOMAIN, metadata);
     Status::with_error_details(code, message, details)
+}
+
+/// What clients are told instead of a status without details, which only tonic and the services that
+/// come with it make; `None` if that is no error.
+pub(super) fn explained(bare: &Status) -> Option<Status> {
+    let code = bare.code();
+    let (code, reason) = if code == Code::Ok {
+        return None;
+    } else if [Code::OutOfRange, Code::ResourceExhausted].contains(&code) {
+        // What it says of a message, as it comes or once it is decompressed.
+        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+    } else if code == Code::Internal {
+        (code, "MALFORMED_MESSAGE")
+    } else {
+        (code, code_name(code))
+    };
+    let message = match bare.message() {
+        "" if code == Code::Unimplemented => "the server has no such call",
+        other => other.strip_prefix("Error, decoded ").unwrap_or(other),
+    };
+    let mut details = ErrorDetails::new();
+    details.set_error_info(reason, DOMAIN, HashMap::new());
+    Some(Status::with_error_details(code, message, details))
 }
 
 /// gRPC's own name of a code.

@@ -131,6 +131,18 @@ fn a_model_is_made_used_and_removed() {
     assert_eq!(answers["images"][0]["labels"].as_array().unwrap().len(), 5);
     assert!(answers["images"][1]["error"]["message"].is_string());
 
+    // So does one that no call can carry.
+    let folder = tempfile::tempdir().unwrap();
+    let large = folder.path().join("large.png");
+    fs::write(&large, vec![0; 40 << 20]).unwrap();
+    let large = large.to_str().unwrap();
+    let output = server.run(&["classify", "--model", "tiny", "--json", large, images[0]]);
+    assert_eq!(output.status.code(), Some(FAILED));
+    let answers: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(answers["images"][0]["error"]["reason"], "MESSAGE_TOO_LARGE");
+    assert_eq!(answers["images"][1]["labels"].as_array().unwrap().len(), 5);
+    assert_eq!(answers["answered_by"], "tiny");
+
     let patient = ["classify", "--model", "tiny", "--timeout", "60", images[0]];
     assert!(server.run(&patient).status.success());
     let hasty = ["classify", "--model", "tiny", "--timeout", "0.000001", images[0]];

@@ -133,7 +133,9 @@ async fn unusable_calls_are_refused_as_a_whole() {
         assert_eq!(refusal(&status), expected, "{model} {count}");
     }
     let status = server.classify("m", vec![vec![0; 33 << 20]]).await.unwrap_err();
-    assert_eq!(status.code(), Code::OutOfRange, "{status}");
+    let reason = "MESSAGE_TOO_LARGE".to_owned();
+    assert_eq!(refusal(&status), (Code::ResourceExhausted, String::new(), reason), "{status}");
+    assert!(status.message().contains("the limit is: 33554432 bytes"), "{status}");
     server.stop().await;
 }
 

@@ -145,7 +145,8 @@ async fn a_message_beyond_the_limit_ends_the_stream_after_what_was_read() {
     exchange.send(request(1, "m", vec![digit(1, 0)])).await;
     exchange.send(request(2, "m", vec![vec![0; 33 << 20]])).await;
     assert_eq!(response(&exchange.next().await).items.len(), 1);
-    assert_eq!(exchange.finish().await.unwrap_err().code(), Code::OutOfRange);
+    let (code, _, reason) = refusal(&exchange.finish().await.unwrap_err());
+    assert_eq!((code, reason.as_str()), (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"));
     server.stop().await;
 }
 

@@ -260,7 +260,7 @@ async fn broken_messages_get_their_status_and_the_connection_goes_on() {
             framed(1, b"x"),
             Code::Unimplemented,
         ),
-        ("too long", vec![], Bytes::from_static(b"\0\xff\xff\xff\xff"), Code::OutOfRange),
+        ("too long", vec![], Bytes::from_static(b"\0\xff\xff\xff\xff"), Code::ResourceExhausted),
         ("no message", vec![], Bytes::new(), Code::Internal),
         ("no images", vec![], request("m", 0), Code::InvalidArgument),
         ("10,000 images", vec![], request("m", 10_000), Code::InvalidArgument),
@@ -278,9 +278,10 @@ async fn broken_messages_get_their_status_and_the_connection_goes_on() {
         let answer = raw.call(CLASSIFY, &headers, body).await;
         let answer = answer.unwrap_or_else(|error| panic!("{name}: {error}"));
         assert_eq!((answer.http, answer.code), (200, Some(expected)), "{name}");
+        assert_eq!(answer.has_reason, expected != Code::Ok, "{name}");
     }
     let unknown = raw.call("/vitq.v1.InferenceService/Nothing", &[], good.clone()).await.unwrap();
-    assert_eq!(unknown.code, Some(Code::Unimplemented));
+    assert_eq!((unknown.code, unknown.has_reason), (Some(Code::Unimplemented), true));
     let refused = raw.call(CLASSIFY, &[("x-huge", &huge)], good.clone()).await;
     assert!(refused.is_ok_and(|answer| answer.http == 431), "metadata of 40 KiB");
     assert_eq!(raw.call(CLASSIFY, &[], good).await.unwrap().code, Some(Code::Ok));

@@ -7,6 +7,7 @@ use http::{HeaderMap, Request};
 use prost::Message;
 use tokio::net::TcpStream;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 use vitq::grpc::proto::{ClassifyRequest, Image};
 
 pub(crate) const CLASSIFY: &str = "/vitq.v1.InferenceService/Classify";
@@ -56,7 +57,9 @@ impl Raw {
         body: Bytes,
     ) -> Result<Answer, h2::Error> {
         let (http, end) = self.exchange(path, headers, body).await?;
-        Ok(Answer { http, code: code(&end) })
+        let status = Status::from_header_map(&end);
+        let has_reason = status.is_some_and(|status| status.get_details_error_info().is_some());
+        Ok(Answer { http, code: code(&end), has_reason })
     }
 
     /// The status of a whole call, as the server gives it: tonic's client ends late calls by itself.
@@ -96,6 +99,8 @@ impl Raw {
 pub(crate) struct Answer {
     pub(crate) http: u16,
     pub(crate) code: Option<Code>,
+    /// Whether its details have one that programs can read.
+    pub(crate) has_reason: bool,
 }
 
 fn code(headers: &HeaderMap) -> Option<Code> {
