@@ -24,6 +24,12 @@ pub(super) struct Args {
     /// Seed of the draw.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Your id of this request: repeating it returns the same job.
+    #[arg(long, value_name = "ID", default_value = "", hide_default_value = true)]
+    request_id: String,
+    /// Only check the request.
+    #[arg(long)]
+    validate_only: bool,
     /// Urgency: jobs with a larger number start first, -100 to 100.
     #[arg(long, value_name = "N", default_value_t = 0, allow_negative_numbers = true)]
     priority: i32,
@@ -42,8 +48,8 @@ impl Args {
             dataset: self.dataset,
             limit: self.limit,
             seed: self.seed,
-            request_id: String::new(),
-            validate_only: false,
+            request_id: self.request_id,
+            validate_only: self.validate_only,
             priority: self.priority,
         };
         let server = self.server;

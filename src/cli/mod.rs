@@ -28,6 +28,7 @@ mod render;
 mod serve;
 mod token;
 mod upload;
+mod uploads;
 mod worker;
 
 use std::env;
@@ -80,6 +81,8 @@ enum Command {
     Checkpoints(checkpoints::Args),
     /// List, upload and delete the data sets of a server.
     Datasets(datasets::Args),
+    /// List the uploads of a server, on their way or complete.
+    Uploads(uploads::Args),
     /// List, watch, await and cancel the jobs of a server.
     Jobs(jobs::Args),
     /// Show the quantization methods and their options.
@@ -159,6 +162,7 @@ impl Command {
             Self::Models(args) => args.run(output),
             Self::Checkpoints(args) => args.run(output),
             Self::Datasets(args) => args.run(output),
+            Self::Uploads(args) => args.run(output),
             Self::Jobs(args) => args.run(output),
             Self::Methods(args) => args.run(output),
             Self::Bench(args) => args.run(output),

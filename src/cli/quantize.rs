@@ -11,6 +11,8 @@ use crate::cli::failure::Failure;
 use crate::cli::follow::{Outcome, Patience, follow, how_to_return};
 use crate::cli::output::Output;
 use crate::cli::render;
+use crate::engine::names::ModelId;
+use crate::error::Error;
 use crate::grpc::proto::quantization_service_client::QuantizationServiceClient;
 use crate::grpc::proto::quantize_request::Calibration;
 use crate::grpc::proto::{CalibrationDataset, QuantizeRequest, RoleBits, StemHead};
@@ -160,10 +162,13 @@ impl Args {
             count: if files.is_some() { 0 } else { self.calib_images },
             files: files.unwrap_or_default(),
         };
-        let model_id = self.name.unwrap_or_else(|| {
-            let bits = format!("w{}a{}", weight_bits.get(), activation_bits.get());
-            default_id(&[&self.checkpoint, &self.method, &bits, &role_bits.to_string()])
-        });
+        let model_id = match self.name {
+            Some(name) => name,
+            None => {
+                let bits = format!("w{}a{}", weight_bits.get(), activation_bits.get());
+                default_id(&[&self.checkpoint, &self.method, &bits, &role_bits.to_string()])?
+            }
+        };
         let stem_head = match self.stem_head {
             StemHeadChoice::Float => StemHead::Float,
             StemHeadChoice::Int8 => StemHead::Int8,
@@ -190,13 +195,18 @@ impl Args {
 }
 
 /// `digits-vit-ubb-w4a4` of a checkpoint's path, method, bits and exceptions, with what an id must
-/// not hold replaced by hyphens.
-fn default_id(parts: &[&str; 4]) -> String {
+/// not hold replaced by hyphens; refused where that is no id.
+fn default_id(parts: &[&str; 4]) -> Result<String, Failure> {
     let [checkpoint, rest @ ..] = parts;
     let name = checkpoint.rsplit('/').next().unwrap_or(checkpoint);
     let text = format!("{name}-{}", rest.join("-")).to_lowercase();
     let allowed = |c: char| if c.is_ascii_lowercase() || c.is_ascii_digit() { c } else { '-' };
-    text.chars().map(allowed).collect::<String>().trim_matches('-').to_owned()
+    let id = text.chars().map(allowed).collect::<String>().trim_matches('-').to_owned();
+    let refused = |error: Error| {
+        format!("{error}: it was made of checkpoint, method and bits, give another one")
+    };
+    ModelId::parse(&id, "--name").map_err(|error| Failure::Usage(refused(error)))?;
+    Ok(id)
 }
 
 #[cfg(test)]
@@ -205,8 +215,13 @@ mod tests {
 
     #[test]
     fn the_default_id_tells_checkpoint_method_and_bits() {
-        assert_eq!(default_id(&["digits-vit", "ubb", "w4a4", ""]), "digits-vit-ubb-w4a4");
-        let id = default_id(&["_a/ViT_Tiny.p16", "ubb", "w4a32", "reduction=8/8 head=8/float"]);
-        assert_eq!(id, "vit-tiny-p16-ubb-w4a32-reduction-8-8-head-8-float");
+        let id = |parts| default_id(parts).unwrap();
+        assert_eq!(id(&["digits-vit", "ubb", "w4a4", ""]), "digits-vit-ubb-w4a4");
+        let parts = ["_a/ViT_Tiny.p16", "ubb", "w4a32", "reduction=8/8 head=8/float"];
+        assert_eq!(id(&parts), "vit-tiny-p16-ubb-w4a32-reduction-8-8-head-8-float");
+        let Err(Failure::Usage(reason)) = default_id(&[&"x".repeat(60), "ubb", "w4a4", ""]) else {
+            panic!("longer than an id");
+        };
+        assert!(reason.starts_with("--name: ") && reason.contains("give another"), "{reason}");
     }
 }

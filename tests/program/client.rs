@@ -116,6 +116,8 @@ fn a_model_is_made_used_and_removed() {
     let waited = server.json(&["jobs", "wait", operation.strip_prefix("operations/").unwrap()]);
     assert_eq!(waited["result"]["model"]["id"], "tiny");
 
+    let checked = ["evaluate", "--model", "tiny", "--dataset", "digits/val", "--validate-only"];
+    assert_eq!(server.json(&checked)["valid"], true);
     let evaluated =
         server.json(&["evaluate", "--model", "tiny", "--dataset", "digits/val", "--limit", "20"]);
     assert_eq!(evaluated["images"], 20);
@@ -325,12 +327,21 @@ fn an_upload_goes_on_when_its_server_is_killed_and_started_again() {
         // Of 88 MB more than a stored part has come by then.
         if !crashed && sent_bytes(&line).is_some_and(|bytes| bytes > 40_000_000) {
             server.crash();
+            let left = server.json(&["uploads", "list", "--unfinished"]);
+            assert_eq!(
+                (&left[0]["name"], &left[0]["kind"]),
+                (&"small".into(), &"checkpoint".into())
+            );
+            assert!(left[0]["received_bytes"].as_u64() > Some(0), "{left}");
             crashed = true;
         }
         seen.push(line);
     }
     assert!(client.wait().unwrap().success(), "{seen:?}");
     assert!(crashed && seen.iter().any(|line| line.starts_with("retry")), "{seen:?}");
+    let listed = server.json(&["uploads", "list"]);
+    assert_eq!((&listed[0]["name"], &listed[0]["complete"]), (&"small".into(), &true.into()));
+    assert_eq!(server.json(&["uploads", "list", "--unfinished"]), serde_json::json!([]));
     let brought = server.json(&["checkpoints", "get", "small"]);
     let mut files = fs::read(folder.join("config.json")).unwrap();
     files.extend(fs::read(folder.join("model.safetensors")).unwrap());
