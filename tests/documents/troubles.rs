@@ -15,12 +15,16 @@ pub(crate) const BEFORE: &str = "
 vitq quantize --checkpoint digits-vit --method minmax --bits 8 --calib-images 4 \
   --calib-dataset digits/calib --name digits
 vitq models alias live digits
-mkdir -p images flat odd/x pickle short other wrong
+mkdir -p images flat odd/x pickle short cut other wrong
 cp demo/datasets/digits/val/3/0135.png flat
 cp demo/checkpoints/digits-vit/config.json pickle
 cp demo/checkpoints/digits-vit/config.json short
+cp demo/checkpoints/digits-vit/config.json cut
 printf 'PK\\003\\004 and so on, for some bytes' >pickle/model.safetensors
 head -c 1000 demo/checkpoints/digits-vit/model.safetensors >short/model.safetensors
+head -c 1000000 demo/checkpoints/digits-vit/model.safetensors >cut/model.safetensors
+tar -czf set.tar.gz flat
+head -c 34000000 /dev/zero >large.png
 cp demo/checkpoints/digits-vit/model.safetensors other
 sed 's/vit_tiny_patch16_224/resnet50/' demo/checkpoints/digits-vit/config.json >other/config.json
 cp demo/checkpoints/digits-swin/model.safetensors wrong
@@ -42,9 +46,18 @@ pub(crate) const TROUBLES: &[Trouble] = &[
         "vitq checkpoints upload pickle",
     ),
     trouble("model.safetensors is truncated or foreign: …", "vitq checkpoints upload short"),
+    trouble(
+        "model.safetensors is truncated or not a safetensors file: …",
+        "vitq checkpoints upload cut",
+    ),
     trouble("architecture … is not supported, …", "vitq checkpoints upload other"),
     trouble("the config says …, the tensors say …", "vitq checkpoints upload wrong"),
     trouble("…: holds no images: expected CLASS/*.jpg, png or webp", "vitq datasets upload flat"),
+    trouble("…: is neither a folder nor a .tar file", "vitq datasets upload flat/0135.png"),
+    trouble(
+        "…: the file is compressed (gzip), only plain tar is accepted",
+        "vitq datasets upload set.tar.gz",
+    ),
     trouble("… is neither a JPEG nor a PNG nor a WebP image", "vitq datasets upload odd"),
     trouble(
         "dataset.count: … images asked for, the data set has …",
@@ -54,6 +67,10 @@ pub(crate) const TROUBLES: &[Trouble] = &[
     trouble(
         "model_id: an id has 1 to 63 lower-case letters, digits and inner hyphens, …",
         "$QUANTIZE --checkpoint digits-vit --name Digits_8",
+    ),
+    trouble(
+        "--name: an id has 1 to 63 …: it was made of checkpoint, method and bits, give another one",
+        "$QUANTIZE --checkpoint digits-vit-with-a-name-of-more-characters-than-a-models-id-may-have",
     ),
     trouble(
         "bits: 2 bits are not supported, choose 3 to 8",
@@ -86,6 +103,10 @@ pub(crate) const TROUBLES: &[Trouble] = &[
     trouble(
         "images[0].content: the bytes are neither a JPEG nor a PNG nor a WebP image",
         "vitq classify --model digits odd/x/a.png",
+    ),
+    trouble(
+        "message length too large: found … bytes, the limit is: … bytes",
+        "vitq classify --model digits large.png",
     ),
     trouble(
         "the token would cross the network in the clear: use https://, or --insecure",
