@@ -65,7 +65,7 @@ pub struct ServeConfig {
     #[arg(long, env = "VITQ_MAX_CONNECTION_AGE", default_value = "600", value_name = "SECONDS",
           value_parser = seconds)]
     pub max_connection_age: Duration,
-    /// Threads that decode images; without a number, one per core.
+    /// Threads that decode images; without a number, as many as `--threads`.
     #[arg(long, env = "VITQ_DECODE_THREADS", value_name = "N", value_parser = at_least_one)]
     pub decode_threads: Option<usize>,
     /// Bytes of answers that are kept by the images' content: the same bytes for the same model are not
@@ -155,6 +155,10 @@ pub struct ProcessConfig {
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
+    /// Threads that compute on a CPU; without a number, as many as OMP_NUM_THREADS says, or one for each
+    /// processor.
+    #[arg(long, env = "VITQ_THREADS", value_name = "N", value_parser = at_least_one)]
+    pub threads: Option<usize>,
     /// Arithmetic of the models: integer (simulated on devices without kernels), simulated, float.
     #[arg(long, env = "VITQ_EXECUTOR", default_value_t = Backend::Integer, value_name = "NAME")]
     pub executor: Backend,
@@ -222,12 +226,11 @@ impl ServeConfig {
     /// The engine's part; `devices` is what `device` stands for on this machine.
     pub fn engine(&self, devices: Vec<Device>) -> EngineConfig {
         let Self { process, workers, .. } = self;
-        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         EngineConfig {
             batching: Batching { max_batch: process.max_batch, delay: self.batch_delay },
             queue: QueueLimits { images: self.queue_images, bytes: self.queue_bytes },
             images_per_client: self.max_images_per_client,
-            decode_threads: self.decode_threads.unwrap_or(cores),
+            decode_threads: self.decode_threads.unwrap_or_else(|| process.threads()),
             response_cache: CacheLimits {
                 bytes: self.response_cache_bytes,
                 lifetime: self.response_cache_ttl,
@@ -283,6 +286,13 @@ impl ProcessConfig {
         problems.extend(self.store.as_deref().and_then(|url| store::check_url(url).err()));
         problems.extend(self.hub.as_ref().and_then(|_| check_hub().err()));
         problems
+    }
+
+    /// Threads that compute.
+    pub fn threads(&self) -> usize {
+        let omp = std::env::var("OMP_NUM_THREADS").ok();
+        let processors = std::thread::available_parallelism().map_or(1, NonZero::get);
+        threads(self.threads, omp.as_deref(), processors)
     }
 
     /// Whether the data folder holds anything of this process, which then has it to itself.
@@ -367,6 +377,13 @@ pub(crate) fn seconds(text: &str) -> Result<Duration> {
         .ok_or_else(|| Error::invalid("value", "must be a number of seconds"))
 }
 
+/// As many as the setting says, or OpenMP's variable (of which nested regions have numbers of their own),
+/// but no more than there are processors for.
+fn threads(setting: Option<usize>, omp: Option<&str>, processors: usize) -> usize {
+    let omp = omp.and_then(|text| text.split(',').next()?.trim().parse().ok());
+    setting.unwrap_or_else(|| omp.map_or(processors, |omp: usize| omp.clamp(1, processors)))
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -416,9 +433,19 @@ mod tests {
     }
 
     #[test]
+    fn threads_follow_the_setting_or_openmp() {
+        assert_eq!(threads(None, None, 8), 8);
+        assert_eq!(threads(Some(3), Some("2"), 8), 3);
+        for (omp, count) in [("2", 2), ("4,2", 4), (" 1 ", 1), ("64", 8), ("0", 1), ("many", 8)] {
+            assert_eq!(threads(None, Some(omp), 8), count, "{omp}");
+        }
+    }
+
+    #[test]
     fn unusable_values_are_refused_at_start() {
         for (flag, value) in [
             ("--max-batch", "0"),
+            ("--threads", "0"),
             ("--queue-images", "-1"),
             ("--drain-timeout", "soon"),
             ("--drain-timeout", "-1"),

@@ -13,6 +13,7 @@ use crate::cli::failure::Failure;
 use crate::config::{ProcessConfig, Settings};
 use crate::error::{Error, Result};
 use crate::grpc::ops::{self, Probes};
+use crate::kernels::Workers;
 use crate::{device, shutdown, telemetry};
 
 /// What holds as long as the process is to run.
@@ -66,6 +67,9 @@ pub(super) fn run(
     let telemetry = telemetry.map_err(Failure::of_setting)?;
     tracing::info!(settings = settings.line(), "configuration");
     device::open_cuda_libraries();
+    Workers::share_among(config.threads());
+    // Before the first thread computes: each takes over the number that it finds.
+    tch::set_num_threads(i32::try_from(config.threads()).unwrap_or(i32::MAX));
     let result = match problems() {
         none if none.is_empty() => runtime.block_on(work).map_err(Failure::of_setting),
         problems => Err(Failure::Unusable(problems)),

@@ -87,9 +87,14 @@ impl Workers {
         Self { pool, threads, spare: Mutex::default() }
     }
 
-    /// The process's own: as many threads as processors.
+    /// The process's own: as many threads as processors, or as [`Workers::share_among`] said.
     pub fn shared() -> &'static Self {
         SHARED.get_or_init(|| Self::new(thread::available_parallelism().map_or(1, usize::from)))
+    }
+
+    /// Says how many threads [`Workers::shared`] has. Too late once it was asked for.
+    pub fn share_among(threads: usize) {
+        SHARED.get_or_init(|| Self::new(threads));
     }
 
     /// Number of threads that work for the calling one, itself included.
