@@ -105,8 +105,11 @@ impl Database {
                     Ok(())
                 })
             })
-            .after_release(|connection, _| {
+            .after_release(move |connection, _| {
                 Box::pin(async move {
+                    if dialect == Dialect::Postgres {
+                        return Ok(true);
+                    }
                     // Behind a rollback that is still on its way.
                     connection.ping().await?;
                     // SQLite ends a transaction by itself when the disk is full, and refuses the

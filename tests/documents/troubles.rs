@@ -69,7 +69,7 @@ pub(crate) const TROUBLES: &[Trouble] = &[
         "$QUANTIZE --checkpoint digits-vit --name Digits_8",
     ),
     trouble(
-        "--name: an id has 1 to 63 …: it was made of checkpoint, method and bits, give another one",
+        "…: it was made of checkpoint, method and bits, give another one",
         "$QUANTIZE --checkpoint digits-vit-with-a-name-of-more-characters-than-a-models-id-may-have",
     ),
     trouble(
