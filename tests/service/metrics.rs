@@ -164,6 +164,11 @@ async fn every_metric_is_told_after_some_traffic() {
     assert_eq!(after.value("vitq_queue_depth{model=\"counted\",priority=\"interactive\"}"), 0.0);
     assert!(after.text.contains("vitq_queue_depth{model=\"counted\",priority=\"bulk\"} 0"));
     assert!(grown("vitq_jobs_total", "kind=\"quantize\",result=\"succeeded\"") >= 1.0);
+    for reason in ["device", "oom", "internal"] {
+        let failures =
+            format!("vitq_inference_failures_total{{model=\"counted\",reason=\"{reason}\"}}");
+        assert!(after.values.contains_key(&failures), "an alert would miss the first {reason}");
+    }
     assert!(grown("vitq_cache_hits_total", "cache=\"copies\"") >= 1.0);
     let bytes = after.value("vitq_model_bytes{model=\"counted\"}");
     let mut models = server.models();

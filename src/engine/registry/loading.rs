@@ -121,6 +121,7 @@ impl ModelRegistry {
         let meter = Arc::new(Meter::new(Arc::clone(&slot.statistics)));
         tokio::spawn(async move {
             let started = Instant::now();
+            metrics::model_loading(&record.id, &record.digest);
             let loaded = registry.load((key, meter), &record, expected).await;
             metrics::model_loaded(&loaded, started.elapsed());
             registry.finish_load(&id, key, loaded).await;

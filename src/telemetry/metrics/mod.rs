@@ -28,6 +28,8 @@ const OTHER: &str = "_other";
 const MAX_MODELS: usize = 2000;
 /// Digits of a digest that make a version's label.
 const VERSION: usize = 12;
+/// Reasons of failures that a device is to blame for.
+const DEVICE_FAILURES: [&str; 3] = ["device", "oom", "internal"];
 
 /// The labels of a model.
 #[derive(Clone, Debug)]
@@ -118,6 +120,20 @@ pub fn shard_left(result: &'static str) {
 /// Notes that a job of this process was given to another worker.
 pub fn lease_lost() {
     counter!(table::LEASES_LOST.name).increment(1);
+}
+
+/// Notes that this process took a job whose worker gave no sign of life: a dead worker notes nothing.
+pub fn job_taken_over() {
+    counter!(table::TAKEOVERS.name).increment(1);
+}
+
+/// Notes that a model is about to be loaded: failures of its device are counted from 0.
+pub fn model_loading(id: &str, digest: &str) {
+    let labels = ModelLabels::of(id, digest);
+    for reason in DEVICE_FAILURES {
+        let labels = [("model", labels.model.clone()), ("reason", reason.into())];
+        counter!(table::FAILURES.name, &labels).absolute(0);
+    }
 }
 
 /// Notes that a model was loaded, or could not be.

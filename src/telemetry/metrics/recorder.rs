@@ -2,12 +2,26 @@
 
 use std::sync::OnceLock;
 
-use metrics::{Unit, counter, describe_counter, describe_histogram};
+use metrics::{Label, Unit, counter, describe_counter, describe_histogram, histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
 use metrics_process::Collector;
 
 use super::samples::Samples;
-use super::table::{ALL, Kind, Metric};
+use super::table::{self, ALL, Kind, Metric};
+
+/// Series that begin at 0, by the values of their labels. Of one that began with its first event, an
+/// alert would not see that event.
+const FROM_ZERO: [(&Metric, &[&[&str]]); 3] = [
+    (
+        &table::JOBS_ENDED,
+        &[&["quantize", "evaluate"], &["succeeded", "failed", "cancelled", "released"]],
+    ),
+    (&table::LOAD_DURATION, &[&["ok", "failed"]]),
+    (
+        &table::STORE_OPERATIONS,
+        &[&["put", "get", "contains", "list", "delete"], &["ok", "not_found", "failed"]],
+    ),
+];
 
 /// Starts to record, if nobody did; before that, whatever is noted is forgotten.
 pub fn start() {
@@ -54,7 +68,7 @@ fn describe() {
         match kind {
             Kind::Counter => {
                 describe_counter!(*name, Unit::Count, *help);
-                // What has not happened yet is 0; with labels it is not known which.
+                // What has not happened yet is 0; with labels it is known of a few only.
                 if labels.is_empty() {
                     counter!(*name).absolute(0);
                 }
@@ -64,4 +78,48 @@ fn describe() {
         }
     }
     Collector::default().describe();
+    for (Metric { name, kind, labels, .. }, values) in FROM_ZERO {
+        for values in combinations(values) {
+            let labels: Vec<Label> = labels
+                .iter()
+                .zip(values)
+                .map(|(label, value)| Label::from_static_parts(label, value))
+                .collect();
+            if let Kind::Histogram(_) = kind {
+                drop(histogram!(*name, labels)); // to name it is enough
+            } else {
+                counter!(*name, labels).absolute(0);
+            }
+        }
+    }
+}
+
+/// One of each, in every way.
+fn combinations(values: &[&[&'static str]]) -> Vec<Vec<&'static str>> {
+    values.iter().fold(vec![Vec::new()], |begun, next| {
+        let extended = begun.iter().flat_map(|begun: &Vec<&'static str>| {
+            next.iter().map(move |value| [&begun[..], &[*value]].concat())
+        });
+        extended.collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_alert_sees_the_first_event_as_a_step_from_zero() {
+        start();
+        let text = render(Samples::default());
+        for series in [
+            "vitq_jobs_total{kind=\"evaluate\",result=\"failed\"}",
+            "vitq_jobs_total{kind=\"quantize\",result=\"released\"}",
+            "vitq_model_load_duration_seconds_count{result=\"failed\"}",
+            "vitq_store_operations_total{op=\"get\",result=\"failed\"}",
+            "vitq_job_takeovers_total",
+        ] {
+            assert!(text.contains(&format!("\n{series} ")), "no {series} in\n{text}");
+        }
+    }
 }

@@ -116,6 +116,8 @@ metrics! {
         "Shards of evaluations that this process computed, gave back or lost";
     LEASES_LOST = Counter, "vitq_job_lease_lost_total", [],
         "Jobs that were given to another worker while this process ran them";
+    TAKEOVERS = Counter, "vitq_job_takeovers_total", [],
+        "Jobs that this process took from workers that gave no sign of life";
     JOB_QUEUE_AGE = Gauge, "vitq_job_queue_oldest_age_seconds", [],
         "Age of the oldest job that waits for a worker";
 

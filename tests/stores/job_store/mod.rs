@@ -16,7 +16,7 @@ use vitq::engine::jobs::{
     Standing, Submitted, Workload,
 };
 use vitq::engine::names::ModelId;
-use vitq::telemetry::TraceContext;
+use vitq::telemetry::{TraceContext, metrics};
 
 use crate::postgres;
 
@@ -315,9 +315,18 @@ async fn urgent_jobs_go_first_and_equal_ones_in_order() {
     .await;
 }
 
+/// What the metrics of this process say of jobs that were taken over, whatever the test.
+fn takeovers() -> u64 {
+    metrics::start();
+    let text = metrics::render(metrics::Samples::default());
+    let line = text.lines().find_map(|line| line.strip_prefix("vitq_job_takeovers_total "));
+    line.unwrap().parse().unwrap()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_dead_workers_job_goes_on_elsewhere_and_the_dead_cannot_write() {
     on_both(async |store| {
+        let before = takeovers();
         let id = submit(&store, quantize("a", 0)).await;
         let first = claim(&store).await.lease;
         store.forget_leases().await.unwrap();
@@ -341,6 +350,7 @@ async fn a_dead_workers_job_goes_on_elsewhere_and_the_dead_cannot_write() {
         assert_eq!(record.state, JobState::Failed);
         let error = record.outcome.unwrap().unwrap_err();
         assert!(matches!(*error, Error::WorkersDied { workers: 2 }), "{error}");
+        assert!(takeovers() >= before + 2, "those who take over tell, since the dead cannot");
     })
     .await;
 }

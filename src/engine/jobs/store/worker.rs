@@ -62,7 +62,8 @@ impl JobStore {
             let row = sqlx::query(sql).bind(now).fetch_optional(&mut *tx).await.map_err(failed)?;
             let Some(row) = row else { return Ok(None) };
             let id = JobId::given(&column::<String>(&row, 0)?);
-            let over = if JobState::parse(&column::<String>(&row, 1)?)? == JobState::Cancelling {
+            let state = JobState::parse(&column::<String>(&row, 1)?)?;
+            let over = if state == JobState::Cancelling {
                 Some(cancelled())
             } else if column::<i64>(&row, 2)? <= 0 {
                 let workers = self.limits.attempts;
@@ -73,6 +74,7 @@ impl JobStore {
             if let Some(outcome) = over {
                 self.end(&mut tx, &id, &outcome).await?;
                 tx.commit().await.map_err(failed)?;
+                note_takeover(state);
                 let kind = column::<String>(&row, 3)?;
                 if let Err(error) = &outcome {
                     // No worker is left to say so.
@@ -94,6 +96,7 @@ impl JobStore {
                 .await
                 .map_err(failed)?;
             tx.commit().await.map_err(failed)?;
+            note_takeover(state);
             let mut record = self.get(&id).await?;
             record.spec = self.with_contents(&id, (*record.spec).clone()).await?.into();
             let lease = Lease { id, attempt: record.attempt };
@@ -227,6 +230,13 @@ impl JobStore {
             sqlx::query(sql).execute(self.database.pool()).await.map_err(failed)?;
         }
         Ok(())
+    }
+}
+
+/// Notes that a claimed job was another worker's, if it was.
+fn note_takeover(state: JobState) {
+    if state != JobState::Queued {
+        metrics::job_taken_over();
     }
 }
 
