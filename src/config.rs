@@ -85,7 +85,8 @@ pub struct ServeConfig {
           value_parser = seconds)]
     pub drain_delay: Duration,
     /// Models, by id or alias, comma-separated, that the server brings to its devices before it says
-    /// that it is ready. All others are loaded by the first call that needs them.
+    /// that it is ready; those that do not exist, as soon as they do. All others are loaded by the
+    /// first call that needs them.
     #[arg(long, env = "VITQ_PRELOAD", value_name = "MODELS", value_delimiter = ',',
           value_parser = model_name)]
     pub preload: Vec<ModelId>,

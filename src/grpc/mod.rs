@@ -212,8 +212,9 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     tokio::pin!(serving);
     let ready = async {
         engine.wait_for_store().await;
-        preload(&engine, &config.preload).await;
+        let absent = preload(&engine, &config.preload).await;
         probes.readiness.set(true);
+        preload_later(&engine, absent).await;
         std::future::pending().await
     };
     tokio::select! {
@@ -253,14 +254,44 @@ pub(crate) async fn watchdog(engine: Arc<Engine>, alive: Flag) {
     }
 }
 
-/// Loads what has to be there, however long that takes.
-async fn preload(engine: &Engine, models: &[ModelId]) {
+/// Loads what has to be there, however long that takes. The names that no model has are given back:
+/// a server that waited for them would refuse the calls that could make them.
+async fn preload(engine: &Engine, models: &[ModelId]) -> Vec<ModelId> {
+    let mut absent = Vec::new();
     for model in models {
         while let Err(error) = engine.registry.ensure_loaded(model).await {
+            if is_absent(&error) {
+                tracing::error!(%model, "ready without this model: nobody has made it yet");
+                absent.push(model.clone());
+                break;
+            }
             tracing::error!(%error, %model, "not ready: the model cannot be loaded, trying again");
             tokio::time::sleep(RETRY_PRELOAD).await;
         }
     }
+    absent
+}
+
+/// Loads models that did not exist as soon as they do.
+async fn preload_later(engine: &Engine, mut absent: Vec<ModelId>) {
+    while !absent.is_empty() {
+        tokio::time::sleep(RETRY_PRELOAD).await;
+        let mut left = Vec::new();
+        for model in absent {
+            if let Err(error) = engine.registry.ensure_loaded(&model).await {
+                if !is_absent(&error) {
+                    tracing::error!(%error, %model, "the model cannot be loaded, trying again");
+                }
+                left.push(model);
+            }
+        }
+        absent = left;
+    }
+}
+
+/// Whether there is no model of a name; an artifact that is missing is another matter.
+fn is_absent(error: &Error) -> bool {
+    matches!(error, Error::NotFound { kind: "model", .. })
 }
 
 /// A device that is lost, or whose batch runs for longer than `limit`, does not answer.

@@ -3,13 +3,18 @@
 use std::fs;
 
 use tonic::Code;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+use vitq::engine::names::ModelId;
+use vitq::grpc::ServerConfig;
 use vitq::grpc::proto::model::State;
 use vitq::grpc::proto::{
     DeleteAliasRequest, DeleteModelRequest, GetModelRequest, ListModelsRequest, LoadModelRequest,
     Model, QuantizeRequest, SetAliasRequest, UnloadModelRequest,
 };
 
-use crate::server::{TestServer, digit, quick, refusal, result};
+use crate::server::{Setup, TestServer, digit, quick, refusal, result};
 
 async fn list(server: &TestServer, page_size: i32, page_token: &str) -> (Vec<Model>, String) {
     let request = ListModelsRequest { page_size, page_token: page_token.to_owned() };
@@ -70,6 +75,25 @@ async fn an_alias_moves_traffic_from_model_to_model() {
     let status = server.classify("live", vec![digit(0, 0)]).await.unwrap_err();
     assert_eq!(refusal(&status).2, "MODEL_NOT_FOUND");
     models.delete_model(delete("second")).await.unwrap();
+    server.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_is_ready_without_a_model_that_nobody_made_and_loads_it_once_it_is_there() {
+    let data = tempfile::tempdir().unwrap();
+    let preload = vec![ModelId::parse("later", "preload").unwrap()];
+    let config = ServerConfig { preload, ..ServerConfig::default() };
+    let server = TestServer::with(&data, Setup { server: config, ..Setup::default() }).await;
+    let serves = async |service: &str| {
+        let watched = HealthCheckRequest { service: service.to_owned() };
+        let mut health = HealthClient::new(server.channel.clone());
+        let mut states = health.watch(watched).await.unwrap().into_inner();
+        while states.message().await.unwrap().unwrap().status() != ServingStatus::Serving {}
+    };
+    serves("").await;
+    let made = server.make("later").await.model.unwrap();
+    assert_eq!(made.state(), State::Stored);
+    serves("model/later").await;
     server.stop().await;
 }
 
