@@ -129,6 +129,11 @@ pub struct ProcessConfig {
     /// Database of jobs and model names, postgres://…; without one, a file in the data folder.
     #[arg(long, env = "VITQ_DATABASE", value_name = "URL", hide_env_values = true)]
     pub database: Option<DatabaseUrl>,
+    /// Connections that this process keeps to the database at most. All processes together, those
+    /// that are about to end included, need room in PostgreSQL's max_connections.
+    #[arg(long, env = "VITQ_DATABASE_CONNECTIONS", default_value_t = 8, value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub database_connections: u32,
     /// Store of artifacts: s3://, gs:// or az://BUCKET/PREFIX, or file:///DIR; without one, the data
     /// folder. Credentials come from the services' own environment variables.
     #[arg(long, env = "VITQ_STORE", value_name = "URL")]
@@ -305,6 +310,7 @@ impl ProcessConfig {
         EngineConfig {
             data_dir: self.data_dir.clone(),
             database: self.database.as_ref().map(|url| url.0.clone()),
+            database_connections: self.database_connections,
             store: self.store.clone(),
             checkpoints: self.checkpoints.clone(),
             datasets: self.datasets.clone(),
@@ -456,6 +462,7 @@ mod tests {
             ("--listen", "somewhere"),
             ("--preload", "a,../b"),
             ("--memory-budget", "0"),
+            ("--database-connections", "0"),
             ("--queue-bytes", "0"),
             ("--unknown", "1"),
         ] {

@@ -2,7 +2,7 @@
 //! is in this file.
 
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use sqlx::any::{AnyConnectOptions, AnyPoolOptions, AnyRow};
@@ -25,10 +25,14 @@ const MIGRATIONS: [(i64, &str, &str); 8] = [
     (7, "shards", include_str!("../migrations/0007_shards.sql")),
     (8, "installation", include_str!("../migrations/0008_installation.sql")),
 ];
-/// Connections at once; on SQLite, readers beside the one writer.
-const MAX_CONNECTIONS: u32 = 8;
+/// Connections at once unless somebody says otherwise; on SQLite, readers beside the one writer.
+pub const CONNECTIONS: u32 = 8;
 /// How long a statement waits for a connection before the database counts as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(5);
+/// For how long a process that starts waits for PostgreSQL, as during a failover, and how long between
+/// two tries.
+const PATIENCE: Duration = Duration::from_secs(120);
+const RETRY: Duration = Duration::from_secs(1);
 /// Of every SQLite connection: readers do not block the writer, a commit is on the disk, writers
 /// queue up.
 const SQLITE_SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; \
@@ -83,19 +87,38 @@ impl Database {
             .iter()
             .map(|b| if plain(*b) { char::from(*b).to_string() } else { format!("%{b:02X}") })
             .collect();
-        Self::open(&format!("sqlite://{encoded}?mode=rwc")).await
+        Self::open(&format!("sqlite://{encoded}?mode=rwc"), CONNECTIONS).await
     }
 
-    /// Connects to `sqlite://…` or `postgres://…` and brings the schema up to date.
+    /// Opens a database, and tries again for two minutes while PostgreSQL cannot be reached.
+    ///
+    /// # Errors
+    /// As [`Database::open`]; what time does not mend is told at once.
+    pub async fn wait_for(url: &str, connections: u32) -> Result<Self> {
+        let started = Instant::now();
+        loop {
+            let opened = Self::open(url, connections).await;
+            // A file that cannot be opened does not come back by itself.
+            let Err(Error::Unavailable { reason, .. }) = &opened else { return opened };
+            if url.starts_with("sqlite") || started.elapsed() >= PATIENCE {
+                return opened;
+            }
+            tracing::warn!(reason, "not ready: the database cannot be reached, trying again");
+            tokio::time::sleep(RETRY).await;
+        }
+    }
+
+    /// Connects to `sqlite://…` or `postgres://…`, with so many connections at most, and brings the
+    /// schema up to date.
     ///
     /// # Errors
     /// `InvalidArgument` on `database` for another URL; `Unavailable` when it cannot be reached;
     /// `FailedPrecondition` when its schema is of a newer version.
-    pub async fn open(url: &str) -> Result<Self> {
+    pub async fn open(url: &str, connections: u32) -> Result<Self> {
         sqlx::any::install_default_drivers();
         let (dialect, options) = parse_url(url)?;
         let pool = AnyPoolOptions::new()
-            .max_connections(MAX_CONNECTIONS)
+            .max_connections(connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .after_connect(move |connection, _| {
                 Box::pin(async move {
@@ -352,11 +375,35 @@ mod tests {
     #[tokio::test]
     async fn unusable_urls_and_places_are_named() {
         for url in ["mysql://x", "", "postgres", "sqlite"] {
-            let error = Database::open(url).await.unwrap_err();
+            let error = Database::open(url, CONNECTIONS).await.unwrap_err();
             let Error::InvalidArgument { field, .. } = error else { panic!("{url}: {error}") };
             assert_eq!(field, "database");
         }
         let error = Database::file(Path::new("/nowhere/at/all.sqlite")).await.unwrap_err();
         assert!(matches!(error, Error::Unavailable { .. }), "{error}");
+    }
+
+    /// Listens as PostgreSQL does, but drops the first connection and refuses the second one's user.
+    #[tokio::test]
+    async fn a_database_out_of_reach_is_tried_again_and_a_refusal_is_told_at_once() {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let server = tokio::spawn(async move {
+            drop(listener.accept().await.unwrap());
+            let (mut connection, _) = listener.accept().await.unwrap();
+            assert!(connection.read(&mut [0; 1024]).await.unwrap() > 0);
+            let fields = b"SFATAL\0VFATAL\0C28P01\0Mpassword authentication failed\0\0";
+            let length = u32::try_from(fields.len() + 4).unwrap().to_be_bytes();
+            connection.write_all(&[&b"E"[..], &length, fields].concat()).await.unwrap();
+            // To the end, so that the answer is not lost.
+            while connection.read(&mut [0; 1024]).await.is_ok_and(|bytes| bytes > 0) {}
+        });
+        let url = format!("postgres://vitq@127.0.0.1:{port}/vitq?sslmode=disable");
+        let error = Database::wait_for(&url, 1).await.unwrap_err();
+        let Error::Internal { .. } = &error else { panic!("{error}") };
+        assert!(error.to_string().contains("password authentication failed"), "{error}");
+        server.await.unwrap();
     }
 }

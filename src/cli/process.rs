@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::Arc;
 
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -11,6 +12,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use crate::artifact::store::claim_folder;
 use crate::cli::failure::Failure;
 use crate::config::{ProcessConfig, Settings};
+use crate::engine::{Engine, EngineConfig};
 use crate::error::{Error, Result};
 use crate::grpc::ops::{self, Probes};
 use crate::kernels::Workers;
@@ -27,6 +29,17 @@ pub(super) struct Process {
 }
 
 impl Process {
+    /// The engine; none when the process is asked to stop first, as while it waits for a store.
+    ///
+    /// # Errors
+    /// As [`Engine::start`].
+    pub(super) async fn engine(&self, config: EngineConfig) -> Result<Option<Arc<Engine>>> {
+        tokio::select! {
+            started = Engine::start(config) => started.map(Some),
+            () = self.stop.cancelled() => Ok(None),
+        }
+    }
+
     /// Claims the data folder if the process uses it, and answers probes.
     ///
     /// # Errors

@@ -6,7 +6,6 @@ use crate::cli::output::Output;
 use crate::cli::process::{Process, listen, run};
 use crate::config::{ServeConfig, Settings};
 use crate::device;
-use crate::engine::Engine;
 use crate::error::{Error, Result};
 use crate::grpc;
 
@@ -40,7 +39,7 @@ async fn serve(config: &ServeConfig) -> Result<()> {
     let security = config.security.open(config.listen)?;
     let process = Process::start(&config.process).await?;
     let listener = listen(config.listen).await?;
-    let engine = Engine::start(config.engine(devices)).await?;
+    let Some(engine) = process.engine(config.engine(devices)).await? else { return Ok(()) };
     let address = listener.local_addr().map_err(|e| Error::io("gRPC port", e))?;
     let scheme = if security.is_encrypted() { "https" } else { "http" };
     announce(&format!("listening on {scheme}://{address}"));

@@ -6,7 +6,6 @@ use crate::cli::failure::Failure;
 use crate::cli::process::{Process, run};
 use crate::config::{Settings, WorkerConfig};
 use crate::device;
-use crate::engine::Engine;
 use crate::error::Result;
 use crate::grpc;
 
@@ -33,7 +32,7 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     let devices = device::parse_list(&config.process.device)?;
     let engine_config = config.engine(devices)?;
     let process = Process::start(&config.process).await?;
-    let engine = Engine::start(engine_config).await?;
+    let Some(engine) = process.engine(engine_config).await? else { return Ok(()) };
     process.probes.attach(&engine);
     tracing::info!(workers = config.workers, "working");
     let ready = async {

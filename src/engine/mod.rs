@@ -31,7 +31,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::artifact::store::{self, ArtifactStore, MeasuredStore};
 use crate::data::DecodeLimits;
-use crate::database::{Database, Dialect};
+use crate::database::{self, Database, Dialect};
 use crate::engine::batcher::{Admission, ClientLimit, Pace, QueueLimits};
 use crate::engine::catalog::ModelCatalog;
 use crate::engine::classify::{Classifier, ClassifierParts};
@@ -62,6 +62,8 @@ pub struct EngineConfig {
     pub data_dir: PathBuf,
     /// URL of the database; without one, a file in the data folder.
     pub database: Option<String>,
+    /// Connections to that URL at most.
+    pub database_connections: u32,
     /// URL of the artifact store; without one, the data folder.
     pub store: Option<String>,
     /// Folder of checkpoints.
@@ -108,6 +110,7 @@ impl EngineConfig {
         Self {
             data_dir: data_dir.into(),
             database: None,
+            database_connections: database::CONNECTIONS,
             store: None,
             checkpoints: None,
             datasets: None,
@@ -156,6 +159,7 @@ impl Engine {
         let EngineConfig {
             data_dir,
             database,
+            database_connections,
             store,
             checkpoints,
             datasets,
@@ -199,7 +203,7 @@ impl Engine {
             );
         }
         let database = match database {
-            Some(url) => Database::open(&url).await?,
+            Some(url) => Database::wait_for(&url, database_connections).await?,
             None => Database::file(&data_dir.join(DATABASE_FILE)).await?,
         };
         let job_store = Arc::new(JobStore::new(database.clone(), jobs));

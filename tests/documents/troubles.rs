@@ -162,6 +162,6 @@ pub(crate) const UNPROVOKED: &[(&str, &str)] = &[
     ("deadline exceeded", "in time; tests/service/overload.rs"),
     ("an answer takes …, longer than the call may take", "in time; tests/service/overload.rs"),
     ("internal error, the server's log has it as …", "a mistake of the program"),
-    ("the database is unavailable: …", "half a minute; tests/program/outage.rs"),
+    ("the database is unavailable: …", "minutes; tests/program/outage.rs"),
     ("hub: this build cannot use the hub: it was made without feature hub", "the feature"),
 ];

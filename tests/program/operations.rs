@@ -207,9 +207,7 @@ impl Logged {
             if line.contains("settings") {
                 configuration = line;
             } else if line.contains("probes listen") {
-                let (_, rest) = line.split_once("127.0.0.1:").unwrap();
-                let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
-                break format!("http://127.0.0.1:{port}");
+                break probes(&line);
             }
         };
         Self { _process: process, _data: data, channel, url, ops, configuration, log }
@@ -347,23 +345,43 @@ async fn healthcheck_asks_either_port() {
 }
 
 #[test]
-fn a_server_without_its_store_does_not_become_ready() {
+fn a_server_without_its_database_lives_not_ready_and_tries_again_until_it_is_stopped() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
-    let database = format!("postgres://nobody@{closed}/none");
     let data = tempfile::tempdir().unwrap();
-    let args =
-        ["serve", "--listen", "127.0.0.1:0", "--ops-listen", "127.0.0.1:0", "--device", "cpu"];
-    let folder: &Path = data.path();
-    let args =
-        [&args[..], &["--data-dir", folder.to_str().unwrap(), "--database", &database]].concat();
-    let output = vitq(&args, &[]);
-    assert_eq!(output.status.code(), FAILED);
-    assert!(output.stdout.is_empty(), "it never said that it listens");
+    let folder = data.path().to_str().unwrap();
+    let database = format!("postgres://nobody@{closed}/none");
+    let flags = ["--data-dir", folder, "--database", &database].map(str::to_owned).to_vec();
+    let mut program = Stores { flags, variables: Vec::new() }.program("serve");
+    program.args(["--listen", "127.0.0.1:0"]).stderr(Stdio::piped());
+    let mut process = Process(program.spawn().unwrap());
+    let mut log = BufReader::new(process.0.stderr.take().unwrap()).lines().map(Result::unwrap);
+    let ops = probes(&log.find(|line| line.contains("probes listen")).unwrap());
+    for _ in 0..2 {
+        log.find(|line| line.contains("the database cannot be reached, trying again")).unwrap();
+    }
+    let health =
+        |service: &str| vitq(&["healthcheck", "--server", &ops, "--service", service], &[]);
+    assert!(health("liveness").status.success());
+    assert_eq!(health("").status.code(), FAILED, "not ready");
+    process.signal("TERM");
+    assert!(process.0.wait().unwrap().success());
+    let mut said = String::new();
+    process.0.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(said, "", "it never said that it listens");
+}
+
+/// Where the probes listen, by a line of the log.
+fn probes(line: &str) -> String {
+    let (_, rest) = line.split_once("127.0.0.1:").unwrap();
+    let port: String = rest.chars().take_while(char::is_ascii_digit).collect();
+    format!("http://127.0.0.1:{port}")
 }
 
 #[cfg(feature = "otel")]
 mod export {
     //! Traces to a collector.
+
+    use std::path::Path;
 
     use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
         TraceService, TraceServiceServer,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use vitq::Error;
-use vitq::database::Database;
+use vitq::database::{self, Database};
 use vitq::engine::jobs::{
     Afterwards, Claimed, EvaluateJob, Figures, ImageChoice, JobEventKind, JobFilter, JobId,
     JobLimits, JobOutcome, JobProgress, JobSpec, JobState, JobStore, NewJob, Novelty, QuantizeJob,
@@ -34,7 +34,8 @@ where
     let folder = tempfile::tempdir().unwrap();
     let sqlite = Database::file(&folder.path().join("jobs.sqlite")).await.unwrap();
     test(Arc::new(JobStore::new(sqlite, limits()))).await;
-    let postgres = Database::open(&postgres::database().await).await.unwrap();
+    let postgres =
+        Database::open(&postgres::database().await, database::CONNECTIONS).await.unwrap();
     test(Arc::new(JobStore::new(postgres, limits()))).await;
 }
 
