@@ -27,7 +27,8 @@ const ABANDONED: Duration = Duration::from_secs(24 * 60 * 60);
 #[derive(Debug)]
 pub(super) struct Cache {
     folder: PathBuf,
-    /// Bytes that the copies may take; one that is larger is kept while it is in use.
+    /// Bytes that the copies may take, those in progress included; one that is larger alone is kept
+    /// until others need the space.
     limit: u64,
     /// Copies in use in this process.
     pins: Mutex<HashMap<String, Weak<()>>>,
@@ -95,7 +96,8 @@ impl Cache {
         })
     }
 
-    /// Copies the parts from the store, verified one by one. Blocking; not for async threads.
+    /// Copies the parts from the store, verified one by one, after copies that were not used for
+    /// longest have made room. Blocking; not for async threads.
     ///
     /// # Errors
     /// `CorruptArtifact` or `NotFound` for a damaged or missing part; `Unavailable`; `Io`; what
@@ -107,6 +109,9 @@ impl Cache {
         runtime: &Handle,
         going_on: GoingOn<'_>,
     ) -> Result<Draft> {
+        let bytes = blueprint.parts.iter().map(|part| part.bytes).sum::<u64>();
+        let beside = blueprint.beside.iter().map(|(_, text)| text.len() as u64).sum::<u64>();
+        self.make_room(bytes + beside);
         let folder = fs::create_dir_all(&self.folder)
             .and_then(|()| tempfile::Builder::new().prefix(COPYING).tempdir_in(&self.folder))
             .map_err(|error| Error::io(&self.folder, error))?;
@@ -117,6 +122,8 @@ impl Cache {
         let path = folder.path().join(blueprint.file);
         let failed = |error| Error::io(&path, error);
         let mut file = File::create(&path).map_err(failed)?;
+        // Of its full size at once, so that others that make room count all of it.
+        file.set_len(bytes).map_err(failed)?;
         let mut hash = Sha256::new();
         for part in blueprint.parts {
             going_on()?;
@@ -127,8 +134,7 @@ impl Cache {
         Ok(Draft { folder, sha256: hex(&hash.finalize()) })
     }
 
-    /// Keeps a draft as the copy of an upload, and drops the copies that were not used for longest
-    /// if space is short. Blocking.
+    /// Keeps a draft as the copy of an upload. Blocking.
     ///
     /// # Errors
     /// `Io`.
@@ -143,7 +149,6 @@ impl Cache {
                 return Err(Error::io(folder, error));
             }
         }
-        self.shrink(id);
         Ok(Copy { folder, _pin: pin })
     }
 
@@ -178,29 +183,35 @@ impl Cache {
         pin
     }
 
-    /// A failure costs disk space, nothing else.
-    fn shrink(&self, newest: &str) {
+    /// Drops the copies that were not used for longest until `coming` bytes more are within the limit.
+    /// What is in use or being copied stays, and counts. A failure costs disk space, nothing else.
+    fn make_room(&self, coming: u64) {
         let Ok(entries) = fs::read_dir(&self.folder) else { return };
         let mut copies: Vec<(SystemTime, u64, String)> = entries
             .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                (!name.starts_with('.'))
-                    .then(|| (modified(&entry.path()), size(&entry.path()), name))
+                // Such as the hub's folder, which has a bound of its own.
+                let is_copy = name.starts_with(COPYING) || !name.starts_with('.');
+                is_copy.then(|| (modified(&entry.path()), size(&entry.path()), name))
             })
             .collect();
         copies.sort();
-        let mut used: u64 = copies.iter().map(|(_, bytes, _)| bytes).sum();
+        let mut used = coming + copies.iter().map(|(_, bytes, _)| bytes).sum::<u64>();
         for (_, bytes, id) in copies {
             if used <= self.limit {
                 return;
             }
             let in_use = lock(&self.pins).get(&id).is_some_and(|pin| pin.strong_count() > 0);
-            if id != newest && !in_use {
+            if !id.starts_with(COPYING) && !in_use {
                 tracing::info!(id, bytes, "dropped the local copy of an upload");
                 self.forget(&id);
                 used -= bytes;
             }
+        }
+        if used > self.limit {
+            let limit = self.limit;
+            tracing::warn!(used, limit, "copies of uploads take more than the cache's limit");
         }
     }
 }
@@ -324,5 +335,33 @@ mod tests {
         drop(copy("d")); // both are older
         assert!(cache.find("b").is_none() && cache.find("c").is_none());
         assert!(cache.find("d").is_some());
+    }
+
+    #[test]
+    fn room_is_made_before_a_copy_and_one_in_progress_counts() {
+        let fixture = Fixture::new();
+        let cache = fixture.cache(30); // each copy has 8 + 4 bytes
+        let parts = fixture.parts(&["1234", "5678"]);
+        let keep = |id: &str| drop(cache.keep(id, fixture.draft(&cache, &parts).unwrap()).unwrap());
+        keep("a");
+        let seen = std::cell::Cell::new(Vec::new());
+        let look = || {
+            let entries = fs::read_dir(fixture.folder.path().join("cache")).unwrap().flatten();
+            let sizes = entries.map(|entry| size(&entry.path()));
+            let sizes: Vec<u64> = sizes.filter(|bytes| *bytes > 0).collect();
+            seen.set([seen.take(), vec![sizes]].concat());
+            Ok(())
+        };
+        let blueprint = Blueprint { parts: &parts, file: "content", beside: &[("note", "text")] };
+        let (store, runtime) = (&fixture.store, fixture.runtime.handle());
+        let draft = cache.draft(&blueprint, store, runtime, &look).unwrap();
+        assert_eq!(seen.take(), vec![vec![12, 12]; 2], "of full size from the start");
+        // This draft and the next one leave no room for `a`.
+        let next = cache.draft(&blueprint, store, runtime, &look).unwrap();
+        assert!(cache.find("a").is_none());
+        assert_eq!(seen.take()[0], [12, 12], "gone before the first part has come");
+        cache.keep("b", draft).unwrap();
+        cache.keep("c", next).unwrap();
+        assert!(cache.find("b").is_some() && cache.find("c").is_some());
     }
 }
