@@ -161,6 +161,11 @@ pub struct ProcessConfig {
     /// Devices, comma-separated: auto, cpu, cuda:N. The first also calibrates.
     #[arg(long, env = "VITQ_DEVICE", default_value = "auto", value_name = "LIST")]
     pub device: String,
+    /// Seconds for which a batch may run, those of a model's warm-up included, before the process says
+    /// that it is not alive: more for large batches on slow processors.
+    #[arg(long, env = "VITQ_STUCK_AFTER", default_value = "60", value_name = "SECONDS",
+          value_parser = some_seconds)]
+    pub stuck_after: Duration,
     /// Threads that compute on a CPU; without a number, as many as OMP_NUM_THREADS says, or one for each
     /// processor.
     #[arg(long, env = "VITQ_THREADS", value_name = "N", value_parser = at_least_one)]
@@ -252,6 +257,7 @@ impl ServeConfig {
             preload: self.preload.clone(),
             drain_delay: self.drain_delay,
             drain_timeout: self.process.drain_timeout,
+            stuck_after: self.process.stuck_after,
             connections: ConnectionLimits {
                 connections: self.max_connections,
                 age: (!self.max_connection_age.is_zero()).then_some(self.max_connection_age),
@@ -384,6 +390,13 @@ pub(crate) fn seconds(text: &str) -> Result<Duration> {
         .ok_or_else(|| Error::invalid("value", "must be a number of seconds"))
 }
 
+fn some_seconds(text: &str) -> Result<Duration> {
+    seconds(text)
+        .ok()
+        .filter(|time| !time.is_zero())
+        .ok_or_else(|| Error::invalid("value", "must be a number of seconds above 0"))
+}
+
 /// As many as the setting says, or OpenMP's variable (of which nested regions have numbers of their own),
 /// but no more than there are processors for.
 fn threads(setting: Option<usize>, omp: Option<&str>, processors: usize) -> usize {
@@ -414,6 +427,8 @@ mod tests {
         assert_eq!(server.drain_timeout, Duration::from_secs(30));
         assert_eq!(server.connections.age, Some(Duration::from_secs(600)));
         assert_eq!(server.drain_delay, Duration::from_secs(5));
+        let Command { serve } = Command::try_parse_from(["vitq", "--stuck-after", "300"]).unwrap();
+        assert_eq!(serve.server(Security::default()).stuck_after, Duration::from_secs(300));
     }
 
     #[test]
@@ -456,6 +471,7 @@ mod tests {
             ("--queue-images", "-1"),
             ("--drain-timeout", "soon"),
             ("--drain-timeout", "-1"),
+            ("--stuck-after", "0"),
             ("--workers", "-1"),
             ("--job-attempts", "0"),
             ("--executor", "magic"),

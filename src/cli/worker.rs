@@ -35,6 +35,8 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     let Some(engine) = process.engine(engine_config).await? else { return Ok(()) };
     process.probes.attach(&engine);
     tracing::info!(workers = config.workers, "working");
+    let alive = process.probes.alive.clone();
+    let watch = grpc::watchdog(Arc::clone(&engine), config.process.stuck_after, alive);
     let ready = async {
         engine.wait_for_store().await;
         process.probes.readiness.set(true);
@@ -43,7 +45,7 @@ async fn work(config: &WorkerConfig) -> Result<()> {
     tokio::select! {
         () = ready => {}
         () = process.stop.cancelled() => {}
-        () = grpc::watchdog(Arc::clone(&engine), process.probes.alive.clone()) => {}
+        () = watch => {}
     }
     process.probes.readiness.set(false);
     engine.jobs.stop();

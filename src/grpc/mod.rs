@@ -80,9 +80,8 @@ const AGE_SPREAD: f64 = 0.1;
 const MAX_HEADERS: u32 = 16 << 10;
 /// Streams that a client may reset before they are served: a defence against rapid reset.
 const MAX_RESETS: usize = 20;
-/// How often devices are looked at, and for how long a batch may run.
+/// How often devices are looked at.
 const WATCH: Duration = Duration::from_secs(1);
-const STUCK: Duration = Duration::from_secs(60);
 /// When a model that has to be there is tried again.
 const RETRY_PRELOAD: Duration = Duration::from_secs(5);
 
@@ -101,6 +100,8 @@ pub struct ServerConfig {
     pub drain_delay: Duration,
     /// Time for calls in progress after that.
     pub drain_timeout: Duration,
+    /// For how long a batch may run before its device counts as one that does not answer.
+    pub stuck_after: Duration,
     /// Bounds of connections.
     pub connections: ConnectionLimits,
     /// Who may connect, and who may do what.
@@ -114,6 +115,7 @@ impl Default for ServerConfig {
             preload: Vec::new(),
             drain_delay: Duration::ZERO,
             drain_timeout: Duration::from_secs(60),
+            stuck_after: Duration::from_secs(60),
             connections: ConnectionLimits::default(),
             security: Security::default(),
         }
@@ -142,8 +144,9 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     // Calls are taken a little earlier and longer than the server calls itself ready.
     let taking = Flag::default();
     taking.set(true);
-    look(engine.registry.devices(), STUCK, &probes.alive);
-    let watched = tokio::spawn(watchdog(Arc::clone(&engine), probes.alive.clone()));
+    look(engine.registry.devices(), config.stuck_after, &probes.alive);
+    let watch = watchdog(Arc::clone(&engine), config.stuck_after, probes.alive.clone());
+    let watched = tokio::spawn(watch);
     let _watched = AbortOnDrop(watched);
     let Security { tls, gate, .. } = config.security.clone();
     let _followed = AbortOnDrop(tokio::spawn(config.security.clone().follow()));
@@ -245,11 +248,11 @@ pub async fn run(listener: TcpListener, engine: Arc<Engine>, running: Running) -
     }
 }
 
-/// Says whether every device still answers, as long as it is polled.
-pub(crate) async fn watchdog(engine: Arc<Engine>, alive: Flag) {
+/// Says whether every device still answers, as long as it is polled: a batch may run for `limit`.
+pub(crate) async fn watchdog(engine: Arc<Engine>, limit: Duration, alive: Flag) {
     let devices = engine.registry.devices();
     loop {
-        look(devices, STUCK, &alive);
+        look(devices, limit, &alive);
         tokio::time::sleep(WATCH).await;
     }
 }
@@ -360,7 +363,8 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert!(device.busy_for() > limit && changes.has_changed().unwrap());
-        look(&devices, STUCK, &alive);
+        let minute = Duration::from_secs(60);
+        look(&devices, minute, &alive);
         assert!(alive.is_set(), "a minute has not passed");
         strings.send(Ok(vec![0.0])).unwrap();
         answer.await.unwrap().unwrap();
@@ -371,7 +375,7 @@ mod tests {
         let broken = TchError::Torch("CUDA error: device-side assert triggered".to_owned());
         strings.send(Err(broken.into())).unwrap();
         device.forward(1, images()).unwrap().await.unwrap().unwrap_err();
-        look(&devices, STUCK, &alive);
+        look(&devices, minute, &alive);
         assert!(!alive.is_set(), "a lost device never answers again");
     }
 }
