@@ -24,7 +24,9 @@ const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 pub enum CudaLibraries {
     /// libtorch has its CUDA side; whether there is a GPU is another question.
     Opened,
-    /// There is none, or it needs libraries that this machine lacks.
+    /// It is there, and needs libraries that this machine lacks.
+    Unusable,
+    /// There is none.
     Missing,
 }
 
@@ -51,8 +53,40 @@ pub fn open_cuda_libraries() -> CudaLibraries {
         }
         Err(error) => {
             tracing::debug!(%error, "libtorch's CUDA side does not load, so only the CPU is used");
-            CudaLibraries::Missing
+            CudaLibraries::Unusable
         }
+    }
+}
+
+/// Says in the log that a process computes on the CPU although its installation is one for GPUs and
+/// nobody named the CPU: otherwise only its slowness would tell.
+pub fn warn_without_gpu(devices: &str, libraries: CudaLibraries) {
+    if let Some(reason) = why_no_gpu(devices, libraries, cuda_devices()) {
+        tracing::warn!(
+            devices,
+            reason,
+            "models run on the CPU; `--device cpu` if that is meant, `--device cuda:0` to refuse it"
+        );
+    }
+}
+
+fn why_no_gpu(
+    devices: &str,
+    libraries: CudaLibraries,
+    cuda_devices: usize,
+) -> Option<&'static str> {
+    let is_auto = devices.split(',').any(|device| device.trim() == "auto");
+    if !is_auto || cuda_devices > 0 {
+        return None;
+    }
+    match libraries {
+        CudaLibraries::Opened => {
+            Some("libtorch sees no CUDA device: is there a driver, and a GPU?")
+        }
+        CudaLibraries::Unusable => {
+            Some("libtorch's CUDA side does not load: NVIDIA's libraries are missing")
+        }
+        CudaLibraries::Missing => None,
     }
 }
 
@@ -177,6 +211,18 @@ mod tests {
         assert_eq!(resolve("auto", 2).unwrap(), Device::Cuda(0));
         assert_eq!(resolve("cuda:1", 2).unwrap(), Device::Cuda(1));
         assert_eq!(parse("cpu").unwrap(), Device::Cpu);
+    }
+
+    #[test]
+    fn a_cpu_that_nobody_named_is_told_of_where_there_could_be_a_gpu() {
+        use CudaLibraries::{Missing, Opened, Unusable};
+        assert!(why_no_gpu("auto", Opened, 0).is_some_and(|why| why.contains("no CUDA device")));
+        assert!(why_no_gpu("auto", Unusable, 0).is_some_and(|why| why.contains("does not load")));
+        for (devices, libraries, seen) in
+            [("auto", Missing, 0), ("auto", Opened, 1), ("cpu", Opened, 0), ("cuda:0", Unusable, 0)]
+        {
+            assert_eq!(why_no_gpu(devices, libraries, seen), None, "{devices}");
+        }
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub(super) fn run(
     let telemetry = runtime.block_on(async { telemetry::start(&config.log) });
     let telemetry = telemetry.map_err(Failure::of_setting)?;
     tracing::info!(settings = settings.line(), "configuration");
-    device::open_cuda_libraries();
+    device::warn_without_gpu(&config.device, device::open_cuda_libraries());
     Workers::share_among(config.threads());
     // Before the first thread computes: each takes over the number that it finds.
     tch::set_num_threads(i32::try_from(config.threads()).unwrap_or(i32::MAX));
