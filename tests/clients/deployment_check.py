@@ -184,6 +184,10 @@ def programs():
             container = pod["containers"][0]
             (config,) = [v["configMap"]["name"] for v in pod["volumes"] if v["name"] == "config"]
             kserve = "supportedModelFormats" in pod
+            # With `auto`, a pod that sees no GPU would serve on the CPU.
+            has_gpu = "nvidia.com/gpu" in container["resources"]["limits"]
+            names_gpu = re.search(r"^device = .*cuda:0", toml[config], re.M) is not None
+            assert has_gpu == names_gpu, (origin, name)
             case = (*container["args"], toml[config])
             if case in done:
                 continue
@@ -288,6 +292,8 @@ def safety():
             sizes = {v["name"]: v.get("emptyDir", {}).get("sizeLimit") for v in pod["volumes"]}
             size = int(sizes["cache"].removesuffix("Gi")) << 30
             assert int(flags(container, "--cache-bytes")) < size, (origin, name)
+            requests = container["resources"]["requests"]
+            assert requests["ephemeral-storage"] == sizes["cache"], (origin, name)
             if "supportedModelFormats" in pod:  # the rest is KServe's to say
                 continue
             assert pod["automountServiceAccountToken"] is False, (origin, name)
@@ -416,7 +422,11 @@ def monitoring():
     for document in documents:
         if document["kind"] == "ScaledObject":
             for trigger in document["spec"]["triggers"]:
-                selected(trigger["metadata"]["query"], table, "ScaledObject")
+                query = trigger["metadata"]["query"]
+                selected(query, table, "ScaledObject")
+                (pods,) = set(re.findall(r'pod=~"([^"]*)"', query))
+                assert re.fullmatch(pods, "vitq-6d4f9c7b8-x2x7k"), pods
+                assert not re.fullmatch(pods, "vitq-canary-6d4f9c7b8-x2x7k"), pods
         if document["kind"] == "PrometheusRule":
             assert document["spec"]["groups"] == [group]
         if document["metadata"]["name"].endswith("-dashboard"):

@@ -211,6 +211,8 @@ spec:
         periodSeconds: 10
         failureThreshold: 3
       {{- $resources := deepCopy .settings.resources }}
+      {{- $requests := merge ($resources.requests | default dict) (dict "ephemeral-storage" $v.cache.size) }}
+      {{- $resources = merge (dict "requests" $requests) $resources }}
       {{- if $gpu }}
       {{- $limits := merge (dict $v.gpu.resource .settings.gpu.count) ($resources.limits | default dict) }}
       {{- $resources = merge (dict "limits" $limits) $resources }}
