@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use vitq::Error;
-use vitq::database::Database;
+use vitq::database::{CONNECTIONS, Database};
 use vitq::engine::jobs::{
     EvaluateJob, JobLimits, JobProgress, JobSpec, JobStore, NewJob, Standing,
 };
@@ -111,5 +111,5 @@ async fn main() {
     let folder = tempfile::tempdir().unwrap();
     measure("SQLite", Database::file(&folder.path().join("jobs.sqlite")).await.unwrap()).await;
     let url = postgres::database().await;
-    measure("PostgreSQL", Database::open(&url).await.unwrap()).await;
+    measure("PostgreSQL", Database::open(&url, CONNECTIONS).await.unwrap()).await;
 }

@@ -352,7 +352,7 @@ mod tests {
         }
         // All that there may be at once: a broken one would be among them.
         let mut connections = Vec::new();
-        for _ in 0..MAX_CONNECTIONS {
+        for _ in 0..CONNECTIONS {
             connections.push(database.pool().acquire().await.unwrap());
         }
         assert!(connections.iter().all(|connection| !connection.is_in_transaction()));
