@@ -19,6 +19,10 @@ pub const KIND: &str = "uniform";
 /// Smallest scale of weights, from the platform's code (methods/ubb.md, section 1).
 pub const MIN_WEIGHT_SCALE: f64 = 1e-10;
 
+/// Largest zero point of integer forms, whose differences from codes then fit 32 bits. Others come from operands that
+/// are nearly constant and far from zero.
+const MAX_ZERO_POINT: f64 = (1 << 30) as f64;
+
 /// Static affine grid, per tensor or per channel. Zero points are not clamped; a fractional one
 /// (RepQ-ViT as released) runs in float and has no integer form.
 #[derive(Debug)]
@@ -28,7 +32,7 @@ pub struct Uniform {
     scale: Tensor,
     /// float32, same shape.
     zero_point: Tensor,
-    /// Whether every zero point is an integer.
+    /// Whether every zero point is an integer, and one that kernels take.
     integral: bool,
 }
 
@@ -87,7 +91,8 @@ impl Uniform {
         if usable.f_int64_value(&[])? == 0 {
             return Err(Error::invalid("calibration", "a quantization range is not finite"));
         }
-        let integral = zero_point.f_equal(&zero_point.f_round()?)?;
+        let within = zero_point.f_abs()?.f_max()?.f_double_value(&[])? <= MAX_ZERO_POINT;
+        let integral = within && zero_point.f_equal(&zero_point.f_round()?)?;
         Ok(Self { bits, scale, zero_point, integral })
     }
 
@@ -286,6 +291,25 @@ mod tests {
         assert!((low + 0.725).abs() < 1e-6, "{low}");
         let q = Uniform::new(bits, parameter(0.1), parameter(7.0)).unwrap();
         laws::terms_add_up(&q, &x);
+    }
+
+    #[test]
+    fn a_constant_far_from_zero_has_no_integer_form() {
+        // A row of one value has the smallest scale and a zero point beyond 32 bits.
+        let x = Tensor::stack(
+            &[Tensor::full([8], 0.5, (Kind::Float, tch::Device::Cpu)), laws::sample(&[8], 7)],
+            0,
+        );
+        let bits = BitWidth::new(4, "bits").unwrap();
+        let grid = |x: &Tensor| {
+            Uniform::from_range(&Range::per_row(x).unwrap(), bits, MIN_WEIGHT_SCALE).unwrap()
+        };
+        assert!(grid(&x).quantize(&x).unwrap().is_none());
+        let x = x.narrow(0, 1, 1);
+        assert!(grid(&x).quantize(&x).unwrap().is_some());
+        let constant = Tensor::full([2, 8], 50.0, (Kind::Float, tch::Device::Cpu));
+        let q = Uniform::from_range(&Range::per_tensor(&constant).unwrap(), bits, 1e-8).unwrap();
+        assert!(q.static_grid().is_none());
     }
 
     #[test]

@@ -143,7 +143,6 @@ pub(crate) const OTHERS_FLAGS: &[Rule] = &[
     rule("docs/open-inference-protocol.md", "async", "perf_analyzer's"),
     rule("docs/performance.md", "models", "benches/serving"),
     rule("docs/performance.md", "seconds", "benches/serving"),
-    rule("docs/performance.md", "threads", "benches/serving"),
 ];
 
 /// Variables in code spans that are no flag's, and whose.
