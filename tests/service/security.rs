@@ -463,7 +463,7 @@ fn the_program_refuses_to_be_open_to_a_network_by_accident() {
     let mut broken = serve(&data);
     broken.arg("--tokens").arg(files.write("broken", "a secret infer"));
     let refused = broken.output().unwrap();
-    assert_eq!(refused.status.code(), Some(1));
+    assert_eq!(refused.status.code(), Some(2));
     assert!(stderr(&refused).contains("tokens: line 1"), "{}", stderr(&refused));
     let mut command = serve(&data);
     command.args(["--listen", "0.0.0.0:0", "--insecure"]);
