@@ -18,6 +18,8 @@ const FIELD: &str = "device";
 /// The library that every build of libtorch has, and the one that brings CUDA.
 const CPU_LIBRARY: &str = "libtorch_cpu.so";
 const CUDA_LIBRARY: &str = "libtorch_cuda.so";
+/// What NVIDIA's driver shows where it is loaded.
+const DRIVER: &str = "/proc/driver/nvidia/version";
 
 /// What [`open_cuda_libraries`] found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +63,8 @@ pub fn open_cuda_libraries() -> CudaLibraries {
 /// Says in the log that a process computes on the CPU although its installation is one for GPUs and
 /// nobody named the CPU: otherwise only its slowness would tell.
 pub fn warn_without_gpu(devices: &str, libraries: CudaLibraries) {
-    if let Some(reason) = why_no_gpu(devices, libraries, cuda_devices()) {
+    let has_driver = Path::new(DRIVER).exists();
+    if let Some(reason) = why_no_gpu(devices, libraries, cuda_devices(), has_driver) {
         tracing::warn!(
             devices,
             reason,
@@ -74,6 +77,7 @@ fn why_no_gpu(
     devices: &str,
     libraries: CudaLibraries,
     cuda_devices: usize,
+    has_driver: bool,
 ) -> Option<&'static str> {
     let is_auto = devices.split(',').any(|device| device.trim() == "auto");
     if !is_auto || cuda_devices > 0 {
@@ -83,9 +87,9 @@ fn why_no_gpu(
         CudaLibraries::Opened => {
             Some("libtorch sees no CUDA device: is there a driver, and a GPU?")
         }
-        CudaLibraries::Unusable => {
-            Some("libtorch's CUDA side does not load: NVIDIA's libraries are missing")
-        }
+        // Without a driver, an installation for CPUs, as scripts/setup.sh makes it.
+        CudaLibraries::Unusable => has_driver
+            .then_some({ "libtorch's CUDA side does not load: NVIDIA's libraries are missing" }),
         CudaLibraries::Missing => None,
     }
 }
@@ -216,12 +220,14 @@ mod tests {
     #[test]
     fn a_cpu_that_nobody_named_is_told_of_where_there_could_be_a_gpu() {
         use CudaLibraries::{Missing, Opened, Unusable};
-        assert!(why_no_gpu("auto", Opened, 0).is_some_and(|why| why.contains("no CUDA device")));
-        assert!(why_no_gpu("auto", Unusable, 0).is_some_and(|why| why.contains("does not load")));
+        let why = |devices, libraries, seen| why_no_gpu(devices, libraries, seen, true);
+        assert!(why("auto", Opened, 0).is_some_and(|why| why.contains("no CUDA device")));
+        assert!(why("auto", Unusable, 0).is_some_and(|why| why.contains("does not load")));
+        assert_eq!(why_no_gpu("auto", Unusable, 0, false), None, "nor could there be one");
         for (devices, libraries, seen) in
             [("auto", Missing, 0), ("auto", Opened, 1), ("cpu", Opened, 0), ("cuda:0", Unusable, 0)]
         {
-            assert_eq!(why_no_gpu(devices, libraries, seen), None, "{devices}");
+            assert_eq!(why(devices, libraries, seen), None, "{devices}");
         }
     }
 
