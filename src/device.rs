@@ -89,7 +89,7 @@ fn why_no_gpu(
         }
         // Without a driver, an installation for CPUs, as scripts/setup.sh makes it.
         CudaLibraries::Unusable => has_driver
-            .then_some({ "libtorch's CUDA side does not load: NVIDIA's libraries are missing" }),
+            .then_some("libtorch's CUDA side does not load: NVIDIA's libraries are missing"),
         CudaLibraries::Missing => None,
     }
 }
