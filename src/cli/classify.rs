@@ -16,6 +16,7 @@ use crate::cli::failure::{Failure, inner_status, status_json};
 use crate::cli::output::Output;
 use crate::cli::render::{label_json, seconds};
 use crate::error::Error;
+use crate::grpc::MESSAGE_TOO_LARGE;
 use crate::grpc::proto::classify_item::Outcome;
 use crate::grpc::proto::inference_service_client::InferenceServiceClient;
 use crate::grpc::proto::{
@@ -138,7 +139,7 @@ impl Args {
 
 /// Whether no call can carry what this one did.
 fn is_too_large(status: &Status) -> bool {
-    status.get_details_error_info().is_some_and(|info| info.reason == "MESSAGE_TOO_LARGE")
+    status.get_details_error_info().is_some_and(|info| info.reason == MESSAGE_TOO_LARGE)
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {

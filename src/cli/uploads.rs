@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use crate::cli::client::{MAX_ANSWER, ServerArgs, block_on};
 use crate::cli::failure::Failure;
 use crate::cli::output::{Output, bytes, columns};
-use crate::cli::render::time;
+use crate::cli::render::{time, time_json};
 use crate::grpc::proto::upload_service_client::UploadServiceClient;
 use crate::grpc::proto::{ListUploadsRequest, Upload, UploadKind};
 
@@ -86,8 +86,8 @@ fn as_json(upload: &Upload) -> Value {
         "name": upload.name, "kind": kind(upload), "complete": upload.complete,
         "bytes": upload.bytes, "received_bytes": upload.received_bytes,
         "images": upload.images, "received_images": upload.received_images,
-        "sha256": upload.sha256, "create_time": time(upload.create_time.as_ref()),
-        "update_time": time(upload.update_time.as_ref()),
+        "sha256": upload.sha256, "create_time": time_json(upload.create_time.as_ref()),
+        "update_time": time_json(upload.update_time.as_ref()),
     })
 }
 

@@ -197,10 +197,9 @@ impl DeviceHandle {
         self.vitals.is_lost.load(Ordering::Acquire)
     }
 
-    /// Whether the device is lost, of which `error` may be the first sign: others use it, too.
-    pub(super) fn is_lost_after(&self, error: &Error) -> bool {
+    /// Notes an error on the device of somebody else's, which may be the first sign that it is lost.
+    pub(super) fn note(&self, error: &Error) {
         self.vitals.note(error);
-        self.is_lost()
     }
 
     /// Moves a model that was built on the device to its thread and warms it up there, between the
@@ -785,10 +784,13 @@ mod tests {
         let device = with_sums(1).await;
         let failed = |text: &str| Error::Device { source: tch::TchError::Torch(text.to_owned()) };
         for harmless in [Error::Cancelled, failed("shapes do not match")] {
-            assert!(!device.is_lost_after(&harmless), "{harmless}");
+            device.note(&harmless);
+            assert!(!device.is_lost(), "{harmless}");
         }
-        assert!(device.is_lost_after(&failed("CUDA error: unspecified launch failure")));
-        assert!(device.is_lost_after(&Error::Cancelled), "for good");
+        device.note(&failed("CUDA error: unspecified launch failure"));
+        assert!(device.is_lost());
+        device.note(&Error::Cancelled);
+        assert!(device.is_lost(), "for good");
         let answer = classify(&device, 1, 1.0).await.unwrap();
         assert!(matches!(answer, Err(Error::DeviceLost)));
     }

@@ -11,7 +11,7 @@
 //!
 //! [`put_named`]: crate::artifact::store::put_named
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -24,9 +24,9 @@ use crate::error::Result;
 /// Digests of all objects that something names.
 const NAMED: &str = "SELECT digest FROM models UNION SELECT digest FROM job_units \
                      UNION SELECT digest FROM upload_parts";
-/// Digests of all objects that something names or named until now.
-const KNOWN: &str = "SELECT digest FROM models UNION SELECT digest FROM job_units \
-                     UNION SELECT digest FROM upload_parts UNION SELECT digest FROM condemned";
+
+/// Digests of the objects that are to be deleted.
+const CONDEMNED: &str = "SELECT digest FROM condemned";
 
 /// Deletes stored objects that nothing names.
 #[derive(Clone, Debug)]
@@ -87,7 +87,9 @@ impl Garbage {
         let mut owner = self.store.owner().await?;
         if owner.is_none() {
             let stored = self.store.older_than(Duration::ZERO).await?;
-            let known = self.digests(KNOWN).await?;
+            // What is condemned was named until now.
+            let mut known = self.digests(NAMED).await?;
+            known.extend(self.digests(CONDEMNED).await?);
             if stored.is_empty() || stored.iter().any(|digest| known.contains(digest)) {
                 self.store.give_to(&id).await?;
                 owner = self.store.owner().await?;
@@ -107,7 +109,8 @@ impl Garbage {
         Ok(ours)
     }
 
-    async fn digests(&self, query: &'static str) -> Result<HashSet<String>> {
+    /// In the order of the digests, which all who collect go by.
+    async fn digests(&self, query: &'static str) -> Result<BTreeSet<String>> {
         let query = sqlx::query_scalar::<_, String>(query);
         let digests = query.fetch_all(self.database.pool()).await.map_err(failed)?;
         Ok(digests.into_iter().collect())
@@ -124,9 +127,7 @@ impl Garbage {
     }
 
     async fn try_collect(&self) -> Result<usize> {
-        let sql = "SELECT digest FROM condemned ORDER BY digest";
-        let query = sqlx::query_scalar(sql);
-        let digests: Vec<String> = query.fetch_all(self.database.pool()).await.map_err(failed)?;
+        let digests = self.digests(CONDEMNED).await?;
         if digests.is_empty() || !self.is_ours().await? {
             return Ok(0);
         }

@@ -86,6 +86,7 @@ const WATCH: Duration = Duration::from_secs(1);
 const RETRY_PRELOAD: Duration = Duration::from_secs(5);
 
 pub use flag::Flag;
+pub(crate) use status::MESSAGE_TOO_LARGE;
 pub use status::code_name;
 
 /// Limits of the services.

@@ -64,6 +64,9 @@ pub(super) fn status(error: &Error, id: &str) -> Status {
     Status::with_error_details(code, message, details)
 }
 
+/// The reason of a message beyond the server's limit.
+pub(crate) const MESSAGE_TOO_LARGE: &str = "MESSAGE_TOO_LARGE";
+
 /// What clients are told instead of a status without details, which only tonic and the services that
 /// come with it make; `None` if that is no error.
 pub(super) fn explained(bare: &Status) -> Option<Status> {
@@ -72,7 +75,7 @@ pub(super) fn explained(bare: &Status) -> Option<Status> {
         return None;
     } else if [Code::OutOfRange, Code::ResourceExhausted].contains(&code) {
         // What it says of a message, as it comes or once it is decompressed.
-        (Code::ResourceExhausted, "MESSAGE_TOO_LARGE")
+        (Code::ResourceExhausted, MESSAGE_TOO_LARGE)
     } else if code == Code::Internal {
         (code, "MALFORMED_MESSAGE")
     } else {

@@ -26,8 +26,8 @@ const HEADER: [&str; 15] = [
     "batch",
 ];
 
-/// A line per load and model, then what was refused and what the first of each status was told. Times are in milliseconds: latencies from the
-/// intended start, and medians of what the server says.
+/// A line per load and model, then what was refused and what the first of each status was told. Times
+/// are in milliseconds: latencies from the intended start, and medians of what the server says.
 pub(super) fn table(steps: &[Measured], names: &[String]) -> String {
     let mut lines = vec![HEADER.map(str::to_owned).to_vec()];
     let mut remarks = Vec::new();

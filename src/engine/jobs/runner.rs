@@ -318,7 +318,7 @@ impl JobRunner {
 
     async fn next_work(&self, declined: &mut BTreeSet<JobId>) -> Option<Work> {
         loop {
-            if self.device().is_some_and(DeviceHandle::is_lost) {
+            if self.has_lost_a_device() {
                 // Whoever watches the process will end it; meanwhile others do the jobs.
                 self.stop.cancelled().await;
             }
@@ -391,7 +391,7 @@ impl JobRunner {
         reporter.flush();
         lock(&self.running).remove(&job.id);
         if let Err(error) = &result
-            && self.device_is_lost_after(error)
+            && self.has_lost_a_device_by(error)
         {
             // The lease runs out: another process takes the job, and the attempt counts, because the job
             // may be what the device failed of.
@@ -408,13 +408,18 @@ impl JobRunner {
         }
     }
 
-    /// Whether the device of calibrations is lost for this process; `error` came up in a job.
-    fn device_is_lost_after(&self, error: &Error) -> bool {
-        self.device().is_some_and(|device| device.is_lost_after(error))
+    /// Whether a device is lost for this process: that of calibrations, or one that evaluates.
+    fn has_lost_a_device(&self) -> bool {
+        self.parts.registry.devices().iter().any(DeviceHandle::is_lost)
     }
 
-    fn device(&self) -> Option<&DeviceHandle> {
-        self.parts.registry.devices().iter().find(|device| device.device() == self.parts.device)
+    /// The same, now that a job ended with `error`: that of a calibration may be the first sign.
+    fn has_lost_a_device_by(&self, error: &Error) -> bool {
+        let devices = self.parts.registry.devices().iter();
+        for device in devices.filter(|device| device.device() == self.parts.device) {
+            device.note(error);
+        }
+        self.has_lost_a_device()
     }
 
     /// Stores how a job ended. While the database cannot be reached the heart beats on, so that
